@@ -1,0 +1,1325 @@
+"""What two or more of the scripts need, and nothing else.
+
+In this order, each section using only what stands above it:
+
+    constants and errors     T_MIN T_MAX RHO SIGMA_DATA, UserError, atomic_file
+    noise levels             karras_times
+    preconditioning          edm_scalings cm_scalings denoise consistency
+    solvers and samplers     euler_step heun_step heun_sample multistep_sample ideal_denoiser
+    distances                l1 l2 pseudo_huber LPIPS make_distance
+    network                  UNet NETS make_net
+    moving average           ema_update
+    data                     glyphs ArrayImages FileImages load_dataset index_batches to_device
+    processes and seeds      setup seed_step same_dropout_mask flatten_gradients StopSignal
+    checkpoints              save_checkpoint load_checkpoint load_network
+    logs and pictures        Log image_grid save_samples
+    flags                    parse_args
+
+Notation, everywhere: t is the noise level, i.e. the standard deviation of the noise (EDM's sigma), so that
+x_t = x0 + t * noise. Images x are (B, C, H, W) in [-1, 1], times t and labels y are (B,).
+
+Papers: CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189.
+EDM = Karras et al. 2022, arXiv 2206.00364. ADM = Dhariwal & Nichol 2021, arXiv 2105.05233.
+"""
+import argparse
+import colorsys
+import contextlib
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import tarfile
+import time
+import types
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Constants and errors
+# ------------------------------------------------------------------------------------------------------------
+
+T_MIN, T_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM Table 1; CM calls t_min epsilon and t_max T
+
+
+class UserError(Exception):
+    """Something the user can put right. The scripts print its message as one line and exit with code 2."""
+
+
+@contextlib.contextmanager
+def atomic_file(path, mode="wb"):
+    """Open a file that appears at `path` whole or not at all, whatever happens meanwhile.
+
+    Raises:  UserError naming the path if it cannot be written (no permission, disk full); what stood there stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Noise levels
+# ------------------------------------------------------------------------------------------------------------
+
+def karras_times(N: int, t_min=T_MIN, t_max=T_MAX, rho=RHO) -> Tensor:
+    """The N noise levels t_min = times[0] < ... < times[N-1] = t_max, ascending, with N-1 intervals.
+
+    The paper counts t_1 .. t_N; times[n] is its t_{n+1}. EDM and openai's code count downwards.
+
+    Returns: (N,) float32, computed in float64.
+    Raises:  ValueError if N < 2.
+    Source:  CM Sec. 2, EDM Eq. 5.
+    """
+    if N < 2:
+        raise ValueError(f"a time grid needs at least 2 points, got {N}")
+    i = torch.arange(N, dtype=torch.float64)
+    low, high = t_min ** (1 / rho), t_max ** (1 / rho)
+    return ((low + i / (N - 1) * (high - low)) ** rho).float()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Preconditioning
+# ------------------------------------------------------------------------------------------------------------
+
+def bcast(t: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), to multiply x."""
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def edm_scalings(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in of a denoiser at noise level t, each shaped like t. Source: EDM Table 1."""
+    root = (t**2 + SIGMA_DATA**2).sqrt()
+    return (SIGMA_DATA / root) ** 2, t * SIGMA_DATA / root, 1 / root
+
+
+def cm_scalings(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in of a consistency function: c_skip(t_min) = 1 and c_out(t_min) = 0, exactly.
+
+    Source: CM App. C. Note that t_min is subtracted in the numerator of c_out only, not under its root.
+    """
+    root = (t**2 + SIGMA_DATA**2).sqrt()
+    return SIGMA_DATA**2 / ((t - T_MIN) ** 2 + SIGMA_DATA**2), SIGMA_DATA * (t - T_MIN) / root, 1 / root
+
+
+def c_noise(t: Tensor) -> Tensor:
+    """What the network is told of the noise level: EDM's ln(t)/4 on a scale of 1000, as ADM's embedding expects."""
+    return 250 * t.log()
+
+
+def precondition(net, x, t, y, extra, scalings):
+    assert x.ndim == 4 and t.shape == x.shape[:1] and t.dtype == torch.float32, (x.shape, t.shape, t.dtype)
+    c_skip, c_out, c_in = (bcast(c, x) for c in scalings(t))
+    return c_skip * x + c_out * net(c_in * x, c_noise(t), y, extra)  # F_x = net(...), float32
+
+
+def denoise(net, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    """D(x, t), an estimate of E[x0 | x_t = x].
+
+    Args:    net: a UNet.  x: (B,C,H,W) float32 at noise level t.  t: (B,) float32, > 0.  y: (B,) int64 labels.
+             extra: (B,) a further scalar input of the net, if it was built with one.
+    Returns: (B,C,H,W) float32.
+    Source:  EDM Eq. 7.
+    """
+    return precondition(net, x, t, y, extra, edm_scalings)
+
+
+def consistency(net, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+    """f(x, t), the end at t_min of the probability-flow trajectory through (x, t); f(x, t_min) = x to the last bit.
+
+    Args, returns as `denoise`.
+    Source:  CM Eq. 5.
+    """
+    return precondition(net, x, t, y, extra, cm_scalings)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Solvers and samplers
+# ------------------------------------------------------------------------------------------------------------
+
+def euler_step(D, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """One Euler step of the probability-flow ODE dx/dt = (x - D(x, t)) / t, from t to t_next.
+
+    Args:    D: (x (B,C,H,W), t (B,)) -> clean estimate (B,C,H,W).  x: images at level t.  t: (B,) > 0.  t_next: (B,) >= 0.
+    Returns: (B,C,H,W), images at level t_next.
+    Source:  EDM Alg. 1 without its correction; the solver of CM Eq. 6.
+    """
+    d_cur = (x - D(x, t)) / bcast(t, x)
+    return x + bcast(t_next - t, x) * d_cur
+
+
+def heun_step(D, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """One Heun step of the same ODE: Euler, then the trapezoid rule. Where t_next is 0 Euler's result stands.
+
+    Args, returns as `euler_step`. Always two calls of D.
+    Source:  EDM Alg. 1, lines 3-8.
+    """
+    d_cur = (x - D(x, t)) / bcast(t, x)
+    x_next = x + bcast(t_next - t, x) * d_cur
+    t_safe = torch.where(t_next > 0, t_next, t)  # the slope at 0 is 0/0
+    d_prime = (x_next - D(x_next, t_safe)) / bcast(t_safe, x)
+    return torch.where(bcast(t_next > 0, x), x + bcast(t_next - t, x) * (d_cur + d_prime) / 2, x_next)
+
+
+def heun_sample(D, x_T: Tensor, N: int, churn=0.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003,
+                noise=torch.randn_like) -> Tensor:
+    """Solve the ODE from T_MAX to 0 in N Heun steps over karras_times(N); with churn, EDM's stochastic sampler.
+
+    Args:    D: as `euler_step`.  x_T: (B,C,H,W), T_MAX * unit noise.  churn, churn_min, churn_max, churn_noise: EDM's
+             S_churn, S_tmin, S_tmax, S_noise.  noise: x -> unit noise shaped like x, called once for each churned step.
+    Returns: (B,C,H,W). NFE = 2 N - 1: the last step, to 0, is Euler's.
+    Source:  EDM Alg. 1 (churn = 0) and Alg. 2.
+    """
+    x = x_T
+    times = [*karras_times(N).tolist()[::-1], 0.0]
+    for t, t_next in zip(times[:-1], times[1:]):
+        gamma = min(churn / N, math.sqrt(2) - 1) if churn_min <= t <= churn_max else 0.0
+        if gamma > 0:
+            t_hat = t * (1 + gamma)
+            x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * noise(x)
+            t = t_hat
+        step = heun_step if t_next > 0 else euler_step
+        x = step(D, x, torch.full_like(x[:, 0, 0, 0], t), torch.full_like(x[:, 0, 0, 0], t_next))
+    return x
+
+
+def multistep_sample(f, x_T: Tensor, taus, noise=torch.randn_like) -> Tensor:
+    """Draw with a consistency function, in one step or several.
+
+    Args:    f: (x (B,C,H,W), t (B,)) -> (B,C,H,W).  x_T: (B,C,H,W), taus[0] * unit noise.  taus: noise levels, largest
+             first, the first that of x_T.  noise: x -> unit noise shaped like x, called before each level but the first.
+    Returns: (B,C,H,W). NFE = len(taus).
+    Source:  CM Alg. 1.
+    """
+    x = f(x_T, torch.full_like(x_T[:, 0, 0, 0], taus[0]))
+    for tau in taus[1:]:
+        x_hat = x + math.sqrt(max(tau**2 - T_MIN**2, 0)) * noise(x)
+        x = f(x_hat, torch.full_like(x[:, 0, 0, 0], tau))
+    return x
+
+
+def ideal_denoiser(data: Tensor, labels: Tensor | None = None, chunk: int = 4096):
+    """The denoiser that minimises EDM's loss on a finite data set: the posterior mean over its images.
+
+    Args:    data: (n,C,H,W), uint8 or float in [-1, 1], on the device to compute on.  labels: (n,) int64.
+             chunk: images taken at a time; memory is about chunk * C*H*W * 8 bytes.
+    Returns: D(x, t, y=None) -> (B,C,H,W) in x's dtype. With y the mean is over the images of that label.
+    Raises:  ValueError if labels are missing for a y, or no image has one of them.
+    Source:  EDM App. B.3. The logits -|x - x_i|^2 / 2t^2 reach 1e9 at t = 0.002, so they are taken in float64,
+             without |x|^2, which all share, and summed with a running maximum.
+    """
+    def D(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if y is not None and (labels is None or not torch.isin(y, labels).all()):
+            raise ValueError("the data has no image of a label that was asked for")
+        flat, inverse_variance = x.flatten(1).double(), t.double()[:, None] ** -2  # (B,D), (B,1)
+        top = torch.full_like(inverse_variance, -torch.inf)
+        total, mean = torch.zeros_like(top), torch.zeros_like(flat)
+        for start in range(0, len(data), chunk):
+            part = data[start:start + chunk].flatten(1).double()
+            if data.dtype == torch.uint8:
+                part = part / 127.5 - 1
+            logits = (flat @ part.T - part.square().sum(1) / 2) * inverse_variance  # (B,chunk)
+            if y is not None:
+                logits = logits.masked_fill(labels[start:start + chunk] != y[:, None], -torch.inf)
+            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
+            shift = new_top.nan_to_num(neginf=0.0)  # no image of label y yet: exp(-inf - 0) = 0
+            rescale, p = (top - shift).exp(), (logits - shift).exp()
+            total, mean, top = total * rescale + p.sum(1, keepdim=True), mean * rescale + p @ part, new_top
+        return (mean / total).view_as(x).to(x.dtype)
+    return D
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Distances d(x, y) -> (B,), one number per image
+# ------------------------------------------------------------------------------------------------------------
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference over pixels and channels."""
+    return (x - y).abs().flatten(1).mean(1)
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference over pixels and channels (the papers call the square l2 too)."""
+    return (x - y).square().flatten(1).mean(1)
+
+
+def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
+    """sqrt(|x - y|^2 + c^2) - c with one norm per image and c = 0.00054 sqrt(C*H*W). Source: iCT Eq. 7, Sec. 3.3."""
+    c = 0.00054 * math.sqrt(x[0].numel())
+    return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+class LPIPS(nn.Module):
+    """LPIPS with VGG16 and average pooling, on images resized to 224 if they are smaller than 256.
+
+    Args:    pretrained: False leaves VGG16 random, which needs no download (for tests).
+    Raises:  UserError in one line if `lpips` or its torchvision cannot be imported or the weights cannot be had.
+    Source:  CM App. C. Pooling and sizes as in openai's code; the paper does not name the pooling.
+    """
+    def __init__(self, pretrained: bool = True):
+        super().__init__()
+        try:
+            import lpips
+        except (ImportError, RuntimeError) as error:  # a torchvision built for another torch fails with RuntimeError
+            raise UserError(f"--dist lpips needs the packages lpips and torchvision, the latter built for "
+                            f"torch {torch.__version__}: {first_line(error)}") from error
+        try:
+            self.model = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False).requires_grad_(False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--dist lpips could not get VGG16's weights ({first_line(error)}). Put vgg16-397923af.pth "
+                            f"into {torch.hub.get_dir()}/checkpoints, or choose another --dist") from error
+        for part in self.model.net.children():
+            for name, layer in part.named_children():
+                if isinstance(layer, nn.MaxPool2d):
+                    setattr(part, name, nn.AvgPool2d(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[-1] < 256:
+            x, y = (F.interpolate(image, size=(224, 224), mode="bilinear") for image in (x, y))
+        return self.model(x, y).flatten()  # (B,1,1,1) -> (B,)
+
+
+def first_line(error) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def make_distance(name: str, device):
+    """The distance called l1, l2, huber or lpips. LPIPS is imported and its weights sought only here."""
+    return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "huber": pseudo_huber}[name]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Network: the ADM UNet, with the parameter names, shapes and order of operations of the released checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+class Conv2d(nn.Conv2d):
+    """Keeps float32 weights and computes in the dtype of its input."""
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class GroupNorm32(nn.GroupNorm):
+    """32 groups whatever the width; statistics and affine map in float32, result in the dtype of the input."""
+    def __init__(self, channels):
+        super().__init__(32, channels)
+
+    def forward(self, x):
+        if x.device.type == "cpu":  # its kernel takes bfloat16 with a float32 map, and computes in float32
+            return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
+
+
+def zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """(B,) -> (B, dim): cosines, then sines, of t times frequencies from 1 down to nearly 1/10000."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angles = t.float()[:, None] * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], 1), (0, dim % 2))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, emb_dim, dropout, scale_shift, extra, resample=None):
+        super().__init__()
+        width = 2 * c_out if scale_shift else c_out
+        self.scale_shift, self.resample = scale_shift, resample
+        self.in_layers = nn.Sequential(GroupNorm32(c_in), nn.SiLU(), Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, width))
+        if extra:  # zero: a net with the extra input begins as the net without it
+            self.emb_layers_s = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(emb_dim, width)))
+        self.out_layers = nn.Sequential(GroupNorm32(c_out), nn.SiLU(), nn.Dropout(dropout),
+                                        zeroed(Conv2d(c_out, c_out, 3, padding=1)))
+        self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb, emb_s):
+        h = self.in_layers[:2](x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.in_layers[2](h)
+        e = self.emb_layers(emb) if emb_s is None else self.emb_layers(emb) + self.emb_layers_s(emb_s)
+        e = e.to(h.dtype)[:, :, None, None]  # (B,C) or (B,2C) -> (...,1,1)
+        if self.scale_shift:
+            scale, shift = e.chunk(2, 1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + e)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, channels, head_channels):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = GroupNorm32(channels)
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        # The 3C channels are q of all heads, k of all heads, v of all heads. (B,3C,H,W) -> 3 of (B,heads,HW,C/heads)
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(3, 4).unbind(1)
+        if x.device.type == "cpu":  # twice as fast there, forward and backward, as the fused kernel
+            h = torch.softmax((q * (C // self.heads) ** -0.5) @ k.transpose(2, 3), -1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+class Layers(nn.Sequential):
+    """One entry of the encoder, middle or decoder: only its residual blocks see the embeddings."""
+    def forward(self, h, emb, emb_s):
+        for layer in self:
+            h = layer(h, emb, emb_s) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+
+class UNet(nn.Module):
+    """The ADM UNet F(x, t_in, y, extra).
+
+    Args:    image_size: pixels of a side; must halve evenly at each level.  base: channels.  mult: channel multiplier of
+             each level.  blocks: residual blocks a level.  attention: the feature-map sizes that get attention (the middle
+             always does).  head_channels: channels of an attention head.  classes: number of labels, 0 for none.
+             dropout: probability.  scale_shift: the embedding scales and shifts the second norm, otherwise it is added.
+             resblock_updown: resample inside residual blocks, otherwise by strided convolution.
+             extra: room for one further scalar input (CTM's s, guidance weight w), which at first changes nothing.
+    Raises:  ValueError if the sizes do not fit each other.
+    Source:  ADM, with the settings of openai's consistency models.
+    """
+    def __init__(self, image_size, base, mult, blocks, attention, head_channels, classes=0, dropout=0.0,
+                 scale_shift=True, resblock_updown=True, extra=False, channels=3):
+        super().__init__()
+        if image_size % 2 ** (len(mult) - 1) or image_size < 8:
+            raise ValueError(f"image size {image_size} does not halve {len(mult) - 1} times, or is below 8")
+        if any(base * m % 32 for m in mult) or any(base * m % head_channels for m in mult):
+            raise ValueError(f"widths {[base * m for m in mult]} are not multiples of 32 and of head_channels={head_channels}")
+        self.image_size, self.base, self.classes, self.extra, self.dtype = image_size, base, classes, extra, torch.float32
+        emb_dim = 4 * base
+
+        def time_mlp():
+            return nn.Sequential(nn.Linear(base, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+        def res(c_in, c_out, resample=None):
+            return ResBlock(c_in, c_out, emb_dim, dropout, scale_shift, extra, resample)
+
+        def attend(size, width):
+            return [AttentionBlock(width, head_channels)] if size in attention else []
+
+        self.time_embed = time_mlp()
+        if extra:
+            self.time_embed_s = time_mlp()
+        if classes:
+            self.label_emb = nn.Embedding(classes, emb_dim)
+
+        size, width, last = image_size, base * mult[0], len(mult) - 1
+        self.input_blocks = nn.ModuleList([Layers(Conv2d(channels, width, 3, padding=1))])
+        skips = [width]
+        for level, m in enumerate(mult):
+            for _ in range(blocks):
+                self.input_blocks.append(Layers(res(width, base * m), *attend(size, base * m)))
+                width = base * m
+                skips.append(width)
+            if level < last:
+                down = res(width, width, functools.partial(F.avg_pool2d, kernel_size=2))
+                self.input_blocks.append(Layers(down if resblock_updown else Downsample(width)))
+                skips.append(width)
+                size //= 2
+
+        self.middle_block = Layers(res(width, width), AttentionBlock(width, head_channels), res(width, width))
+
+        self.output_blocks = nn.ModuleList()
+        for level, m in reversed(list(enumerate(mult))):
+            for i in range(blocks + 1):
+                layers = [res(width + skips.pop(), base * m), *attend(size, base * m)]
+                width = base * m
+                if level > 0 and i == blocks:
+                    up = res(width, width, functools.partial(F.interpolate, scale_factor=2.0))
+                    layers.append(up if resblock_updown else Upsample(width))
+                    size *= 2
+                self.output_blocks.append(Layers(*layers))
+        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), zeroed(Conv2d(width, channels, 3, padding=1)))
+
+    def forward(self, x: Tensor, t_in: Tensor, y: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        """x (B,C,H,W) float32, t_in (B,) = c_noise(t), y (B,) int64 iff `classes`, extra (B,) iff `extra` -> like x.
+
+        Convolutions and attention run in `self.dtype` (float32 or bfloat16); embeddings, norms and the head in float32.
+        """
+        assert (y is not None) == (self.classes > 0) and (extra is not None) == self.extra, "labels or extra do not fit the net"
+        emb = self.time_embed(sinusoidal_embedding(t_in, self.base))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        emb_s = self.time_embed_s(sinusoidal_embedding(extra, self.base)) if self.extra else None
+        h, skips = x.to(self.dtype), []
+        for block in self.input_blocks:
+            h = block(h, emb, emb_s)
+            skips.append(h)
+        h = self.middle_block(h, emb, emb_s)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], 1), emb, emb_s)
+        return self.out(h.to(x.dtype))
+
+
+# Settings of the named networks; `--net NAME KEY=VALUE ...` changes single ones. imagenet64 and lsun256 are those of the
+# released checkpoints. The papers' CIFAR-10 net is an NCSN++; cifar10 here is the ADM net of its depth and width.
+NETS = {
+    "glyphs": dict(image_size=16, base=32, mult=(1, 2, 2), blocks=1, attention=(), head_channels=32),
+    "cifar-small": dict(image_size=32, base=64, mult=(1, 2, 2), blocks=2, attention=(16,), head_channels=32),
+    "cifar10": dict(image_size=32, base=128, mult=(2, 2, 2), blocks=4, attention=(16,), head_channels=64),
+    "imagenet64": dict(image_size=64, base=192, mult=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_channels=64),
+    "lsun256": dict(image_size=256, base=256, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(32, 16, 8), head_channels=64,
+                    scale_shift=False),
+}
+
+
+def net_settings(words) -> dict:
+    """The model arguments that `--net NAME KEY=VALUE ...` asks for. Raises UserError for what it does not know."""
+    name, *changes = words
+    if name not in NETS:
+        raise UserError(f"--net {name}: not one of {', '.join(NETS)}")
+    settings = dict(scale_shift=True, resblock_updown=True) | NETS[name]
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in settings:
+            raise UserError(f"--net {change}: the keys are {', '.join(settings)}")
+        try:
+            kind = type(settings[key])
+            settings[key] = (tuple(int(v) for v in value.split(",") if v) if kind is tuple
+                             else {"true": True, "false": False}[value] if kind is bool else kind(value))
+        except (ValueError, KeyError):
+            raise UserError(f"--net {change}: {key} is like {key}={show_value(settings[key])}") from None
+    return settings
+
+
+def show_value(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value).lower()
+
+
+def make_net(settings: dict) -> UNet:
+    """The UNet of these settings. Raises UserError if they do not fit each other."""
+    try:
+        return UNet(**settings)
+    except ValueError as error:
+        raise UserError(f"--net: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Moving average
+# ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def ema_update(average: nn.Module, net: nn.Module, decay: float):
+    """average <- decay * average + (1 - decay) * net, all parameters in one fused call; decay 0 copies."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: uint8 until it is on the device. A data set answers len() and __getitems__(indices) with a batch
+# (images (b,C,H,W) uint8, labels (b,) int64), and has `labels` ((n,) int64 array or None) and `classes` (0 if unlabelled).
+# ------------------------------------------------------------------------------------------------------------
+
+def glyphs(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """n coloured digits in Pillow's built-in font: shifted, turned, slanted, stretched, light on dark or dark on light.
+
+    Returns: images (n,size,size,3) uint8, labels (n,) int64, label = the digit. A pure function of its arguments.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    font, big = ImageFont.load_default(60), 4 * size  # drawn four times as large, then averaged
+    digits = []
+    for digit in "0123456789":
+        page = Image.new("L", (64, 64))
+        ImageDraw.Draw(page).text((32, 32), digit, fill=255, font=font, anchor="mm", stroke_width=2)
+        digits.append(page)
+
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, n)
+    turn, slant = rng.uniform(-0.2, 0.2, n), rng.uniform(-0.2, 0.2, n)  # radians, and dx/dy
+    wide, high = rng.uniform(0.8, 1.15, n), rng.uniform(0.85, 1.15, n)
+    shift = rng.uniform(-0.08, 0.08, (n, 2)) * 64
+    hue, saturation = rng.uniform(0, 1, (n, 2)), rng.uniform(0, 0.8, (n, 2))
+    dark, light, swap = rng.uniform(0, 0.35, n), rng.uniform(0.8, 1, n), rng.random(n) < 0.3
+
+    images = np.empty((n, size, size, 3), np.uint8)
+    for i in range(n):
+        cos, sin, zoom = math.cos(turn[i]), math.sin(turn[i]), 64 / big
+        # Output pixel -> page: the inverse of stretch, slant, turn, shift, about the middle of both.
+        A = np.array([[cos, sin], [-sin, cos]]) * zoom
+        A = np.array([[1 / wide[i], 0], [0, 1 / high[i]]]) @ np.array([[1, slant[i]], [0, 1]]) @ A
+        b = 32 - A @ np.full(2, big / 2) - shift[i]
+        mask = digits[labels[i]].transform((big, big), Image.Transform.AFFINE, (*A[0], b[0], *A[1], b[1]),
+                                           Image.Resampling.BILINEAR).reduce(4)
+        back, front = (np.array(colorsys.hsv_to_rgb(hue[i, k], saturation[i, k], value))
+                       for k, value in enumerate((light[i], dark[i]) if swap[i] else (dark[i], light[i])))
+        m = np.asarray(mask, np.float64)[:, :, None] / 255
+        images[i] = np.round(255 * (back + m * (front - back)))
+    return images, labels
+
+
+def fit_image(image, size: int, source) -> np.ndarray:
+    """Make a Pillow image (size,size,3) uint8: 8-bit RGB, shrunk to `size` on its short side, centre-cropped.
+
+    Raises:  UserError naming `source` if the image is smaller than that.
+    Source:  ADM's pipeline: halve with a box filter while twice too large, then bicubic.
+    """
+    from PIL import Image
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    image = image.convert("RGB")
+    if min(image.size) < size:
+        raise UserError(f"{source} is {image.width}x{image.height}, smaller than the {size} pixels of the network")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+def as_batch(images: np.ndarray, labels) -> tuple[Tensor, Tensor]:
+    """(b,H,W,3) uint8 and labels or None -> the batch a data set answers with."""
+    labels = np.zeros(len(images), np.int64) if labels is None else labels
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.copy())
+
+
+class ArrayImages:
+    """Images in arrays (n,H,W,C), C = 1, 3 or 4, or planar (n,3,H,W): in memory or memory-mapped."""
+    def __init__(self, parts, labels, size, source):
+        self.parts, self.size, self.source = parts, size, source
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.labels, self.classes = check_labels(labels, self.ends[-1], source)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitems__(self, indices):
+        from PIL import Image
+        images = []
+        for i in indices:
+            part = int(np.searchsorted(self.ends, i, side="right"))
+            image = np.asarray(self.parts[part][i - self.ends[part]])  # counted from the part's end
+            image = image.transpose(1, 2, 0) if image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4) else image
+            if image.shape != (self.size, self.size, 3):
+                image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+                image = fit_image(image, self.size, f"{self.source}: image {i}")
+            images.append(image)
+        return as_batch(np.stack(images), None if self.labels is None else self.labels[indices])
+
+
+class FileImages:
+    """Image files of a folder or a zip, decoded when asked for."""
+    def __init__(self, source, names, labels, size):
+        self.source, self.size = source, size
+        self.names = np.array([os.fsencode(name) for name in names])  # bytes: compact, and shared with the workers
+        self.labels, self.classes = check_labels(labels, len(names), source)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitems__(self, indices):
+        images = np.stack([self.read(os.fsdecode(name)) for name in self.names[indices]])
+        return as_batch(images, None if self.labels is None else self.labels[indices])
+
+    def read(self, name):
+        from PIL import Image
+        try:
+            with (open_zip(self.source, os.getpid()).open(name) if zipfile.is_zipfile(self.source)
+                  else open(self.source / name, "rb")) as file, Image.open(io.BytesIO(file.read())) as image:
+                image.load()
+                return fit_image(image, self.size, f"{self.source}/{name}")
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.source}/{name} cannot be read as an image: {first_line(error)}") from error
+
+
+@functools.lru_cache(1)
+def open_zip(path, pid):  # one handle for each process: forked ones would share their place in the file
+    return zipfile.ZipFile(path)
+
+
+def check_labels(labels, n, source):
+    """-> labels (n,) int64 or None, number of classes (0 without labels)."""
+    if labels is None:
+        return None, 0
+    labels = np.asarray(labels)
+    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise UserError(f"{source}: the labels must be {n} integers from 0, got {labels.dtype} of shape {labels.shape}"
+                        + (f" with {labels.min()} among them" if labels.size and labels.dtype.kind in "iu" else ""))
+    return labels.astype(np.int64), int(labels.max()) + 1
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def load_files(source: Path, size: int) -> FileImages:
+    """A folder or zip of images. Labels: `dataset.json` (EDM's layout) if there is one; else a folder's sub-folders."""
+    in_zip = source.is_file()
+    try:
+        names = (zipfile.ZipFile(source).namelist() if in_zip else
+                 [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()])
+        names = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES)
+                       and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
+        index = "dataset.json"
+        text = (zipfile.ZipFile(source).read(index) if in_zip and index in zipfile.ZipFile(source).namelist()
+                else (source / index).read_bytes() if (source / index).is_file() else None)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{source} cannot be read: {first_line(error)}") from error
+    if not names:
+        raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    labels = None
+    if text is not None:
+        try:
+            pairs = json.loads(text)["labels"]
+            label_of = None if pairs is None else {name: int_label(label) for name, label in pairs}
+            labels = None if pairs is None else [label_of[name] for name in names]
+        except KeyError as error:
+            raise UserError(f"{source}/{index} has no entry {error}") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{source}/{index} is not a list of [file, integer label]: {first_line(error)}") from None
+    elif not in_zip and any("/" in name for name in names):
+        loose = next((name for name in names if "/" not in name), None)
+        if loose:
+            raise UserError(f"{source}/{loose} has no label: other images lie in sub-folders, one for each class")
+        classes = sorted({name.split("/")[0] for name in names})
+        labels = np.searchsorted(classes, [name.split("/")[0] for name in names])
+    return FileImages(source, names, labels, size)
+
+
+def int_label(label) -> int:
+    if type(label) is not int:
+        raise ValueError(f"label {label!r}")
+    return label
+
+
+def map_array(path: Path, key: str | None = None) -> np.ndarray:
+    """Memory-map a .npy file, or one array of an .npz. A compressed one is first unpacked into a .npy beside it.
+
+    Raises:  UserError naming the file if it is not such a file, or holds pickled objects, which are never loaded.
+    """
+    try:
+        if key is None:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{key}.npy")
+            if member.compress_type == zipfile.ZIP_STORED:
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                                             else np.lib.format.read_array_header_2_0)(file)
+                    header = file.tell()
+                if not dtype.hasobject:
+                    with open(path, "rb") as file:  # the member's data follow its local header, name and extra field
+                        file.seek(member.header_offset + 26)
+                        name_extra = np.frombuffer(file.read(4), "<u2").sum(dtype=int)
+                    return np.memmap(path, dtype, "r", member.header_offset + 30 + int(name_extra) + header, shape,
+                                     "F" if fortran else "C")
+            unpacked = path.with_name(f"{path.stem}.{key}.npy")
+            if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
+                with archive.open(member) as source, atomic_file(unpacked) as target:
+                    while block := source.read(1 << 24):
+                        target.write(block)
+            return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise UserError(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}: "
+                        f"{first_line(error)}") from error
+
+
+def load_arrays(path: Path, size: int) -> ArrayImages:
+    """A .npy of images, or an .npz with them as `arr_0`, `images`, `x` or `data`, labels as `arr_1`, `labels` or `y`."""
+    labels = None
+    if path.suffix == ".npz":
+        try:
+            keys = [name.removesuffix(".npy") for name in zipfile.ZipFile(path).namelist()]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be read as an npz: {first_line(error)}") from error
+        key = next((key for key in ("arr_0", "images", "x", "data") if key in keys), None)
+        if key is None:
+            raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0 and the labels arr_1")
+        images = map_array(path, key)
+        labels = next((map_array(path, key) for key in ("arr_1", "labels", "y") if key in keys), None)
+    else:
+        images = map_array(path)
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3, 4} or not len(images):
+        raise UserError(f"{path}: images must be uint8 of shape (n, height, width, 3), got {images.dtype} {images.shape}")
+    return ArrayImages([images], labels, size, path)
+
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+def load_cifar10(folder: Path, size: int) -> ArrayImages:
+    """CIFAR-10's 50,000 training images from its binary archive in `folder`, fetched there if it is missing."""
+    archive = folder / CIFAR10_URL.rsplit("/")[-1]
+    if not archive.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, atomic_file(archive) as target:
+                from tqdm import tqdm
+                with tqdm(total=int(source.headers["Content-Length"] or 0), unit="B", unit_scale=True, desc="CIFAR-10") as bar:
+                    while block := source.read(1 << 20):
+                        target.write(block)
+                        bar.update(len(block))
+        except OSError as error:
+            raise UserError(f"--dataset cifar10: cannot fetch {CIFAR10_URL} ({first_line(error)}). "
+                            f"Put it into {folder}, or name other images with --data-dir") from error
+    if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
+        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it to have it fetched again")
+    with tarfile.open(archive) as tar:
+        rows = np.concatenate([np.frombuffer(tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read(), np.uint8)
+                               for i in range(1, 6)]).reshape(50000, 3073)  # one byte of label, then planes of 32x32
+    return ArrayImages([rows[:, 1:].reshape(-1, 3, 32, 32)], rows[:, 0].astype(np.int64), size, archive)
+
+
+def load_dataset(name: str, data_dir: str | None, size: int):
+    """The data set called `name`, or the one at that path, with images of `size` pixels.
+
+    Args:    name: glyphs, cifar10, imagenet64, bedroom256, cat256, or a path: a folder or zip of images, an .npz or .npy.
+             data_dir: where a named data set lies, in any of those forms; cifar10 is fetched into it.
+    Raises:  UserError in one line for anything that is missing or not as it should be.
+    """
+    if name == "glyphs":
+        return ArrayImages([(data := glyphs(20000, seed=0, size=size))[0]], data[1], size, name)
+    known = name in ("cifar10", "imagenet64", "bedroom256", "cat256")
+    if known and data_dir is None and name != "cifar10":
+        raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images"
+                        + (", or the folder of the official train_data_batch_*.npz" if name == "imagenet64" else ""))
+    path = Path(data_dir or "data") if known else Path(name)
+    if known and name == "cifar10" and (data_dir is None or (path / CIFAR10_URL.rsplit("/")[-1]).exists() or not path.exists()):
+        return load_cifar10(path, size)
+    if not path.exists():
+        raise UserError(f"{'--data-dir' if known else '--dataset'} {path} does not exist"
+                        + ("" if known else "; the named data sets are glyphs, cifar10, imagenet64, bedroom256, cat256"))
+    if path.suffix in (".npz", ".npy"):
+        return load_arrays(path, size)
+    batches = sorted(path.rglob("train_data_batch_*.npz"), key=lambda p: int(p.stem.rsplit("_")[-1])) if path.is_dir() else []
+    if name == "imagenet64" and batches:
+        parts = [map_array(batch, "data") for batch in batches]
+        if any(part.dtype != np.uint8 or part.shape[1:] != (3 * 64 * 64,) for part in parts):
+            raise UserError(f"{path}: the batches must be uint8 of shape (n, 12288)")
+        labels = np.concatenate([map_array(batch, "labels") for batch in batches]).astype(np.int64) - 1  # they count from 1
+        return ArrayImages([part.reshape(-1, 3, 64, 64) for part in parts], labels, size, path)
+    return load_files(path, size)
+
+
+def index_batches(n, seed, step, total_steps, batch_size, micro_batch, rank=0, world=1):
+    """Yield the indices of micro-batches rank, rank + world, ... of every step from `step` on.
+
+    The images form one endless stream, a fresh permutation of all n for each pass; micro-batch m of step k is the
+    piece of it that (k, m) says. So the data depend on nothing but (seed, step, m).
+    """
+    @functools.lru_cache(2)  # a batch spans at most two passes, or many of a tiny data set
+    def order(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(n)
+
+    for k in range(step, total_steps):
+        for m in range(rank, batch_size // micro_batch, world):
+            places = np.arange(micro_batch) + k * batch_size + m * micro_batch
+            yield np.array([order(int(p) // n)[p % n] for p in places])
+
+
+def make_loader(dataset, batches, workers: int | None, device):
+    """The batches of `dataset` that the iterator of indices `batches` asks for, in order, decoded ahead by `workers`."""
+    if workers is None:
+        workers = min(os.cpu_count() - 1, 8) if isinstance(dataset, FileImages) else 0
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=unchanged, num_workers=workers,
+                                            pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+
+
+def unchanged(batch):
+    return batch
+
+
+def to_device(batch, device, flip: bool) -> tuple[Tensor, Tensor]:
+    """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], flipped left-right with probability 1/2 if `flip`; y (b,)."""
+    x0, y = (part.to(device, non_blocking=True) for part in batch)
+    x0 = x0.float() / 127.5 - 1
+    if flip:
+        x0 = torch.where(bcast(torch.rand(len(x0), device=device) < 0.5, x0), x0.flip(3), x0)
+    return x0, y
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes and seeds. The unit of work is the micro-batch: micro-batch m of step k draws its images and all its random
+# numbers from (seed, k, m) alone, so a run does not depend on how many processes share it, nor on where it was resumed.
+# ------------------------------------------------------------------------------------------------------------
+
+def setup(args):
+    """Join the processes that torchrun started, if it did, and choose the device.
+
+    Returns: a namespace: rank, world, main (is this rank 0?), device, dtype (of convolutions and attention), compile.
+    Raises:  UserError if the device is not there.
+    """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind = args.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind != "cpu" and not getattr(torch.backends if kind == "mps" else torch, kind).is_available():
+        raise UserError(f"--device {kind}: this machine, or this build of torch, has none")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else
+                kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16)
+    return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, device=device,
+                                 dtype=torch.bfloat16 if bf16 else torch.float32,
+                                 compile=kind == "cuda" if args.compile is None else args.compile)
+
+
+@contextlib.contextmanager
+def main_process_first(run):
+    """Rank 0 passes through alone, then the others: whatever it downloads or unpacks they find ready."""
+    if run.world > 1 and not run.main:
+        torch.distributed.barrier()
+    yield
+    if run.world > 1 and run.main:
+        torch.distributed.barrier()
+
+
+def place(net: UNet, run) -> UNet:
+    """Move a net to the device, in the memory format and compute dtype that suit it."""
+    net.dtype = run.dtype
+    return net.to(run.device, memory_format=torch.channels_last if run.device.type == "cuda" else torch.contiguous_format)
+
+
+def seed_everything(*key: int):
+    """Seed torch's generators of all devices with a hash of the integers `key`."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+@contextlib.contextmanager
+def replay_random(device):
+    """Whatever runs after this block draws the random numbers that the block drew: the same dropout masks, say."""
+    generator = torch.random if device.type == "cpu" else torch.get_device_module(device)
+    state = generator.get_rng_state()
+    yield
+    generator.set_rng_state(state)
+
+
+def flatten_gradients(net: nn.Module, tail: int) -> tuple[Tensor, Tensor]:
+    """One buffer that holds all gradients, as views, and `tail` more numbers: what the ranks sum at once each step.
+
+    Returns: buffer (n + tail,), and the view of its tail. Zero the buffer instead of calling zero_grad.
+    """
+    parameters = list(net.parameters())
+    buffer = torch.zeros(sum(p.numel() for p in parameters) + tail, device=parameters[0].device)
+    start = 0
+    for p in parameters:  # with the strides of p, so that the optimizer's fused updates need no copies
+        p.grad = buffer[start:start + p.numel()].as_strided(p.shape, p.stride())
+        start += p.numel()
+    return buffer, buffer[start:]
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C, for the loop to finish its step and save. A second one interrupts at once."""
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: one dictionary of tensors and plain values, loaded without unpickling anything else
+# ------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, state):
+    """Write `state` to `path`, whole or not at all. Raises UserError if it cannot be written."""
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path) -> dict:
+    """Read a checkpoint. Raises UserError if it is missing, damaged, or holds anything that could run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is no checkpoint, or holds more than tensors and plain values. It was not loaded: "
+                        "that could run code") from error
+    except Exception as error:  # a damaged archive surfaces in many ways
+        raise UserError(f"{path} is no checkpoint, or is damaged: {first_line(error)}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def load_network(path, script: str) -> tuple[UNet, dict]:
+    """The network to sample with: `ema` of a checkpoint of `script`, or a plain state dict of one of NETS.
+
+    Returns: the net in eval mode on the CPU, and the checkpoint's `args` ({} for a plain state dict).
+    Raises:  UserError if the file cannot be loaded, is another script's, or fits no network known here.
+    """
+    state = load_checkpoint(path)
+    if "model_args" in state:
+        if state.get("script") != script:
+            raise UserError(f"--ckpt {path} was written by {state.get('script')}.py: give it to that script")
+        net = UNet(**state["model_args"])
+        net.load_state_dict(state["ema"])
+        return net.eval(), state["args"]
+    shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+    classes = shapes.get("label_emb.weight", (0,))[0]
+    for name, settings in NETS.items():
+        with torch.device("meta"):
+            net = UNet(**settings, classes=classes)
+        if {key: tuple(value.shape) for key, value in net.state_dict().items()} == shapes:
+            net.load_state_dict(state, assign=True)
+            return net.float().eval(), {}
+    raise UserError(f"--ckpt {path}: these weights fit none of the networks {', '.join(NETS)}")
+
+
+# Flags that may change when a run is resumed: where things lie, what is reported, what machine it is.
+FREE_FLAGS = {"data_dir", "out_dir", "overwrite", "log_every", "sample_every", "save_every", "workers", "device", "compile"}
+
+
+def resume_state(args, script: str) -> dict | None:
+    """The checkpoint to go on from, if `args.out_dir` holds one and `--overwrite` was not given.
+
+    Raises:  UserError if that run had other flags; nothing is touched.
+    """
+    path = Path(args.out_dir) / "last.pt"
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then --overwrite has been obeyed already
+    if not path.exists() or (args.overwrite and not restarted):
+        return None
+    state = load_checkpoint(path)
+    if state.get("script") != script:
+        raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose another, or --overwrite it")
+    old, new = state["args"], json.loads(json.dumps(vars(args)))
+    changed = [f"--{key.replace('_', '-')} {show_value(old.get(key))} there, {show_value(new.get(key))} now"
+               for key in sorted(old.keys() | new.keys()) if key not in FREE_FLAGS and old.get(key) != new.get(key)]
+    if changed:
+        raise UserError(f"--out-dir {args.out_dir} holds a run with other flags ({'; '.join(changed)}); "
+                        "use its flags to resume it, choose another --out-dir, or --overwrite it")
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Logs and pictures
+# ------------------------------------------------------------------------------------------------------------
+
+class Log:
+    """`log.jsonl`: one JSON object a line. What a killed run wrote after the step it resumes from is dropped."""
+    def __init__(self, path, step: int):
+        self.path, kept = Path(path), []
+        if step and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line may be half-written
+                    kept += [line] if json.loads(line)["step"] <= step else []
+        with atomic_file(self.path, "w") as file:
+            file.writelines(line + "\n" for line in kept)
+
+    def write(self, record: dict):
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """(n,C,H,W) in [-1, 1] -> (n,H,W,C) uint8, rounded, so that it inverts x/127.5 - 1."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(path, blocks: list[Tensor], columns: int):
+    """Write a PNG: each block (n,C,H,W) a grid of `columns`, the blocks side by side; small images are enlarged."""
+    from PIL import Image
+    grids = []
+    for block in blocks:
+        images = to_uint8(block)
+        images = np.concatenate([images, np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)])
+        rows = [np.concatenate(list(images[i:i + columns]), 1) for i in range(0, len(images), columns)]
+        grids += [np.concatenate(rows, 0), np.full((len(rows) * images.shape[1], 4, 3), 255, np.uint8)]
+    picture = Image.fromarray(np.concatenate(grids[:-1], 1))
+    zoom = max(1, 48 // images.shape[1])
+    with atomic_file(path) as file:
+        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(file, "PNG")
+
+
+def save_samples(path, images: Tensor, labels: Tensor | None, columns: int):
+    """Write samples as a .png grid, an .npz as ADM's evaluator reads it (arr_0 uint8 NHWC, arr_1 labels), or a folder of PNGs."""
+    from PIL import Image
+    path = Path(path)
+    if path.suffix not in ("", ".png", ".npz"):
+        raise UserError(f"--save {path}: name a .png, an .npz or a folder")
+    try:
+        (path if path.suffix == "" else path.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {path}: {error.strerror}") from error
+    if path.suffix == ".png":
+        save_grid(path, [images], columns)
+    elif path.suffix == ".npz":
+        with atomic_file(path) as file:
+            np.savez(file, to_uint8(images), *([] if labels is None else [labels.cpu().numpy()]))
+    else:
+        for i, image in enumerate(to_uint8(images)):
+            with atomic_file(path / f"{i:06d}.png") as file:
+                Image.fromarray(image).save(file, "PNG")
+
+
+def seeded_noise(indices, seed: int):
+    """A source of unit noise, x -> noise like x, in which image i has a generator of its own, seeded by (seed, i).
+
+    So a sample does not depend on the size of the batch it is drawn in, nor on the device.
+    """
+    keys = [np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1 for i in indices]
+    generators = [torch.Generator().manual_seed(int(key)) for key in keys]
+    return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
+
+
+BINS = 4  # of noise levels, parted at 0.1, 1 and 10, that the log reports the loss by
+
+
+def tally(bins: Tensor, t: Tensor, loss: Tensor):
+    """Add the losses (B,) of images at noise levels t (B,) to bins[0] (4,), and how many they were to bins[1]."""
+    which = torch.bucketize(t, torch.tensor([0.1, 1.0, 10.0], device=t.device))
+    bins[0].index_add_(0, which, loss)
+    bins[1].index_add_(0, which, torch.ones_like(loss))
+
+
+def start_run(args, run, net, step: int) -> Log | None:
+    """Rank 0 makes the output folder, says what runs, and opens the log; the others get None.
+
+    Raises:  UserError if the folder cannot be written to.
+    """
+    if not run.main:
+        return None
+    out_dir = Path(args.out_dir)
+    try:
+        (out_dir / "samples").mkdir(parents=True, exist_ok=True)
+        if step == 0:  # what another run left here must not be taken for this one's
+            for old in [out_dir / "last.pt", out_dir / "ema.pt", *(out_dir / "samples").glob("*.png")]:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out-dir {args.out_dir}: {error.strerror}") from error
+    log = Log(out_dir / "log.jsonl", step)
+    print(" ".join(f"{key}={show_value(value)}" for key, value in vars(args).items()))
+    print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, {run.world} process(es) on {run.device.type}, "
+          f"{str(run.dtype).removeprefix('torch.')}" + (f"; resumed at step {step}" if step else ""))
+    if run.world > args.batch_size // args.micro_batch:
+        print(f"note: {run.world} processes share {args.batch_size // args.micro_batch} micro-batches; lower --micro-batch")
+    return log
+
+
+def progress(args, run, step: int):
+    """A progress bar over the steps, on rank 0."""
+    from tqdm import tqdm
+    return tqdm(total=args.total_steps, initial=step, unit="step", disable=not run.main, dynamic_ncols=True)
+
+
+def finish(run, stopped: bool, stop: StopSignal):
+    """Leave: exit code 0, or 128 + the number of the signal that stopped the run, here or on another rank."""
+    if run.world > 1:
+        torch.distributed.destroy_process_group()
+    if stopped:
+        raise SystemExit(128 + (stop.number or signal.SIGTERM))
+
+
+def peak_memory_gb(device) -> float:
+    """The most memory this process has held: the GPU's where there is one, otherwise resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """Flags are absent unless given; an error is one line with exit code 2."""
+    def __init__(self, description):
+        super().__init__(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: --"):
+            wrong = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            message += f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf, name="number"):
+    """An argparse type: `kind` within [low, high]."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    convert.__name__ = name
+    return convert
+
+
+positive = number(int, 1, name="positive integer")
+count = number(int, 0, name="count")
+
+
+def add_shared_flags(parser):
+    """The flags that mean the same in all four scripts."""
+    data = parser.add_argument_group("data and network")
+    data.add_argument("--dataset", metavar="NAME", help="glyphs (default), cifar10, imagenet64, bedroom256, cat256, or a path: "
+                      "a folder (class = sub-folder) or zip of images, an .npz or .npy of uint8 images")
+    data.add_argument("--data-dir", metavar="DIR", help="where a named data set lies; cifar10 is fetched into it (default data)")
+    data.add_argument("--class-cond", action=argparse.BooleanOptionalAction, help="condition on the labels (default: as the "
+                      "paper does; for a path, if it has labels)")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: not for glyphs)")
+    data.add_argument("--net", nargs="+", metavar="NAME KEY=VALUE", help=f"network: {', '.join(NETS)}, and changes to its "
+                      "settings, e.g. --net cifar-small base=32 mult=1,2,2 blocks=1 attention=16,8 image_size=32")
+    data.add_argument("--dropout", type=number(float, 0, 1), metavar="P", help="dropout probability in the residual blocks")
+    data.add_argument("--workers", type=count, metavar="N", help="processes that decode image files (default: cores - 1, at most "
+                      "8; 0 for arrays)")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--out-dir", metavar="DIR", help=f"receives last.pt, ema.pt, log.jsonl, samples/ (default "
+                       f"out/{parser.prog.removesuffix('.py')}). A run found there is resumed")
+    train.add_argument("--overwrite", action="store_true", help="start anew in --out-dir")
+    train.add_argument("--total-steps", type=positive, metavar="K", help="optimizer steps of the whole run")
+    train.add_argument("--batch-size", type=positive, metavar="B", help="images a step, over all processes")
+    train.add_argument("--micro-batch", type=positive, metavar="B", help="images a pass through the network; divides --batch-size. "
+                       "Lower it if memory runs out")
+    train.add_argument("--lr", type=number(float, 0), metavar="LR", help="learning rate of RAdam, constant")
+    train.add_argument("--ema-decay", type=number(float, 0, 1), metavar="D", help="decay, a step, of the average used for sampling")
+    train.add_argument("--seed", type=count, metavar="S", help="seed of everything random (default 0)")
+    train.add_argument("--log-every", type=count, metavar="K", help="steps between lines of log.jsonl; 0 = never (default 50)")
+    train.add_argument("--sample-every", type=count, metavar="K", help="steps between grids of samples; 0 = never (default 500)")
+    train.add_argument("--save-every", type=count, metavar="K", help="steps between checkpoints; 0 = only at the end (default 500)")
+
+    sample = parser.add_argument_group("sampling")
+    sample.add_argument("--ckpt", metavar="FILE", help="sample with this checkpoint's EMA weights instead of training")
+    sample.add_argument("--sample", type=positive, metavar="N", help="how many images (default 64)")
+    sample.add_argument("--sigmas", type=number(float, T_MIN, T_MAX, "noise level"), nargs="+", metavar="T", help="noise levels, "
+                        "largest first, one network call each (default when sampling: 80, one step)")
+    sample.add_argument("--labels", type=count, nargs="+", metavar="Y", help="classes to draw, in turn (default: all)")
+    sample.add_argument("--save", metavar="PATH", help="a .png grid, an .npz as ADM's evaluator reads it, or a folder "
+                        "(default samples.png)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), help="default: the first of these that is there")
+    machine.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of convolutions and attention (default: bf16 "
+                         "where the device computes in it)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network (default: on CUDA)")
+
+
+SHARED_DEFAULTS = dict(dataset="glyphs", data_dir=None, class_cond=None, workers=None, overwrite=False, seed=0, log_every=50,
+                       sample_every=500, save_every=500, device="auto", precision="auto", compile=None)
+SAMPLING_DEFAULTS = dict(sample=64, sigmas=[T_MAX], labels=None, save="samples.png", seed=0, device="auto", precision="auto",
+                         compile=False)
+SAMPLING_FLAGS = ("sample", "labels", "save")
+RUN_FLAGS = ("ckpt", "sigmas", "seed", "device", "precision", "compile")  # apply to sampling and to training
+
+
+def parse_flags(parser, recipe):
+    """Read the command line. `recipe(given)` supplies whatever the user did not.
+
+    Returns: the namespace of all settings. From here on an error is one line, and exit code 2.
+    Raises:  UserError for an unknown flag or value, or one that does not apply with the others.
+    """
+    sys.excepthook = one_line_errors
+    given = vars(parser.parse_args())
+    name = {key: "--" + key.replace("_", "-") for key in given}
+    if "ckpt" in given:
+        for key in given.keys() - set(SAMPLING_FLAGS) - set(RUN_FLAGS):
+            raise UserError(f"{name[key]} does not apply with --ckpt, which samples; the checkpoint knows its settings")
+    else:
+        for key in given.keys() & set(SAMPLING_FLAGS):
+            raise UserError(f"{name[key]} applies to sampling only: name a checkpoint with --ckpt")
+        if "data_dir" in given and given.get("dataset", "glyphs") not in ("cifar10", "imagenet64", "bedroom256", "cat256"):
+            raise UserError("--data-dir says where a named data set lies; give a path of your own as --dataset")
+    sigmas = given.get("sigmas", [T_MAX])
+    if sorted(sigmas, reverse=True) != sigmas:
+        raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: name the largest first")
+    if "ckpt" in given:
+        return argparse.Namespace(**(SAMPLING_DEFAULTS | given))
+    args = SHARED_DEFAULTS | {"out_dir": f"out/{parser.prog.removesuffix('.py')}"} | recipe(given) | given
+    if "micro_batch" not in given:  # the largest divisor the recipe's memory allows for
+        args["micro_batch"] = max(b for b in range(1, args["micro_batch"] + 1) if args["batch_size"] % b == 0)
+    if args["batch_size"] % args["micro_batch"]:
+        raise UserError(f"--batch-size {args['batch_size']} is not a multiple of --micro-batch {args['micro_batch']}")
+    return argparse.Namespace(**args)
+
+
+def one_line_errors(kind, error, trace):
+    if not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, trace)
+    if os.environ.get("RANK", "0") == "0":  # a loader's worker sends its traceback along: the last line says it
+        message = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def sample_checkpoint(args, run, script: str, draw):
+    """`--ckpt`: draw samples with the EMA weights and save them.
+
+    Args:    draw: (net, sigmas, y, noise, shape) -> images, as each script defines it.
+    """
+    net, trained = load_network(args.ckpt, script)
+    net, classes, n = place(net, run), net.classes, args.sample
+    if args.labels and (not classes or max(args.labels) >= classes):
+        raise UserError(f"--labels {' '.join(map(str, args.labels))}: this network has "
+                        + (f"the labels 0 to {classes - 1}" if classes else "no labels"))
+    labels = args.labels or list(range(classes))
+    y = torch.tensor([labels[i % len(labels)] for i in range(n)], device=run.device) if classes else None
+    images = []
+    from tqdm import tqdm
+    for start in tqdm(range(0, n, 64), unit_scale=64, unit="image", disable=not run.main or n <= 64):
+        part = range(start, min(start + 64, n))
+        images.append(draw(net, args.sigmas, None if y is None else y[part.start:part.stop], seeded_noise(part, args.seed),
+                           (len(part), 3, net.image_size, net.image_size)))
+    columns = len(labels) if 1 < len(labels) <= 16 else math.isqrt(n - 1) + 1
+    save_samples(args.save, torch.cat(images), y, columns)
+    print(f"{n} samples, {len(args.sigmas)} network call(s) each, EMA weights of {args.ckpt}: {args.save}")

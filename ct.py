@@ -1,0 +1,251 @@
+"""Consistency training: a one-step generator from scratch, with no teacher.
+
+    python ct.py                                             digits (glyphs) on a laptop, minutes
+    python ct.py --dataset my_images/                        your own: a folder or zip of images, an .npz or .npy
+    torchrun --nproc_per_node=8 ct.py --dataset imagenet64 --data-dir /data/imagenet64
+    python ct.py --ckpt out/ct/last.pt --sample 64 --sigmas 80 0.8 --save out.png
+
+The same command again resumes a run, exactly, on any number of processes.
+
+Paper: Song et al. 2023 (CM, arXiv 2303.01469v2), Algorithm 3, with `--recipe ct`; its successor Song & Dhariwal 2023
+(iCT, arXiv 2310.14189) with `--recipe ict`, the default. What sets them apart:
+
+    setting       ct                                          ict
+    --schedule    sqrt: N(k) grows like sqrt(k) (CM App. C)   double: N(k) doubles every K' steps (iCT Eq. 13)
+    --mu0         target = moving average of the net, mu(k)   0: target = the net itself, without gradient (iCT Sec. 3.2)
+    --dist        lpips                                       huber (iCT Sec. 3.3)
+    --times       uniform over the grid                       lognormal: more often where it is hard (iCT Sec. 3.4)
+    --weighting   one                                         inverse: 1 / (t_n1 - t_n) (iCT Sec. 3.1)
+
+Log, one JSON object a line: step; images = seen so far; loss, and loss_bins its mean where t_n1 is below 0.1, 1, 10 and
+above; grad_norm; N; mu; lr; images_per_s; peak_gb; skipped = steps left out because their loss was not finite.
+"""
+import copy
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+import common
+from common import UserError, consistency
+
+# Recipes: CM Table 3 and iCT App. B; glyphs and "path" (your own images) are ours, tuned on 2 cores. `sigmas` are the
+# levels of the two-step samples: published ones (CM's time points, iCT's 0.821 and 1.526), or ours.
+METHODS = {
+    "ct": dict(schedule="sqrt", s0=2, dist="lpips", times="uniform", weighting="one", dropout=0.0),
+    "ict": dict(schedule="double", s0=10, s1=1280, mu0=0.0, dist="huber", times="lognormal", weighting="inverse", dropout=0.0),
+}
+RECIPES = {
+    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=64, sigmas=[80.0, 0.8], batch_size=64, total_steps=4000, lr=1e-3,
+                   ema_decay=0.999, ct=dict(s1=150, mu0=0.9, dist="l2"), ict=dict(s1=320)),
+    "path": dict(net=["cifar-small"], flip=True, micro_batch=32, sigmas=[80.0, 0.821], batch_size=128, total_steps=100_000,
+                 lr=4e-4, ema_decay=0.9995, ct=dict(s1=150, mu0=0.9), ict=dict()),
+    "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, sigmas=[80.0, 0.821], class_cond=False,
+                    ct=dict(batch_size=512, lr=4e-4, s1=150, mu0=0.9, ema_decay=0.9999, total_steps=800_000),
+                    ict=dict(batch_size=1024, lr=1e-4, ema_decay=0.99993, total_steps=400_000, dropout=0.3)),
+    "imagenet64": dict(net=["imagenet64"], flip=True, micro_batch=64, class_cond=True,
+                       ct=dict(batch_size=2048, lr=8e-6, s1=200, mu0=0.95, ema_decay=0.999943, total_steps=800_000,
+                               sigmas=[80.0, 1.91284]),
+                       ict=dict(batch_size=4096, lr=1e-4, ema_decay=0.99997, total_steps=800_000, dropout=0.2,
+                                sigmas=[80.0, 1.526])),
+}
+for name, tau in ("bedroom256", 3.99122), ("cat256", 5.2485):  # iCT has published none for these
+    RECIPES[name] = dict(net=["lsun256"], flip=True, micro_batch=8, class_cond=False, batch_size=2048, lr=1e-5,
+                         ema_decay=0.999943, total_steps=1_000_000, sigmas=[80.0, tau], ct=dict(s1=150, mu0=0.95), ict=dict())
+
+
+def recipe(given):
+    """The settings of `--recipe` for `--dataset`, general ones first."""
+    method, dataset = given.get("recipe", "ict"), given.get("dataset", "glyphs")
+    chosen = dict(RECIPES[dataset if dataset in RECIPES else "path"])
+    special = {key: chosen.pop(key) for key in METHODS}[method]
+    return METHODS[method] | {"recipe": method} | chosen | special
+
+
+def flags():
+    parser = common.Parser(__doc__)
+    group = parser.add_argument_group("algorithm")
+    group.add_argument("--recipe", choices=METHODS, help="ict (default): improved consistency training; ct: the seed paper")
+    group.add_argument("--schedule", choices=("sqrt", "double"), help="how N(k), the number of noise levels, grows")
+    group.add_argument("--s0", type=common.positive, metavar="N", help="intervals at the start (CM 2, iCT 10)")
+    group.add_argument("--s1", type=common.positive, metavar="N", help="intervals at the end (CM 150 to 200, iCT 1280)")
+    group.add_argument("--mu0", type=common.number(float, 0, 1), metavar="MU", help="target's decay at the start (CM 0.9 to "
+                       "0.95); 0: the target is the net itself (iCT)")
+    group.add_argument("--dist", choices=("l1", "l2", "huber", "lpips"), help="distance between the two outputs")
+    group.add_argument("--times", choices=("uniform", "lognormal"), help="how intervals are drawn from the grid")
+    group.add_argument("--weighting", choices=("one", "inverse"), help="of an interval: 1, or 1 / (t_n1 - t_n)")
+    common.add_shared_flags(parser)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The method
+# ------------------------------------------------------------------------------------------------------------
+
+def num_points(k, K, s0, s1, schedule):
+    """N(k): how many noise levels the grid has at step k of K. It ends at s1 + 1 points, s1 intervals."""
+    if schedule == "sqrt":  # CM App. C
+        return math.ceil(math.sqrt(k / K * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
+    stage = max(math.floor(K / (math.log2(s1 // s0) + 1)), 1)  # iCT Sec. 3.4: K'
+    return min(s0 * 2 ** (k // stage), s1) + 1
+
+
+def target_decay(N, s0, mu0):
+    """mu(k) = exp(s0 ln(mu0) / N(k)), CM App. C; 0 for mu0 = 0."""
+    return mu0 ** (s0 / N)  # differs from openai cm: they divide by N(k) - 1
+
+
+def interval_probabilities(times, law):
+    """p(n), n = 0 .. N-2: uniform (CM Alg. 3), or the weight of ln t ~ Normal(-1.1, 2.0^2) in the interval (iCT Eq. 10)."""
+    if law == "uniform":
+        return torch.ones(len(times) - 1) / (len(times) - 1)
+    p = ((times.double().log() + 1.1) / (2.0 * math.sqrt(2))).erf().diff()
+    return (p / p.sum()).float()
+
+
+def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weighting):
+    """The consistency training loss of each image.
+
+    Args:    net: f_theta.  target: f_theta^-, or the net itself.  x0, noise: (B,C,H,W).  t_n < t_n1: (B,) neighbours on the
+             grid.  y: (B,) labels or None.  dist: (x, y) -> (B,).
+    Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units (iCT App. B).
+    Source:  CM Alg. 3, lines 3-6 (Eq. 10).
+    """
+    x_tn, x_tn1 = (x0 + common.bcast(t, x0) * noise for t in (t_n, t_n1))
+    with torch.no_grad(), common.replay_random(x0.device):
+        f_target = consistency(target, x_tn, t_n, y)
+    f_net = consistency(net, x_tn1, t_n1, y)
+    weight = 1 / (t_n1 - t_n) if weighting == "inverse" else 1.0
+    return weight * dist(f_net, f_target)
+
+
+def sample(net, sigmas, y, noise, shape):
+    """Draw images (B,C,H,W) in len(sigmas) network calls. Each output is clipped to [-1, 1], as for the papers' samples."""
+    x_T = sigmas[0] * noise(torch.zeros(shape, device=next(net.parameters()).device))
+    with torch.no_grad():
+        return common.multistep_sample(lambda x, t: consistency(net, x, t, y).clamp(-1, 1), x_T, sigmas, noise)
+
+
+if __name__ == "__main__":
+    args = common.parse_flags(flags(), recipe)
+    run = common.setup(args)
+
+    # ---- sampling: python ct.py --ckpt FILE
+    if hasattr(args, "ckpt"):
+        common.sample_checkpoint(args, run, "ct", sample)
+        raise SystemExit
+
+    # ---- data
+    settings = common.net_settings(args.net)
+    size = settings["image_size"]
+    with common.main_process_first(run):
+        dataset = common.load_dataset(args.dataset, args.data_dir, size)
+    class_cond = dataset.classes > 0 if args.class_cond is None else args.class_cond
+    if class_cond and not dataset.classes:
+        raise UserError(f"--class-cond: {args.dataset} has no labels")
+
+    # ---- networks, optimizer, resume
+    model_args = settings | dict(classes=dataset.classes if class_cond else 0, dropout=args.dropout)
+    common.seed_everything(args.seed)
+    net = common.place(common.make_net(model_args), run)
+    target = copy.deepcopy(net).requires_grad_(False) if args.mu0 > 0 else net
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
+    dist = common.make_distance(args.dist, run.device)
+    buffer, tail = common.flatten_gradients(net, tail=2 + 2 * common.BINS)  # what the ranks sum each step
+    loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
+
+    out_dir, step, skipped, bad_in_a_row = Path(args.out_dir), 0, 0, 0
+    if state := common.resume_state(args, "ct"):
+        step, skipped = state["step"], state["skipped"]
+        for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
+            module.load_state_dict(state[key] or state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+    del state
+    if run.compile:
+        for module in {net, target}:
+            module.compile()  # in place: names of the weights stay as they are
+    log = common.start_run(args, run, net, step)
+
+    def save():
+        """Write last.pt, which resumes the run, and ema.pt, which other tools can load."""
+        if run.main:
+            common.save_checkpoint(out_dir / "last.pt", dict(
+                script="ct", step=step, images=step * args.batch_size, skipped=skipped, args=vars(args), model_args=model_args,
+                net=net.state_dict(), target=None if target is net else target.state_dict(), ema=ema.state_dict(),
+                optimizer=optimizer.state_dict(), torch_version=torch.__version__))
+            common.save_checkpoint(out_dir / "ema.pt", ema.state_dict())
+
+    def sample_grid():
+        """Write samples/STEP.png: one-step samples left, multistep samples right, from the same noise every time."""
+        if run.main:
+            columns = min(model_args["classes"], 10) or 8
+            n = 8 * columns
+            y = torch.arange(n, device=run.device) % model_args["classes"] if class_cond else None
+            blocks = [sample(ema, sigmas, y, common.seeded_noise(range(n), args.seed), (n, 3, size, size))
+                      for sigmas in ([common.T_MAX], args.sigmas)]
+            common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
+
+    # ---- training
+    micro_batches = args.batch_size // args.micro_batch
+    indices = common.index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size, args.micro_batch,
+                                   run.rank, run.world)
+    loader = common.make_loader(dataset, indices, args.workers, run.device)
+    stop, bar, since = common.StopSignal(), common.progress(args, run, step), (time.perf_counter(), step)
+    while step < args.total_steps:
+        # ------------------------------------------------------------------------------------ one training step
+        N = num_points(step, args.total_steps, args.s0, args.s1, args.schedule)
+        mu = target_decay(N, args.s0, args.mu0)
+        times = common.karras_times(N).to(run.device)
+        p = interval_probabilities(times, args.times)
+
+        buffer.zero_()
+        for m in range(run.rank, micro_batches, run.world):
+            common.seed_everything(args.seed, step, m)
+            x0, y = common.to_device(next(loader), run.device, args.flip)
+            n = torch.multinomial(p, len(x0), replacement=True)
+            loss = loss_fn(net, target, x0, torch.randn_like(x0), times[n], times[n + 1], y if class_cond else None, dist,
+                           args.weighting)
+            (loss.sum() / args.batch_size).backward()
+            loss_sum += loss.detach().sum() / args.batch_size
+            common.tally(bins, times[n + 1], loss.detach())
+        stop_sum.fill_(stop.number > 0)
+        if run.world > 1:
+            torch.distributed.all_reduce(buffer)
+
+        loss, stopping = tail[:2].tolist()
+        grad_norm = torch.linalg.vector_norm(buffer[:-len(tail)]).item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            bad_in_a_row = 0
+            optimizer.step()
+            if target is not net:
+                common.ema_update(target, net, mu)
+            common.ema_update(ema, net, args.ema_decay)
+        else:
+            bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
+        step += 1
+        # -----------------------------------------------------------------------------------------------------
+
+        if bad_in_a_row == 10:
+            raise SystemExit(f"{Path(__file__).name}: stopped at step {step}: the loss or its gradient was not finite 10 steps "
+                             f"in a row (loss {loss}, gradient norm {grad_norm}); {out_dir}/last.pt is from before. Try a lower --lr")
+        bar.update()
+        last = stopping or step == args.total_steps
+        if args.log_every and (step % args.log_every == 0 or last) and run.main:
+            now = time.perf_counter()
+            log.write(dict(step=step, images=step * args.batch_size, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(),
+                           grad_norm=grad_norm, N=N, mu=mu, lr=args.lr, skipped=skipped,
+                           images_per_s=(step - since[1]) * args.batch_size / (now - since[0]),
+                           peak_gb=common.peak_memory_gb(run.device)))
+            bar.set_postfix(loss=f"{loss:.4g}", N=N, **{"img/s": f"{(step - since[1]) * args.batch_size / (now - since[0]):.0f}"})
+            since = now, step
+        if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
+            sample_grid()
+        if (args.save_every and step % args.save_every == 0) or last:
+            save()
+        if stopping:
+            break
+    bar.close()
+    common.finish(run, stopping, stop)
