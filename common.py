@@ -1089,9 +1089,8 @@ def save_grid(path, blocks: list[Tensor], columns: int):
         picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(file, "PNG")
 
 
-def save_samples(path, images: Tensor, labels: Tensor | None, columns: int):
-    """Write samples as a .png grid, an .npz as ADM's evaluator reads it (arr_0 uint8 NHWC, arr_1 labels), or a folder of PNGs."""
-    from PIL import Image
+def make_save_path(path) -> Path:
+    """See that samples can be saved at `path`, before hours are spent on drawing them. Raises UserError."""
     path = Path(path)
     if path.suffix not in ("", ".png", ".npz"):
         raise UserError(f"--save {path}: name a .png, an .npz or a folder")
@@ -1099,6 +1098,12 @@ def save_samples(path, images: Tensor, labels: Tensor | None, columns: int):
         (path if path.suffix == "" else path.parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--save {path}: {error.strerror}") from error
+    return path
+
+
+def save_samples(path: Path, images: Tensor, labels: Tensor | None, columns: int):
+    """Write samples as a .png grid, an .npz as ADM's evaluator reads it (arr_0 uint8 NHWC, arr_1 labels), or a folder of PNGs."""
+    from PIL import Image
     if path.suffix == ".png":
         save_grid(path, [images], columns)
     elif path.suffix == ".npz":
@@ -1312,14 +1317,16 @@ def sample_checkpoint(args, run, script: str, draw):
     if args.labels and (not classes or max(args.labels) >= classes):
         raise UserError(f"--labels {' '.join(map(str, args.labels))}: this network has "
                         + (f"the labels 0 to {classes - 1}" if classes else "no labels"))
-    labels = args.labels or list(range(classes))
+    path, labels, size = make_save_path(args.save), args.labels or list(range(classes)), net.image_size
     y = torch.tensor([labels[i % len(labels)] for i in range(n)], device=run.device) if classes else None
-    images = []
+    images = torch.zeros(n, 3, size, size, device=run.device)
     from tqdm import tqdm
-    for start in tqdm(range(0, n, 64), unit_scale=64, unit="image", disable=not run.main or n <= 64):
-        part = range(start, min(start + 64, n))
-        images.append(draw(net, args.sigmas, None if y is None else y[part.start:part.stop], seeded_noise(part, args.seed),
-                           (len(part), 3, net.image_size, net.image_size)))
-    columns = len(labels) if 1 < len(labels) <= 16 else math.isqrt(n - 1) + 1
-    save_samples(args.save, torch.cat(images), y, columns)
-    print(f"{n} samples, {len(args.sigmas)} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
+    parts = torch.arange(n).split(64)[run.rank::run.world]
+    for part in tqdm(parts, unit="batch", disable=not run.main or n <= 64):
+        i, j = part[0].item(), part[-1].item() + 1
+        images[i:j] = draw(net, args.sigmas, None if y is None else y[i:j], seeded_noise(range(i, j), args.seed), images[i:j].shape)
+    if run.world > 1:
+        torch.distributed.all_reduce(images)
+    if run.main:
+        save_samples(path, images, y, columns=len(labels) if 1 < len(labels) <= 16 else math.isqrt(n - 1) + 1)
+        print(f"{n} samples, {len(args.sigmas)} network call(s) each, EMA weights of {args.ckpt}: {args.save}")

@@ -138,6 +138,8 @@ if __name__ == "__main__":
         raise SystemExit
 
     # ---- data
+    if args.s1 < args.s0:
+        raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels grows")
     settings = common.net_settings(args.net)
     size = settings["image_size"]
     with common.main_process_first(run):
@@ -175,7 +177,7 @@ if __name__ == "__main__":
             common.save_checkpoint(out_dir / "last.pt", dict(
                 script="ct", step=step, images=step * args.batch_size, skipped=skipped, args=vars(args), model_args=model_args,
                 net=net.state_dict(), target=None if target is net else target.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), torch_version=torch.__version__))
+                optimizer=optimizer.state_dict(), torch_version=str(torch.__version__)))
             common.save_checkpoint(out_dir / "ema.pt", ema.state_dict())
 
     def sample_grid():

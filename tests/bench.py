@@ -4,6 +4,9 @@
     python tests/bench.py speed                              images/s of the training step, share of the GEMM rate, memory
 """
 import argparse
+import copy
+import itertools
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
@@ -36,7 +40,7 @@ def load_glyphs(n, seed):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(labels)
 
 
-def train_classifier(steps=1200, batch=128):
+def train_classifier(steps=500, batch=128):
     """A classifier of glyphs it shares no image with the training set of the generators, and its accuracy on held-out ones."""
     torch.manual_seed(0)
     x, y = load_glyphs(30000, seed=1)
@@ -82,6 +86,75 @@ def quality(args):
               f"Frechet distance {frechet(classifier, images, real):.3f}", flush=True)
 
 
+# ---- speed
+
+def gemm_rate(device, dtype, size):
+    """Floating-point operations a second of a square matrix product: the best of several, as a ceiling should be."""
+    a, best = torch.randn(size, size, device=device).to(dtype), 0.0
+    for _ in range(8):
+        best = max(best, 2 * size**3 / timed(device, lambda: a @ a))
+    return best
+
+
+def timed(device, work):
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure(args):
+    """One variant, in a process of its own so that its peak memory is its own: prints a row of the table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
+    torch.manual_seed(0)
+    net = common.UNet(**common.NETS[args.net], classes=1000 if args.net == "imagenet64" else 10)
+    size = net.image_size
+    x0, noise = (torch.randn(args.batch, 3, size, size, device=device) for _ in range(2))
+    y, t_n = torch.randint(net.classes, (args.batch,), device=device), torch.rand(args.batch, device=device) + 0.1
+    with torch.device("meta"):  # four passes: the target forward, the net forward and twice that back
+        meta = common.UNet(**common.NETS[args.net], classes=net.classes)
+        with FlopCounterMode(display=False) as counter:
+            meta(x0[:1].to("meta"), t_n[:1].to("meta"), y[:1].to("meta"))
+    flops = 4 * counter.get_total_flops()
+
+    net = common.place(net, argparse.Namespace(device=device, dtype=dtype))
+    net.to(memory_format=torch.channels_last if args.layout == "channels_last" else torch.contiguous_format)
+    ema = copy.deepcopy(net)
+    optimizer = torch.optim.RAdam(net.parameters(), 1e-4, foreach=True)
+    buffer, _ = common.flatten_gradients(net, 0)
+    if args.mode == "compiled":
+        net.compile()
+
+    def step():
+        buffer.zero_()
+        ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, "inverse").mean().backward()
+        optimizer.step()
+        common.ema_update(ema, net, 0.999)
+
+    rate = gemm_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
+    for _ in range(3):
+        step()
+    times = sorted(timed(device, step) for _ in range(args.repeat))
+    median = times[len(times) // 2]
+    share = flops * args.batch / median / rate
+    print(f"| {args.net} | {args.batch} | {args.mode} | {args.dtype} | {args.layout} | {args.batch / median:.1f} | "
+          f"{args.batch / times[0]:.1f} | {share:.2f} | {rate / 1e9:.0f} | {common.peak_memory_gb(device):.2f} |", flush=True)
+
+
+def speed(args):
+    print("| net | batch | mode | dtype | layout | images/s | best | share of GEMM rate | GEMM GFLOP/s | peak GB |\n" + "|---" * 10 + "|")
+    cuda = torch.cuda.is_available()
+    for net in args.net:
+        batch = args.batch or {"glyphs": 64, "cifar-small": 32}.get(net, 64)
+        for variant in itertools.product(("eager", "compiled"), ("fp32", "bf16"), ("contiguous", "channels_last")):
+            command = [sys.executable, __file__, "measure", net, str(batch), *variant, "--repeat", "20" if cuda else "7"]
+            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+                print(f"| {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -91,5 +164,15 @@ if __name__ == "__main__":
     command.add_argument("--mid", type=float, default=0.8, help="the second noise level of the two-step samples")
     command.add_argument("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=quality)
+    command = commands.add_parser("speed", help="how fast the training step is, in all variants")
+    command.add_argument("--net", nargs="+", choices=common.NETS, default=["glyphs", "cifar-small"]
+                         + ["imagenet64"] * torch.cuda.is_available())
+    command.add_argument("--batch", type=int, help="images a step (default 64; cifar-small 32)")
+    command.set_defaults(run=speed)
+    command = commands.add_parser("measure", help="one row of `speed`")
+    for name in ("net", "batch", "mode", "dtype", "layout"):
+        command.add_argument(name, type=int if name == "batch" else str)
+    command.add_argument("--repeat", type=int, default=7)
+    command.set_defaults(run=measure)
     args = parser.parse_args()
     args.run(args)

@@ -1,0 +1,20 @@
+"""Makes the scripts importable, and lpips too where torchvision was built for another torch."""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+torch.set_num_threads(2)
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # a CUDA build beside torch's CPU build misses its operators; declaring them lets it be imported
+    torchvision_ops = torch.library.Library("torchvision", "DEF")
+    torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[name]
+    import torchvision  # noqa: F401
+except ImportError:
+    pass

@@ -1,0 +1,277 @@
+"""Consistency training: schedules, loss, stop-gradients, dropout, and its theory, against the paper and closed forms."""
+import math
+
+import pytest
+import torch
+
+import common
+import ct
+from test_unet import reference_lpips
+from util import TINY, VECTORS, close, fill, full, gauss, img
+
+IMAGENET64, LSUN, CIFAR10 = (800_000, 2, 200), (1_000_000, 2, 150), (800_000, 2, 150)  # K, s0, s1
+
+
+# ---- schedules
+
+@pytest.mark.parametrize("key, setting", [("ct_imagenet64", IMAGENET64), ("ct_lsun256", LSUN), ("ct_cifar10", CIFAR10)])
+def test_sqrt_schedule(key, setting):
+    rows = [row for row in VECTORS["schedules"][key] if row[0] <= setting[0]]
+    assert len(rows) > 10
+    for k, N, _ in rows:
+        assert ct.num_points(k, *setting, "sqrt") == N
+
+
+def test_sqrt_schedule_changes_at_the_right_steps():
+    for k, N in VECTORS["schedules"]["ct_imagenet64_first_changes"]:
+        assert ct.num_points(k, *IMAGENET64, "sqrt") == N and (k == 0 or ct.num_points(k - 1, *IMAGENET64, "sqrt") == N - 1)
+
+
+def test_target_decay_is_the_papers_not_the_codes():
+    for k, N, mu in VECTORS["schedules"]["paper_formula_ct_imagenet64"]:
+        assert ct.num_points(k, *IMAGENET64, "sqrt") == N
+        close(ct.target_decay(N, 2, 0.95), mu)
+    _, N, code = VECTORS["schedules"]["ct_imagenet64"][0]
+    assert abs(ct.target_decay(N, 2, 0.95) - 0.95) < 1e-12 and code == 0.9025
+    for N, mu in VECTORS["ct_mu"]:
+        close(ct.target_decay(N, 2, 0.95), mu)
+    assert ct.target_decay(11, 10, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("K", [400_000, 800_000])
+def test_doubling_schedule(K):
+    for k, N in VECTORS["ict"]["ict_N"][f"K{K}"]:
+        assert ct.num_points(k, K, 10, 1280, "double") == N
+
+
+@pytest.mark.parametrize("schedule", ["sqrt", "double"])
+@pytest.mark.parametrize("K, s0, s1", [(1, 2, 2), (3, 10, 1280), (7, 2, 150), (4000, 10, 320), (1000, 10, 100)])
+def test_schedules_of_any_length_grow_and_end_within_s1(schedule, K, s0, s1):
+    N = [ct.num_points(k, K, s0, s1, schedule) for k in range(K)]
+    assert N == sorted(N) and N[0] == (s0 if schedule == "sqrt" else s0 + 1) and N[-1] <= s1 + 1
+
+
+def test_lognormal_times():
+    p = ct.interval_probabilities(common.karras_times(11), "lognormal")
+    close(p, VECTORS["ict"]["lognormal_pmf_N11"])
+    p = ct.interval_probabilities(common.karras_times(1281), "lognormal")
+    close(p[[0, 320, 640, 960, 1279]], VECTORS["ict"]["lognormal_pmf_N1281_indices_0_320_640_960_1279"], 2e-4)
+    close(p.sum(), 1)
+
+
+def test_uniform_times():
+    close(ct.interval_probabilities(common.karras_times(5), "uniform"), [0.25] * 4)
+
+
+# ---- the loss
+
+def reference_loss(dist, weighting="one"):
+    nets = [fill(common.UNet(**TINY, classes=10), offset) for offset in (0.0, 0.05)]
+    t = common.karras_times(11).flip(0)
+    i = torch.tensor([0, 3, 6, 9])  # the reference counts from t_max down
+    close(t[i], VECTORS["ct_loss"]["t"])
+    close(t[i + 1], VECTORS["ct_loss"]["t2"])
+    losses = ct.loss_fn(*nets, img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), t[i + 1], t[i], torch.tensor([0, 3, 7, 9]),
+                        dist, weighting)
+    return nets, losses, t[i] - t[i + 1]
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_loss_vectors(name):
+    (net, target), losses, _ = reference_loss(common.make_distance(name, "cpu"))
+    close(losses, VECTORS["ct_loss"][name]["per_sample"], 1e-5, 2e-8)
+    if name == "l2":
+        losses.mean().backward()
+        close(sum(p.grad.square().sum() for p in net.parameters()).sqrt(), VECTORS["ct_loss"]["l2"]["grad_norm_total"], 1e-5)
+        assert all(p.grad is None for p in target.parameters())
+
+
+def test_loss_vector_lpips():
+    pytest.importorskip("lpips")
+    _, losses, _ = reference_loss(reference_lpips("average"))
+    close(losses, VECTORS["ct_loss"]["lpips"]["per_sample"], 1e-4, 1e-6)
+
+
+def test_inverse_weighting():
+    _, plain, gap = reference_loss(common.pseudo_huber)
+    _, weighted, _ = reference_loss(common.pseudo_huber, "inverse")
+    close(weighted, plain / gap)
+    times = common.karras_times(11)
+    n, x0 = torch.arange(10), torch.zeros(10, 3, 8, 8)
+    net = lambda x, t_in, y, extra: torch.ones_like(x)
+    ones = lambda x, y: torch.ones(len(x))
+    close(ct.loss_fn(net, net, x0, x0, times[n], times[n + 1], None, ones, "inverse"), VECTORS["ict"]["weights_N11"], 1e-5)
+
+
+class Known(torch.nn.Module):
+    """A network whose consistency function is f(x, t) = c + t_min / t (x - c): exact for data that is the one point c."""
+    c = 0.3
+
+    def forward(self, x_in, t_in, y=None, extra=None):
+        t = (t_in.double() / 250).exp()
+        c_skip, c_out, c_in = (common.bcast(s, x_in) for s in common.cm_scalings(t))
+        x = x_in.double() / c_in
+        return ((self.c + common.T_MIN / common.bcast(t, x) * (x - self.c) - c_skip * x) / c_out).float()
+
+
+def test_loss_vanishes_at_the_true_consistency_function():
+    times, noise = common.karras_times(40), gauss((38, 3, 8, 8), 3)
+    n = torch.arange(1, 39)  # at t_min itself c_out is 0 and F is undefined
+    known = Known()
+    x0 = torch.full_like(noise, known.c)
+    assert ct.loss_fn(known, known, x0, noise, times[n], times[n + 1], None, common.l2, "one").max() < 1e-7
+    assert ct.loss_fn(known, known, x0 + 0.1, noise, times[n], times[n + 1], None, common.l2, "one").max() > 1e-4
+
+
+def test_no_gradient_through_a_target_that_is_the_net():
+    """With mu = 0 the gradient is that of a frozen copy as target (iCT Sec. 3.2), not of both branches."""
+    torch.manual_seed(0)
+    net, frozen = (fill(common.UNet(**TINY)) for _ in range(2))
+    x0, noise, t_n, t_n1 = img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), torch.tensor([0.2, 3.0]), torch.tensor([0.5, 5.0])
+    grads = []
+    for target in (net, frozen):
+        net.zero_grad()
+        ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.pseudo_huber, "inverse").sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert grads[0].norm() > 0 and torch.equal(*grads) and all(p.grad is None for p in frozen.parameters())
+
+
+def test_gradient_by_finite_differences():
+    net, target = (fill(common.UNet(**TINY), offset) for offset in (0.0, 0.05))
+    args = (target, img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), torch.tensor([0.2, 3.0]), torch.tensor([0.5, 5.0]), None,
+            common.pseudo_huber, "inverse")
+    ct.loss_fn(net, *args).sum().backward()
+    p = net.out[2].bias
+    for i in range(3):
+        values = []
+        for step in (1e-2, -2e-2):
+            p.data[i] += step
+            values.append(ct.loss_fn(net, *args).sum().item())
+        p.data[i] += 1e-2
+        close(p.grad[i], (values[0] - values[1]) / 2e-2, 2e-3)
+
+
+# ---- dropout
+
+def masks_agree(net):
+    """Equal inputs to both branches: the loss is 0 if and only if they drop out the same units."""
+    x0, t = img((2, 3, 16, 16)), torch.tensor([0.5, 2.0])
+    same = ct.loss_fn(net, net, x0, gauss((2, 3, 16, 16), 5), t, t, None, common.l2, "one")
+    with torch.no_grad():
+        a, b = (common.consistency(net, x0, t) for _ in range(2))
+    return same.max().item(), common.l2(a, b).min().item()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_both_branches_drop_out_the_same_units(compiled):
+    torch.manual_seed(0)
+    net = fill(common.UNet(**(TINY | dict(mult=(1,), attention=())), dropout=0.5))
+    if compiled:
+        net.compile()
+    same, other = masks_agree(net)
+    assert same < 1e-9 and other > 1e-4, (same, other)
+
+
+def test_replayed_randomness_moves_on():
+    torch.manual_seed(0)
+    with common.replay_random(torch.device("cpu")):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), first) and not torch.equal(torch.rand(3), first)
+
+
+# ---- CM Theorem 2: with the exact denoiser, consistency distillation by Euler steps and consistency training agree
+
+class Bent(torch.nn.Module):
+    """A network with one parameter for each image, so that backward gives the gradient image by image."""
+    def __init__(self, a):
+        super().__init__()
+        self.a = torch.nn.Parameter(a)
+
+    def forward(self, x, t_in, y=None, extra=None):
+        return (self.a * x + common.bcast(t_in, x) / 500).tanh() + 0.3 * self.a
+
+
+def test_training_loss_tends_to_the_distillation_loss():
+    """The mean difference of the losses, and of their gradients, shrinks like 1/N^2, faster than the 1/N of a grid step."""
+    torch.manual_seed(0)
+    n = 1_000_000
+    data = torch.tensor([-0.9, -0.2, 0.1, 0.7]).view(-1, 1, 1, 1)
+    D = common.ideal_denoiser(data)
+    net, target = Bent(torch.full((n, 1, 1, 1), 0.8)), Bent(torch.tensor(2.0)).requires_grad_(False)
+    gaps = []
+    for N in (12, 24, 48):
+        times = common.karras_times(N)
+        x0, noise, i = data[torch.randint(4, (n,))], torch.randn(n, 1, 1, 1), torch.randint(N - 1, (n,))
+        t_n, t_n1 = times[i], times[i + 1]
+        x_tn1 = x0 + common.bcast(t_n1, x0) * noise
+        with torch.no_grad():
+            f_target = common.consistency(target, common.euler_step(D, x_tn1, t_n1, t_n), t_n)
+        distillation = common.l2(common.consistency(net, x_tn1, t_n1), f_target)
+        training = ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.l2, "one")
+        row = []
+        for a, b in ((training, distillation),
+                     (torch.autograd.grad(loss.sum(), net.a)[0].flatten() for loss in (training, distillation))):
+            d = (a - b).detach().double()
+            row.append((abs(d.mean().item()), d.std().item() / math.sqrt(n), b.mean().item()))
+        gaps.append(row)
+    for coarse, fine in zip(gaps, gaps[1:]):
+        for (gap, error, _), (gap2, error2, _) in zip(coarse, fine):
+            assert gap > 5 * error, gaps  # a difference there is at first ...
+            assert gap2 + 3 * error2 < gap / 2, gaps  # ... and it falls faster than the steps of the grid, which halve
+    assert all(gap < 0.05 * abs(value) for gap, _, value in gaps[-1]), gaps
+
+
+# ---- recipes
+
+def test_recipes_are_the_papers():
+    """CM Table 3 and iCT App. B."""
+    wanted = {
+        ("ct", "cifar10"): dict(lr=4e-4, batch_size=512, s0=2, s1=150, mu0=0.9, ema_decay=0.9999, total_steps=800_000, dropout=0),
+        ("ct", "imagenet64"): dict(lr=8e-6, batch_size=2048, s0=2, s1=200, mu0=0.95, ema_decay=0.999943, total_steps=800_000),
+        ("ct", "bedroom256"): dict(lr=1e-5, batch_size=2048, s0=2, s1=150, mu0=0.95, ema_decay=0.999943, total_steps=1_000_000),
+        ("ct", "cat256"): dict(lr=1e-5, batch_size=2048, s0=2, s1=150, mu0=0.95, ema_decay=0.999943, total_steps=1_000_000),
+        ("ict", "cifar10"): dict(lr=1e-4, batch_size=1024, s0=10, s1=1280, mu0=0, ema_decay=0.99993, total_steps=400_000, dropout=0.3),
+        ("ict", "imagenet64"): dict(lr=1e-4, batch_size=4096, s0=10, s1=1280, mu0=0, ema_decay=0.99997, total_steps=800_000,
+                                    dropout=0.2),
+    }
+    method = {"ct": dict(schedule="sqrt", dist="lpips", times="uniform", weighting="one"),
+              "ict": dict(schedule="double", dist="huber", times="lognormal", weighting="inverse")}
+    for (recipe, dataset), settings in wanted.items():
+        found = ct.recipe(dict(recipe=recipe, dataset=dataset))
+        assert settings | method[recipe] == {key: found[key] for key in settings | method[recipe]}, (recipe, dataset)
+        assert found["batch_size"] % found["micro_batch"] == 0
+    assert ct.recipe({})["recipe"] == "ict" and ct.recipe(dict(dataset="some/folder"))["net"] == ["cifar-small"]
+
+
+@pytest.mark.parametrize("tau, N, index", [("imagenet64", 201, 94), ("bedroom256", 151, 83), ("cat256", 151, 88)])
+def test_two_step_levels_are_the_papers_time_points(tau, N, index):
+    """CM's published indices 106 of 200, 67 and 62 of 150 count from t_max."""
+    close(ct.recipe(dict(recipe="ct", dataset=tau))["sigmas"], [80.0, common.karras_times(N)[index].item()])
+
+
+# ---- sampling
+
+def test_sampler_clips_every_output_and_starts_at_the_first_level():
+    class Wild(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, x, t_in, y=None, extra=None):
+            self.seen.append((x / common.bcast(common.cm_scalings((t_in / 250).exp())[2], x), t_in))
+            return 100 * x
+    wild, noise = Wild(), common.seeded_noise(range(2), 0)
+    x = ct.sample(wild, [80.0, 0.8], None, noise, (2, 3, 8, 8))
+    assert x.abs().max() == 1
+    close(wild.seen[0][0].std(), 80, 0.1)
+    assert (wild.seen[1][0].abs() <= 1 + 0.8 * 6).all()  # the clipped first output, and noise
+    close(torch.cat([t_in for _, t_in in wild.seen]), [250 * math.log(80)] * 2 + [250 * math.log(0.8)] * 2)
+
+
+def test_seeded_noise_does_not_depend_on_the_batch():
+    x = torch.zeros(6, 3, 8, 8)
+    whole, part = common.seeded_noise(range(6), 7), common.seeded_noise(range(2, 4), 7)
+    for _ in range(2):
+        a, b = whole(x), part(x[:2])
+        assert torch.equal(a[2:4], b) and not torch.equal(a[0], a[1])
+    assert not torch.equal(common.seeded_noise(range(6), 8)(x), common.seeded_noise(range(6), 7)(x))
