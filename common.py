@@ -58,6 +58,18 @@ class UserError(Exception):
     """Something the user can put right. The scripts print its message as one line and exit with code 2."""
 
 
+def one_line_errors(kind, error, trace):
+    """An excepthook: a UserError is printed as one line, by rank 0, and ends the process with exit code 2."""
+    if not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, trace)
+    if os.environ.get("RANK", "0") == "0":
+        for bar in list(getattr(sys.modules.get("tqdm"), "tqdm", types.SimpleNamespace(_instances=()))._instances):
+            bar.close()  # or the message would stand on its line
+        message = str(error).strip().splitlines()[-1]  # a loader's worker sends its traceback along: the last line says it
+        print(f"{Path(sys.argv[0]).name}: error: {message.removeprefix('common.UserError: ')}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode="wb"):
     """Open a file that appears at `path` whole or not at all, whatever happens meanwhile.
@@ -625,6 +637,17 @@ def as_batch(images: np.ndarray, labels) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.copy())
 
 
+@contextlib.contextmanager
+def explain(what: str):
+    """Whatever goes wrong inside becomes a UserError in one line: damaged files surface in many ways."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}") from error
+
+
 class ArrayImages:
     """Images in arrays (n,H,W,C), C = 1, 3 or 4, or planar (n,3,H,W): in memory or memory-mapped."""
     def __init__(self, parts, labels, size, source):
@@ -665,13 +688,11 @@ class FileImages:
 
     def read(self, name):
         from PIL import Image
-        try:
-            with (open_zip(self.source, os.getpid()).open(name) if zipfile.is_zipfile(self.source)
+        with explain(f"{self.source}/{name} cannot be read as an image"):
+            with (open_zip(self.source, os.getpid()).open(name) if self.source.is_file()
                   else open(self.source / name, "rb")) as file, Image.open(io.BytesIO(file.read())) as image:
                 image.load()
                 return fit_image(image, self.size, f"{self.source}/{name}")
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.source}/{name} cannot be read as an image: {first_line(error)}") from error
 
 
 @functools.lru_cache(1)
@@ -696,16 +717,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 def load_files(source: Path, size: int) -> FileImages:
     """A folder or zip of images. Labels: `dataset.json` (EDM's layout) if there is one; else a folder's sub-folders."""
     in_zip = source.is_file()
-    try:
+    with explain(f"{source} cannot be read"):
         names = (zipfile.ZipFile(source).namelist() if in_zip else
-                 [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()])
+                 [Path(folder, file).relative_to(source).as_posix()  # a class may well be a link to a folder
+                  for folder, _, files in os.walk(source, followlinks=True) for file in files])
         names = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES)
                        and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
         index = "dataset.json"
         text = (zipfile.ZipFile(source).read(index) if in_zip and index in zipfile.ZipFile(source).namelist()
                 else (source / index).read_bytes() if (source / index).is_file() else None)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{source} cannot be read: {first_line(error)}") from error
     if not names:
         raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     labels = None
@@ -738,9 +758,9 @@ def map_array(path: Path, key: str | None = None) -> np.ndarray:
 
     Raises:  UserError naming the file if it is not such a file, or holds pickled objects, which are never loaded.
     """
-    try:
+    with explain(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}"):
         if key is None:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.lib.format.open_memmap(path, mode="r")
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo(f"{key}.npy")
             if member.compress_type == zipfile.ZIP_STORED:
@@ -760,20 +780,15 @@ def map_array(path: Path, key: str | None = None) -> np.ndarray:
                 with archive.open(member) as source, atomic_file(unpacked) as target:
                     while block := source.read(1 << 24):
                         target.write(block)
-            return np.load(unpacked, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        raise UserError(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}: "
-                        f"{first_line(error)}") from error
+            return np.lib.format.open_memmap(unpacked, mode="r")
 
 
 def load_arrays(path: Path, size: int) -> ArrayImages:
     """A .npy of images, or an .npz with them as `arr_0`, `images`, `x` or `data`, labels as `arr_1`, `labels` or `y`."""
     labels = None
     if path.suffix == ".npz":
-        try:
+        with explain(f"{path} cannot be read as an npz"):
             keys = [name.removesuffix(".npy") for name in zipfile.ZipFile(path).namelist()]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read as an npz: {first_line(error)}") from error
         key = next((key for key in ("arr_0", "images", "x", "data") if key in keys), None)
         if key is None:
             raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0 and the labels arr_1")
@@ -828,15 +843,16 @@ def load_dataset(name: str, data_dir: str | None, size: int):
         raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images"
                         + (", or the folder of the official train_data_batch_*.npz" if name == "imagenet64" else ""))
     path = Path(data_dir or "data") if known else Path(name)
-    if known and name == "cifar10" and (data_dir is None or (path / CIFAR10_URL.rsplit("/")[-1]).exists() or not path.exists()):
+    archive = path / CIFAR10_URL.rsplit("/")[-1]
+    if name == "cifar10" and (data_dir is None or archive.exists() or not path.is_file() and not any(path.glob("*"))):
         return load_cifar10(path, size)
     if not path.exists():
         raise UserError(f"{'--data-dir' if known else '--dataset'} {path} does not exist"
                         + ("" if known else "; the named data sets are glyphs, cifar10, imagenet64, bedroom256, cat256"))
     if path.suffix in (".npz", ".npy"):
         return load_arrays(path, size)
-    batches = sorted(path.rglob("train_data_batch_*.npz"), key=lambda p: int(p.stem.rsplit("_")[-1])) if path.is_dir() else []
-    if name == "imagenet64" and batches:
+    if name == "imagenet64" and (batches := sorted(path.rglob("train_data_batch_*.npz"),
+                                                   key=lambda path: (len(path.stem), path.stem))):  # 10 comes after 9
         parts = [map_array(batch, "data") for batch in batches]
         if any(part.dtype != np.uint8 or part.shape[1:] != (3 * 64 * 64,) for part in parts):
             raise UserError(f"{path}: the batches must be uint8 of shape (n, 12288)")
@@ -866,7 +882,14 @@ def make_loader(dataset, batches, workers: int | None, device):
     if workers is None:
         workers = min(os.cpu_count() - 1, 8) if isinstance(dataset, FileImages) else 0
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=unchanged, num_workers=workers,
-                                            pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+                                            pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+                                            worker_init_fn=leave_group if workers else None))
+
+
+def leave_group(worker):
+    """Ctrl-C and torchrun's SIGTERM go to a whole process group, but the step they interrupt still needs its images."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def unchanged(batch):
@@ -890,7 +913,8 @@ def to_device(batch, device, flip: bool) -> tuple[Tensor, Tensor]:
 def setup(args):
     """Join the processes that torchrun started, if it did, and choose the device.
 
-    Returns: a namespace: rank, world, main (is this rank 0?), device, dtype (of convolutions and attention), compile.
+    Returns: a namespace: rank, world, main (is this rank 0?), restarted (by torchrun, after a worker died), device, dtype
+             (of convolutions and attention), compile.
     Raises:  UserError if the device is not there.
     """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
@@ -904,12 +928,20 @@ def setup(args):
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if world > 1:
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        store, _, _ = next(torch.distributed.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node keeps its store when it restarts its workers,
+            store = torch.distributed.PrefixStore(f"restart {restarts}", store)  # with the dead ones' addresses in it
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        sys.excepthook = one_line_errors  # torch has just wrapped it
+        most = torch.tensor(restarts, device=device)  # only the node of the failed worker counts it
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        restarts = most.item()
     has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else
                 kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16)
-    return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, device=device,
+    return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, restarted=restarts > 0, device=device,
                                  dtype=torch.bfloat16 if bf16 else torch.float32,
                                  compile=kind == "cuda" if args.compile is None else args.compile)
 
@@ -1025,14 +1057,13 @@ def load_network(path, script: str) -> tuple[UNet, dict]:
 FREE_FLAGS = {"data_dir", "out_dir", "overwrite", "log_every", "sample_every", "save_every", "workers", "device", "compile"}
 
 
-def resume_state(args, script: str) -> dict | None:
+def resume_state(args, run, script: str) -> dict | None:
     """The checkpoint to go on from, if `args.out_dir` holds one and `--overwrite` was not given.
 
     Raises:  UserError if that run had other flags; nothing is touched.
     """
     path = Path(args.out_dir) / "last.pt"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then --overwrite has been obeyed already
-    if not path.exists() or (args.overwrite and not restarted):
+    if not path.exists() or (args.overwrite and not run.restarted):  # a restarted run has obeyed --overwrite already
         return None
     state = load_checkpoint(path)
     if state.get("script") != script:
@@ -1296,15 +1327,6 @@ def parse_flags(parser, recipe):
     if args["batch_size"] % args["micro_batch"]:
         raise UserError(f"--batch-size {args['batch_size']} is not a multiple of --micro-batch {args['micro_batch']}")
     return argparse.Namespace(**args)
-
-
-def one_line_errors(kind, error, trace):
-    if not issubclass(kind, UserError):
-        return sys.__excepthook__(kind, error, trace)
-    if os.environ.get("RANK", "0") == "0":  # a loader's worker sends its traceback along: the last line says it
-        message = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
 
 
 def sample_checkpoint(args, run, script: str, draw):

@@ -160,7 +160,7 @@ if __name__ == "__main__":
     loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
 
     out_dir, step, skipped, bad_in_a_row = Path(args.out_dir), 0, 0, 0
-    if state := common.resume_state(args, "ct"):
+    if state := common.resume_state(args, run, "ct"):
         step, skipped = state["step"], state["skipped"]
         for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
             module.load_state_dict(state[key] or state["net"])
@@ -231,6 +231,7 @@ if __name__ == "__main__":
         # -----------------------------------------------------------------------------------------------------
 
         if bad_in_a_row == 10:
+            bar.close()
             raise SystemExit(f"{Path(__file__).name}: stopped at step {step}: the loss or its gradient was not finite 10 steps "
                              f"in a row (loss {loss}, gradient norm {grad_norm}); {out_dir}/last.pt is from before. Try a lower --lr")
         bar.update()

@@ -18,15 +18,16 @@ from util import ROOT, SMALL, last, run_script, torchrun
 
 RUN = [*SMALL, "--batch-size", 8, "--micro-batch", 4, "--total-steps", 6, "--dropout", 0.3, "--flip", "--log-every", 1,
        "--sample-every", 0, "--save-every", 0]
-STOP_AT_3 = """
+AFTER_STEP_2 = """
 import os, signal
 write = common.Log.write
-def write_and_stop(self, record):
+def write_and_act(self, record):
     write(self, record)
-    if record["step"] == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-common.Log.write = write_and_stop
+    if record["step"] == 2:
+        ACTION
+common.Log.write = write_and_act
 """
+STOP_AT_3 = AFTER_STEP_2.replace("ACTION", "os.kill(os.getpid(), signal.SIGTERM)")  # the step under way is finished
 
 
 def flat(state):
@@ -186,10 +187,10 @@ def disk_full_message(done, path):
 
 def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint(tmp_path):
     """The file-size limit of the process stands in for a disk that fills up during the second save."""
-    fill_up = STOP_AT_3.replace("os.kill(os.getpid(), signal.SIGTERM)", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))")
-    done = run_script(*RUN, "--save-every", 2, "--out-dir", tmp_path / "run", cwd=tmp_path, prelude=fill_up)
+    fill_up = AFTER_STEP_2.replace("ACTION", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))")
+    done = run_script(*RUN, "--save-every", 1, "--out-dir", tmp_path / "run", cwd=tmp_path, prelude=fill_up)
     disk_full_message(done, tmp_path / "run" / "last.pt")
-    assert last(tmp_path / "run")["step"] == 2 and not list((tmp_path / "run").glob(".*"))
+    assert last(tmp_path / "run")["step"] == 1 and not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
@@ -198,14 +199,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        filler = STOP_AT_3.replace("os.kill(os.getpid(), signal.SIGTERM)", f"""
+        filler = AFTER_STEP_2.replace("ACTION", f"""
         with open({str(disk / 'filler')!r}, "wb", buffering=0) as file:
             try:
                 while file.write(bytes(4096)): pass
             except OSError: pass""")
-        done = run_script(*RUN, "--save-every", 2, "--log-every", 3, "--out-dir", disk / "run", cwd=tmp_path, prelude=filler)
+        done = run_script(*RUN, "--save-every", 1, "--log-every", 2, "--out-dir", disk / "run", cwd=tmp_path, prelude=filler)
         disk_full_message(done, disk / "run" / "last.pt")
-        assert "No space left" in done.stderr and last(disk / "run")["step"] == 2
+        assert "No space left" in done.stderr and last(disk / "run")["step"] == 1
     finally:
         subprocess.run(["umount", str(disk)])
 
