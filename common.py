@@ -161,7 +161,7 @@ def consistency(net, x: Tensor, t: Tensor, y: Tensor | None = None, extra: Tenso
     """f(x, t), the end at t_min of the probability-flow trajectory through (x, t); f(x, t_min) = x to the last bit.
 
     Args, returns as `denoise`.
-    Source:  CM Eq. 5.
+    Source:  CM Sec. 3, App. C.
     """
     return precondition(net, x, t, y, extra, cm_scalings)
 
@@ -175,7 +175,7 @@ def euler_step(D, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
     Args:    D: (x (B,C,H,W), t (B,)) -> clean estimate (B,C,H,W).  x: images at level t.  t: (B,) > 0.  t_next: (B,) >= 0.
     Returns: (B,C,H,W), images at level t_next.
-    Source:  EDM Alg. 1 without its correction; the solver of CM Eq. 6.
+    Source:  EDM Alg. 1 without its correction; a solver of CM Alg. 2.
     """
     d_cur = (x - D(x, t)) / bcast(t, x)
     return x + bcast(t_next - t, x) * d_cur
@@ -277,7 +277,7 @@ def l2(x: Tensor, y: Tensor) -> Tensor:
 
 
 def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
-    """sqrt(|x - y|^2 + c^2) - c with one norm per image and c = 0.00054 sqrt(C*H*W). Source: iCT Eq. 7, Sec. 3.3."""
+    """sqrt(|x - y|^2 + c^2) - c with one norm per image and c = 0.00054 sqrt(C*H*W). Source: iCT Table 1."""
     c = 0.00054 * math.sqrt(x[0].numel())
     return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
 
@@ -313,7 +313,8 @@ class LPIPS(nn.Module):
 
 
 def first_line(error) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.split(" <_io.")[0]  # Pillow names the Python object it read from
 
 
 def make_distance(name: str, device):
@@ -706,8 +707,7 @@ def check_labels(labels, n, source):
         return None, 0
     labels = np.asarray(labels)
     if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise UserError(f"{source}: the labels must be {n} integers from 0, got {labels.dtype} of shape {labels.shape}"
-                        + (f" with {labels.min()} among them" if labels.size and labels.dtype.kind in "iu" else ""))
+        raise UserError(f"{source}: the labels must be {n} integers, none negative, and are {labels.dtype} of shape {labels.shape}")
     return labels.astype(np.int64), int(labels.max()) + 1
 
 
@@ -716,16 +716,16 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def load_files(source: Path, size: int) -> FileImages:
     """A folder or zip of images. Labels: `dataset.json` (EDM's layout) if there is one; else a folder's sub-folders."""
-    in_zip = source.is_file()
+    index = "dataset.json"
     with explain(f"{source} cannot be read"):
-        names = (zipfile.ZipFile(source).namelist() if in_zip else
+        archive = open_zip(source, os.getpid()) if source.is_file() else None
+        names = (archive.namelist() if archive else
                  [Path(folder, file).relative_to(source).as_posix()  # a class may well be a link to a folder
                   for folder, _, files in os.walk(source, followlinks=True) for file in files])
+        text = (archive.read(index) if archive and index in names else
+                (source / index).read_bytes() if index in names else None)
         names = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES)
                        and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
-        index = "dataset.json"
-        text = (zipfile.ZipFile(source).read(index) if in_zip and index in zipfile.ZipFile(source).namelist()
-                else (source / index).read_bytes() if (source / index).is_file() else None)
     if not names:
         raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     labels = None
@@ -738,7 +738,7 @@ def load_files(source: Path, size: int) -> FileImages:
             raise UserError(f"{source}/{index} has no entry {error}") from None
         except (ValueError, TypeError) as error:
             raise UserError(f"{source}/{index} is not a list of [file, integer label]: {first_line(error)}") from None
-    elif not in_zip and any("/" in name for name in names):
+    elif not archive and any("/" in name for name in names):
         loose = next((name for name in names if "/" not in name), None)
         if loose:
             raise UserError(f"{source}/{loose} has no label: other images lie in sub-folders, one for each class")
@@ -809,21 +809,23 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 def load_cifar10(folder: Path, size: int) -> ArrayImages:
     """CIFAR-10's 50,000 training images from its binary archive in `folder`, fetched there if it is missing."""
     archive = folder / CIFAR10_URL.rsplit("/")[-1]
+    if archive.exists():
+        data = archive.read_bytes()
+    else:
+        from tqdm import tqdm
+        with explain(f"--dataset cifar10: put {CIFAR10_URL} into {folder}, or name other images with --data-dir; "
+                     "it cannot be fetched"), urllib.request.urlopen(CIFAR10_URL, timeout=60) as source:
+            length = int(source.headers["Content-Length"] or 0)
+            with tqdm.wrapattr(source, "read", total=length, desc="fetching CIFAR-10") as stream:
+                data = b"".join(iter(lambda: stream.read(1 << 20), b""))
+    if hashlib.md5(data).hexdigest() != CIFAR10_MD5:
+        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it, if it is there, and fetch it again")
     if not archive.exists():
-        try:
+        with explain(f"--data-dir {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(CIFAR10_URL, timeout=60) as source, atomic_file(archive) as target:
-                from tqdm import tqdm
-                with tqdm(total=int(source.headers["Content-Length"] or 0), unit="B", unit_scale=True, desc="CIFAR-10") as bar:
-                    while block := source.read(1 << 20):
-                        target.write(block)
-                        bar.update(len(block))
-        except OSError as error:
-            raise UserError(f"--dataset cifar10: cannot fetch {CIFAR10_URL} ({first_line(error)}). "
-                            f"Put it into {folder}, or name other images with --data-dir") from error
-    if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
-        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it to have it fetched again")
-    with tarfile.open(archive) as tar:
+        with atomic_file(archive) as file:
+            file.write(data)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         rows = np.concatenate([np.frombuffer(tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read(), np.uint8)
                                for i in range(1, 6)]).reshape(50000, 3073)  # one byte of label, then planes of 32x32
     return ArrayImages([rows[:, 1:].reshape(-1, 3, 32, 32)], rows[:, 0].astype(np.int64), size, archive)
@@ -1093,6 +1095,7 @@ class Log:
             file.writelines(line + "\n" for line in kept)
 
     def write(self, record: dict):
+        record = json.loads(json.dumps(record), parse_constant=lambda not_finite: None)  # JSON knows no NaN
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -8,14 +8,14 @@
 The same command again resumes a run, exactly, on any number of processes.
 
 Paper: Song et al. 2023 (CM, arXiv 2303.01469v2), Algorithm 3, with `--recipe ct`; its successor Song & Dhariwal 2023
-(iCT, arXiv 2310.14189) with `--recipe ict`, the default. What sets them apart:
+(iCT, arXiv 2310.14189) with `--recipe ict`, the default. What sets them apart (iCT Table 1):
 
     setting       ct                                          ict
-    --schedule    sqrt: N(k) grows like sqrt(k) (CM App. C)   double: N(k) doubles every K' steps (iCT Eq. 13)
-    --mu0         target = moving average of the net, mu(k)   0: target = the net itself, without gradient (iCT Sec. 3.2)
-    --dist        lpips                                       huber (iCT Sec. 3.3)
-    --times       uniform over the grid                       lognormal: more often where it is hard (iCT Sec. 3.4)
-    --weighting   one                                         inverse: 1 / (t_n1 - t_n) (iCT Sec. 3.1)
+    --schedule    sqrt: N(k) grows like sqrt(k) (CM App. C)   double: N(k) doubles at equal intervals
+    --mu0         target = moving average of the net, mu(k)   0: target = the net itself, without gradient
+    --dist        lpips                                       huber: pseudo-Huber
+    --times       uniform over the grid                       -1.1 2.0: ln t normal, more often where it is hard
+    --weighting   one                                         inverse: 1 / (t_n1 - t_n)
 
 Log, one JSON object a line: step; images = seen so far; loss, and loss_bins its mean where t_n1 is below 0.1, 1, 10 and
 above; grad_norm; N; mu; lr; images_per_s; peak_gb; skipped = steps left out because their loss was not finite.
@@ -31,11 +31,11 @@ import torch.distributed
 import common
 from common import UserError, consistency
 
-# Recipes: CM Table 3 and iCT App. B; glyphs and "path" (your own images) are ours, tuned on 2 cores. `sigmas` are the
+# Recipes: CM Table 3 and iCT's published settings; glyphs and "path" (your own images) are ours, tuned on 2 cores. `sigmas` are the
 # levels of the two-step samples: published ones (CM's time points, iCT's 0.821 and 1.526), or ours.
 METHODS = {
-    "ct": dict(schedule="sqrt", s0=2, dist="lpips", times="uniform", weighting="one", dropout=0.0),
-    "ict": dict(schedule="double", s0=10, s1=1280, mu0=0.0, dist="huber", times="lognormal", weighting="inverse", dropout=0.0),
+    "ct": dict(schedule="sqrt", s0=2, dist="lpips", times=["uniform"], weighting="one", dropout=0.0),
+    "ict": dict(schedule="double", s0=10, s1=1280, mu0=0.0, dist="huber", times=[-1.1, 2.0], weighting="inverse", dropout=0.0),
 }
 RECIPES = {
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=64, sigmas=[80.0, 0.8], batch_size=64, total_steps=4000, lr=1e-3,
@@ -74,7 +74,8 @@ def flags():
     group.add_argument("--mu0", type=common.number(float, 0, 1), metavar="MU", help="target's decay at the start (CM 0.9 to "
                        "0.95); 0: the target is the net itself (iCT)")
     group.add_argument("--dist", choices=("l1", "l2", "huber", "lpips"), help="distance between the two outputs")
-    group.add_argument("--times", choices=("uniform", "lognormal"), help="how intervals are drawn from the grid")
+    group.add_argument("--times", nargs="+", type=lambda word: word if word == "uniform" else float(word), metavar="MEAN STD",
+                       help="draw intervals by ln t ~ Normal(MEAN, STD^2) (iCT -1.1 2.0), or the one word uniform (CM)")
     group.add_argument("--weighting", choices=("one", "inverse"), help="of an interval: 1, or 1 / (t_n1 - t_n)")
     common.add_shared_flags(parser)
     return parser
@@ -88,7 +89,7 @@ def num_points(k, K, s0, s1, schedule):
     """N(k): how many noise levels the grid has at step k of K. It ends at s1 + 1 points, s1 intervals."""
     if schedule == "sqrt":  # CM App. C
         return math.ceil(math.sqrt(k / K * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
-    stage = max(math.floor(K / (math.log2(s1 // s0) + 1)), 1)  # iCT Sec. 3.4: K'
+    stage = max(math.floor(K / (math.log2(s1 // s0) + 1)), 1)  # iCT Table 1: K'
     return min(s0 * 2 ** (k // stage), s1) + 1
 
 
@@ -98,10 +99,11 @@ def target_decay(N, s0, mu0):
 
 
 def interval_probabilities(times, law):
-    """p(n), n = 0 .. N-2: uniform (CM Alg. 3), or the weight of ln t ~ Normal(-1.1, 2.0^2) in the interval (iCT Eq. 10)."""
-    if law == "uniform":
-        return torch.ones(len(times) - 1) / (len(times) - 1)
-    p = ((times.double().log() + 1.1) / (2.0 * math.sqrt(2))).erf().diff()
+    """p(n), n = 0 .. N-2: uniform (CM Alg. 3), or what ln t ~ Normal(mean, std^2) gives the interval (iCT Table 1)."""
+    if law == ["uniform"]:
+        return torch.full_like(times[1:], 1 / (len(times) - 1))
+    mean, std = law
+    p = ((times.double().log() - mean) / (std * math.sqrt(2))).erf().diff()
     return (p / p.sum()).float()
 
 
@@ -110,8 +112,8 @@ def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weighting):
 
     Args:    net: f_theta.  target: f_theta^-, or the net itself.  x0, noise: (B,C,H,W).  t_n < t_n1: (B,) neighbours on the
              grid.  y: (B,) labels or None.  dist: (x, y) -> (B,).
-    Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units (iCT App. B).
-    Source:  CM Alg. 3, lines 3-6 (Eq. 10).
+    Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units.
+    Source:  CM Alg. 3, line 5.
     """
     x_tn, x_tn1 = (x0 + common.bcast(t, x0) * noise for t in (t_n, t_n1))
     with torch.no_grad(), common.replay_random(x0.device):
@@ -140,6 +142,8 @@ if __name__ == "__main__":
     # ---- data
     if args.s1 < args.s0:
         raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels grows")
+    if args.times != ["uniform"] and (len(args.times) != 2 or "uniform" in args.times or args.times[1] <= 0):
+        raise UserError(f"--times {' '.join(map(str, args.times))}: name a mean and a standard deviation, or uniform")
     settings = common.net_settings(args.net)
     size = settings["image_size"]
     with common.main_process_first(run):
@@ -159,7 +163,7 @@ if __name__ == "__main__":
     buffer, tail = common.flatten_gradients(net, tail=2 + 2 * common.BINS)  # what the ranks sum each step
     loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
 
-    out_dir, step, skipped, bad_in_a_row = Path(args.out_dir), 0, 0, 0
+    out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
     if state := common.resume_state(args, run, "ct"):
         step, skipped = state["step"], state["skipped"]
         for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
@@ -196,7 +200,7 @@ if __name__ == "__main__":
                                    run.rank, run.world)
     loader = common.make_loader(dataset, indices, args.workers, run.device)
     stop, bar, since = common.StopSignal(), common.progress(args, run, step), (time.perf_counter(), step)
-    while step < args.total_steps:
+    while step < args.total_steps and not stopping:
         # ------------------------------------------------------------------------------------ one training step
         N = num_points(step, args.total_steps, args.s0, args.s1, args.schedule)
         mu = target_decay(N, args.s0, args.mu0)
@@ -248,7 +252,5 @@ if __name__ == "__main__":
             sample_grid()
         if (args.save_every and step % args.save_every == 0) or last:
             save()
-        if stopping:
-            break
     bar.close()
-    common.finish(run, stopping, stop)
+    common.finish(run, step < args.total_steps, stop)

@@ -113,7 +113,7 @@ def test_accumulation_is_the_mean_over_the_batch(trained, tmp_path):
     for m, batch in enumerate(indices):
         common.seed_everything(args.seed, 0, m)
         x0, y = common.to_device(dataset.__getitems__(batch), torch.device("cpu"), True)
-        n = torch.multinomial(ct.interval_probabilities(times, "lognormal"), 4, replacement=True)
+        n = torch.multinomial(ct.interval_probabilities(times, args.times), 4, replacement=True)
         losses.append(ct.loss_fn(net, net, x0, torch.randn_like(x0), times[n], times[n + 1], y, common.pseudo_huber, "inverse"))
     loss = torch.cat(losses).mean()
     loss.backward()
@@ -323,6 +323,7 @@ MISTAKES = {
     "label out of range": (["--ckpt", "run/last.pt", "--labels", "10"], "labels 0 to 9"),
     "sigmas upside down": (["--ckpt", "run/last.pt", "--sigmas", "1", "80"], "--sigmas"),
     "unknown picture": (["--ckpt", "run/last.pt", "--sample", "1", "--save", "x.jpg"], "--save x.jpg"),
+    "bad law of times": (["--times", "1.0"], "--times 1.0: name a mean"),
     "s1 below s0": (["--s0", "10", "--s1", "5"], "--s1"),
 }
 
