@@ -520,7 +520,7 @@ class UNet(nn.Module):
 # Settings of the named networks; `--net NAME KEY=VALUE ...` changes single ones. imagenet64 and lsun256 are those of the
 # released checkpoints. The papers' CIFAR-10 net is an NCSN++; cifar10 here is the ADM net of its depth and width.
 NETS = {
-    "glyphs": dict(image_size=16, base=32, mult=(1, 2, 2), blocks=1, attention=(), head_channels=32),
+    "glyphs": dict(image_size=16, base=32, mult=(1, 2, 2), blocks=1, attention=(), head_channels=32, resblock_updown=False),
     "cifar-small": dict(image_size=32, base=64, mult=(1, 2, 2), blocks=2, attention=(16,), head_channels=32),
     "cifar10": dict(image_size=32, base=128, mult=(2, 2, 2), blocks=4, attention=(16,), head_channels=64),
     "imagenet64": dict(image_size=64, base=192, mult=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_channels=64),
@@ -576,7 +576,7 @@ def ema_update(average: nn.Module, net: nn.Module, decay: float):
 # ------------------------------------------------------------------------------------------------------------
 
 def glyphs(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """n coloured digits in Pillow's built-in font: shifted, turned, slanted, stretched, light on dark or dark on light.
+    """n coloured digits in Pillow's built-in font: shifted, turned, slanted, stretched, light on dark.
 
     Returns: images (n,size,size,3) uint8, labels (n,) int64, label = the digit. A pure function of its arguments.
     """
@@ -594,7 +594,7 @@ def glyphs(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     wide, high = rng.uniform(0.8, 1.15, n), rng.uniform(0.85, 1.15, n)
     shift = rng.uniform(-0.08, 0.08, (n, 2)) * 64
     hue, saturation = rng.uniform(0, 1, (n, 2)), rng.uniform(0, 0.8, (n, 2))
-    dark, light, swap = rng.uniform(0, 0.35, n), rng.uniform(0.8, 1, n), rng.random(n) < 0.3
+    value = rng.uniform((0, 0.8), (0.35, 1), (n, 2))  # back, front
 
     images = np.empty((n, size, size, 3), np.uint8)
     for i in range(n):
@@ -605,8 +605,7 @@ def glyphs(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
         b = 32 - A @ np.full(2, big / 2) - shift[i]
         mask = digits[labels[i]].transform((big, big), Image.Transform.AFFINE, (*A[0], b[0], *A[1], b[1]),
                                            Image.Resampling.BILINEAR).reduce(4)
-        back, front = (np.array(colorsys.hsv_to_rgb(hue[i, k], saturation[i, k], value))
-                       for k, value in enumerate((light[i], dark[i]) if swap[i] else (dark[i], light[i])))
+        back, front = (np.array(colorsys.hsv_to_rgb(hue[i, k], saturation[i, k], value[i, k])) for k in (0, 1))
         m = np.asarray(mask, np.float64)[:, :, None] / 255
         images[i] = np.round(255 * (back + m * (front - back)))
     return images, labels

@@ -109,7 +109,7 @@ def test_accumulation_is_the_mean_over_the_batch(trained, tmp_path):
     net = common.UNet(**last(trained)["model_args"])
     losses = []
     indices = common.index_batches(len(dataset), args.seed, 0, 1, 8, 4)
-    times = common.karras_times(ct.num_points(0, 6, 10, 320, "double"))
+    times = common.karras_times(ct.num_points(0, 6, args.s0, args.s1, "double"))
     for m, batch in enumerate(indices):
         common.seed_everything(args.seed, 0, m)
         x0, y = common.to_device(dataset.__getitems__(batch), torch.device("cpu"), True)
