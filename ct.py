@@ -38,7 +38,7 @@ METHODS = {
     "ict": dict(schedule="double", s0=10, s1=1280, mu0=0.0, dist="huber", times=[-1.1, 2.0], weighting="inverse", dropout=0.0),
 }
 RECIPES = {
-    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6], batch_size=32, total_steps=4800, lr=1e-3,
+    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6], batch_size=32, total_steps=3600, lr=1e-3,
                    ema_decay=0.997, ct=dict(s1=150, mu0=0.9, dist="l2"), ict=dict(s1=40, times=[0.0, 1.6])),
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, sigmas=[80.0, 0.821], batch_size=128, total_steps=100_000,
                  lr=4e-4, ema_decay=0.9995, ct=dict(s1=150, mu0=0.9), ict=dict()),
