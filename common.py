@@ -10,10 +10,10 @@ In this order, each section using only what stands above it:
     network                  UNet NETS make_net
     moving average           ema_update
     data                     glyphs ArrayImages FileImages load_dataset index_batches to_device
-    processes and seeds      setup seed_step same_dropout_mask flatten_gradients StopSignal
+    processes and seeds      setup seed_everything replay_random flatten_gradients StopSignal
     checkpoints              save_checkpoint load_checkpoint load_network
-    logs and pictures        Log image_grid save_samples
-    flags                    parse_args
+    logs and pictures        start_run Log save_grid save_samples seeded_noise
+    flags                    add_shared_flags parse_flags sample_checkpoint
 
 Notation, everywhere: t is the noise level, i.e. the standard deviation of the noise (EDM's sigma), so that
 x_t = x0 + t * noise. Images x are (B, C, H, W) in [-1, 1], times t and labels y are (B,).
@@ -24,6 +24,7 @@ EDM = Karras et al. 2022, arXiv 2206.00364. ADM = Dhariwal & Nichol 2021, arXiv 
 import argparse
 import colorsys
 import contextlib
+import datetime
 import difflib
 import functools
 import hashlib
@@ -58,16 +59,28 @@ class UserError(Exception):
     """Something the user can put right. The scripts print its message as one line and exit with code 2."""
 
 
+ranks_differ = False  # once they run, each process meets its own errors; until then all meet the same
+
+
 def one_line_errors(kind, error, trace):
-    """An excepthook: a UserError is printed as one line, by rank 0, and ends the process with exit code 2."""
-    if not issubclass(kind, UserError):
+    """An excepthook: a UserError, or a GPU that is full, is one line and ends the process with exit code 2."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        error = f"out of memory, lower --micro-batch: {first_line(error)}"
+    elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
-    if os.environ.get("RANK", "0") == "0":
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    if ranks_differ or local == 0:
         for bar in list(getattr(sys.modules.get("tqdm"), "tqdm", types.SimpleNamespace(_instances=()))._instances):
             bar.close()  # or the message would stand on its line
         message = str(error).strip().splitlines()[-1]  # a loader's worker sends its traceback along: the last line says it
-        print(f"{Path(sys.argv[0]).name}: error: {message.removeprefix('common.UserError: ')}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {f'rank {rank}: ' * (rank > 0)}{message.removeprefix('common.UserError: ')}",
+              file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def first_line(error) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.split(" <_io.")[0]  # Pillow names the Python object it read from
 
 
 @contextlib.contextmanager
@@ -310,11 +323,6 @@ class LPIPS(nn.Module):
         if x.shape[-1] < 256:
             x, y = (F.interpolate(image, size=(224, 224), mode="bilinear") for image in (x, y))
         return self.model(x, y).flatten()  # (B,1,1,1) -> (B,)
-
-
-def first_line(error) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.split(" <_io.")[0]  # Pillow names the Python object it read from
 
 
 def make_distance(name: str, device):
@@ -881,7 +889,9 @@ def index_batches(n, seed, step, total_steps, batch_size, micro_batch, rank=0, w
 def make_loader(dataset, batches, workers: int | None, device):
     """The batches of `dataset` that the iterator of indices `batches` asks for, in order, decoded ahead by `workers`."""
     if workers is None:
-        workers = min(os.cpu_count() - 1, 8) if isinstance(dataset, FileImages) else 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # of the cores this process may use
+        workers = min(max(share, 1), 8) if isinstance(dataset, FileImages) else 0
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=unchanged, num_workers=workers,
                                             pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
                                             worker_init_fn=leave_group if workers else None))
@@ -928,13 +938,14 @@ def setup(args):
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # fp32 is to mean fp32
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if world > 1:
         store, _, _ = next(torch.distributed.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node keeps its store when it restarts its workers,
             store = torch.distributed.PrefixStore(f"restart {restarts}", store)  # with the dead ones' addresses in it
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                             timeout=datetime.timedelta(hours=2))  # of unpacking ImageNet, say
         sys.excepthook = one_line_errors  # torch has just wrapped it
         most = torch.tensor(restarts, device=device)  # only the node of the failed worker counts it
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -961,6 +972,9 @@ def place(net: UNet, run) -> UNet:
     """Move a net to the device, in the memory format and compute dtype that suit it."""
     net.dtype = run.dtype
     return net.to(run.device, memory_format=torch.channels_last if run.device.type == "cuda" else torch.contiguous_format)
+
+
+INIT, STEP, SAMPLE = 1, 2, 3  # what a seed is for stands first in its key, so that no two uses share a stream
 
 
 def seed_everything(*key: int):
@@ -1030,10 +1044,10 @@ def load_checkpoint(path) -> dict:
     return state
 
 
-def load_network(path, script: str) -> tuple[UNet, dict]:
+def load_network(path, script: str) -> UNet:
     """The network to sample with: `ema` of a checkpoint of `script`, or a plain state dict of one of NETS.
 
-    Returns: the net in eval mode on the CPU, and the checkpoint's `args` ({} for a plain state dict).
+    Returns: the net in eval mode on the CPU.
     Raises:  UserError if the file cannot be loaded, is another script's, or fits no network known here.
     """
     state = load_checkpoint(path)
@@ -1042,7 +1056,7 @@ def load_network(path, script: str) -> tuple[UNet, dict]:
             raise UserError(f"--ckpt {path} was written by {state.get('script')}.py: give it to that script")
         net = UNet(**state["model_args"])
         net.load_state_dict(state["ema"])
-        return net.eval(), state["args"]
+        return net.eval()
     shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
     classes = shapes.get("label_emb.weight", (0,))[0]
     for name, settings in NETS.items():
@@ -1050,7 +1064,7 @@ def load_network(path, script: str) -> tuple[UNet, dict]:
             net = UNet(**settings, classes=classes)
         if {key: tuple(value.shape) for key, value in net.state_dict().items()} == shapes:
             net.load_state_dict(state, assign=True)
-            return net.float().eval(), {}
+            return net.float().eval()
     raise UserError(f"--ckpt {path}: these weights fit none of the networks {', '.join(NETS)}")
 
 
@@ -1058,24 +1072,45 @@ def load_network(path, script: str) -> tuple[UNet, dict]:
 FREE_FLAGS = {"data_dir", "out_dir", "overwrite", "log_every", "sample_every", "save_every", "workers", "device", "compile"}
 
 
-def resume_state(args, run, script: str) -> dict | None:
-    """The checkpoint to go on from, if `args.out_dir` holds one and `--overwrite` was not given.
+def resume_state(args, run, script: str, model_args: dict) -> dict | None:
+    """The checkpoint to go on from, if `args.out_dir` holds one. With `--overwrite` what stands there is deleted instead.
 
-    Raises:  UserError if that run had other flags; nothing is touched.
+    Raises:  UserError if that run had other flags, and nothing is touched; or if the nodes do not see the same folder.
     """
-    path = Path(args.out_dir) / "last.pt"
-    if not path.exists() or (args.overwrite and not run.restarted):  # a restarted run has obeyed --overwrite already
-        return None
-    state = load_checkpoint(path)
-    if state.get("script") != script:
-        raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose another, or --overwrite it")
-    old, new = state["args"], json.loads(json.dumps(vars(args)))
-    changed = [f"--{key.replace('_', '-')} {show_value(old.get(key))} there, {show_value(new.get(key))} now"
-               for key in sorted(old.keys() | new.keys()) if key not in FREE_FLAGS and old.get(key) != new.get(key)]
-    if changed:
-        raise UserError(f"--out-dir {args.out_dir} holds a run with other flags ({'; '.join(changed)}); "
-                        "use its flags to resume it, choose another --out-dir, or --overwrite it")
+    out_dir, state = Path(args.out_dir), None
+    if args.overwrite and not run.restarted:  # a restarted run has obeyed --overwrite already
+        if run.main:
+            with explain(f"--out-dir {out_dir}"):
+                for old in [out_dir / "last.pt", out_dir / "ema.pt", *(out_dir / "samples").glob("*.png")]:
+                    old.unlink(missing_ok=True)
+    elif (out_dir / "last.pt").exists():
+        state = load_checkpoint(out_dir / "last.pt")
+        if state.get("script") != script:
+            raise UserError(f"--out-dir {out_dir} holds a run of {state.get('script')}.py; choose another, or --overwrite it")
+        old, new = ({"--" + key.replace("_", "-"): value for key, value in flags.items() if key not in FREE_FLAGS} | net
+                    for flags, net in ((state["args"], state["model_args"]), (vars(args), model_args)))
+        changed = [f"{key} {show_value(old.get(key))} there, {show_value(new.get(key))} now"
+                   for key in old.keys() | new.keys() if show_value(old.get(key)) != show_value(new.get(key))]
+        if changed:
+            raise UserError(f"--out-dir {out_dir} holds a run with other settings ({'; '.join(sorted(changed))}); "
+                            "use its flags to resume it, choose another --out-dir, or --overwrite it")
+    elif (out_dir / "ema.pt").exists():
+        raise UserError(f"--out-dir {out_dir} holds an ema.pt without its last.pt; choose another, or --overwrite it")
+    if run.world > 1:
+        steps = torch.tensor([1, -1], device=run.device) * (state["step"] if state else 0)
+        torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise UserError(f"--out-dir {out_dir} is not the same folder on all nodes: they would resume at different steps")
     return state
+
+
+def load_optimizer(optimizer, state: dict):
+    """Restore an optimizer, its tensors in the strides of their parameters: what fused updates need to be fast."""
+    optimizer.load_state_dict(state)
+    for p, values in optimizer.state.items():
+        for key, value in values.items():
+            if value.shape == p.shape:
+                values[key] = torch.empty_like(p).copy_(value)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1102,22 +1137,21 @@ class Log:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
+def to_uint8(x: Tensor) -> Tensor:
     """(n,C,H,W) in [-1, 1] -> (n,H,W,C) uint8, rounded, so that it inverts x/127.5 - 1."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def save_grid(path, blocks: list[Tensor], columns: int):
-    """Write a PNG: each block (n,C,H,W) a grid of `columns`, the blocks side by side; small images are enlarged."""
+def save_grid(path, blocks: list[np.ndarray], columns: int):
+    """Write a PNG: each block (n,H,W,C) uint8 a grid of `columns`, the blocks side by side; small images are enlarged."""
     from PIL import Image
-    grids = []
-    for block in blocks:
-        images = to_uint8(block)
+    grids, size = [], blocks[0].shape[1]
+    for images in blocks:
         images = np.concatenate([images, np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)])
         rows = [np.concatenate(list(images[i:i + columns]), 1) for i in range(0, len(images), columns)]
-        grids += [np.concatenate(rows, 0), np.full((len(rows) * images.shape[1], 4, 3), 255, np.uint8)]
+        grids += [np.concatenate(rows, 0), np.full((len(rows) * size, 4, 3), 255, np.uint8)]
     picture = Image.fromarray(np.concatenate(grids[:-1], 1))
-    zoom = max(1, 48 // images.shape[1])
+    zoom = max(1, 48 // size)
     with atomic_file(path) as file:
         picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(file, "PNG")
 
@@ -1134,16 +1168,16 @@ def make_save_path(path) -> Path:
     return path
 
 
-def save_samples(path: Path, images: Tensor, labels: Tensor | None, columns: int):
-    """Write samples as a .png grid, an .npz as ADM's evaluator reads it (arr_0 uint8 NHWC, arr_1 labels), or a folder of PNGs."""
+def save_samples(path: Path, images: np.ndarray, labels: Tensor | None, columns: int):
+    """Write samples (n,H,W,C) uint8 as a .png grid, an .npz as ADM's evaluator reads it (arr_0 uint8 NHWC, arr_1 labels), or a folder of PNGs."""
     from PIL import Image
     if path.suffix == ".png":
         save_grid(path, [images], columns)
     elif path.suffix == ".npz":
         with atomic_file(path) as file:
-            np.savez(file, to_uint8(images), *([] if labels is None else [labels.cpu().numpy()]))
+            np.savez(file, images, *([] if labels is None else [labels.cpu().numpy()]))
     else:
-        for i, image in enumerate(to_uint8(images)):
+        for i, image in enumerate(images):
             with atomic_file(path / f"{i:06d}.png") as file:
                 Image.fromarray(image).save(file, "PNG")
 
@@ -1153,7 +1187,7 @@ def seeded_noise(indices, seed: int):
 
     So a sample does not depend on the size of the batch it is drawn in, nor on the device.
     """
-    keys = [np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1 for i in indices]
+    keys = [np.random.SeedSequence((SAMPLE, seed, i)).generate_state(1, np.uint64)[0] >> 1 for i in indices]
     generators = [torch.Generator().manual_seed(int(key)) for key in keys]
     return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
 
@@ -1173,14 +1207,13 @@ def start_run(args, run, net, step: int) -> Log | None:
 
     Raises:  UserError if the folder cannot be written to.
     """
+    global ranks_differ
+    ranks_differ = True
     if not run.main:
         return None
     out_dir = Path(args.out_dir)
     try:
         (out_dir / "samples").mkdir(parents=True, exist_ok=True)
-        if step == 0:  # what another run left here must not be taken for this one's
-            for old in [out_dir / "last.pt", out_dir / "ema.pt", *(out_dir / "samples").glob("*.png")]:
-                old.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out-dir {args.out_dir}: {error.strerror}") from error
     log = Log(out_dir / "log.jsonl", step)
@@ -1198,19 +1231,21 @@ def progress(args, run, step: int):
     return tqdm(total=args.total_steps, initial=step, unit="step", disable=not run.main, dynamic_ncols=True)
 
 
-def finish(run, stopped: bool, stop: StopSignal):
+def finish(run, stop: StopSignal | None = None):
     """Leave: exit code 0, or 128 + the number of the signal that stopped the run, here or on another rank."""
     if run.world > 1:
         torch.distributed.destroy_process_group()
-    if stopped:
-        raise SystemExit(128 + (stop.number or signal.SIGTERM))
+    raise SystemExit(128 + (stop.number or signal.SIGTERM) if stop else 0)
 
 
 def peak_memory_gb(device) -> float:
     """The most memory this process has held: the GPU's where there is one, otherwise resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
@@ -1336,21 +1371,21 @@ def sample_checkpoint(args, run, script: str, draw):
 
     Args:    draw: (net, sigmas, y, noise, shape) -> images, as each script defines it.
     """
-    net, trained = load_network(args.ckpt, script)
-    net, classes, n = place(net, run), net.classes, args.sample
+    net = place(load_network(args.ckpt, script), run)
+    classes, n = net.classes, args.sample
     if args.labels and (not classes or max(args.labels) >= classes):
         raise UserError(f"--labels {' '.join(map(str, args.labels))}: this network has "
                         + (f"the labels 0 to {classes - 1}" if classes else "no labels"))
     path, labels, size = make_save_path(args.save), args.labels or list(range(classes)), net.image_size
     y = torch.tensor([labels[i % len(labels)] for i in range(n)], device=run.device) if classes else None
-    images = torch.zeros(n, 3, size, size, device=run.device)
+    images = torch.zeros(n, size, size, 3, dtype=torch.uint8, device=run.device)
     from tqdm import tqdm
-    parts = torch.arange(n).split(64)[run.rank::run.world]
-    for part in tqdm(parts, unit="batch", disable=not run.main or n <= 64):
-        i, j = part[0].item(), part[-1].item() + 1
-        images[i:j] = draw(net, args.sigmas, None if y is None else y[i:j], seeded_noise(range(i, j), args.seed), images[i:j].shape)
+    for part in tqdm(torch.arange(n).split(64)[run.rank::run.world], unit="batch", disable=not run.main or n <= 64):
+        drawn = draw(net, args.sigmas, None if y is None else y[part], seeded_noise(part.tolist(), args.seed),
+                     (len(part), 3, size, size))
+        images[part] = to_uint8(drawn)
     if run.world > 1:
         torch.distributed.all_reduce(images)
     if run.main:
-        save_samples(path, images, y, columns=len(labels) if 1 < len(labels) <= 16 else math.isqrt(n - 1) + 1)
+        save_samples(path, images.cpu().numpy(), y, columns=len(labels) if 1 < len(labels) <= 16 else math.isqrt(n - 1) + 1)
         print(f"{n} samples, {len(args.sigmas)} network call(s) each, EMA weights of {args.ckpt}: {args.save}")

@@ -64,17 +64,21 @@ def recipe(given):
     return METHODS[method] | {"recipe": method} | chosen | special
 
 
+def law_of_times(word):
+    return word if word == "uniform" else float(word)
+
+
 def flags():
     parser = common.Parser(__doc__)
     group = parser.add_argument_group("algorithm")
     group.add_argument("--recipe", choices=METHODS, help="ict (default): improved consistency training; ct: the seed paper")
     group.add_argument("--schedule", choices=("sqrt", "double"), help="how N(k), the number of noise levels, grows")
-    group.add_argument("--s0", type=common.positive, metavar="N", help="intervals at the start (CM 2, iCT 10)")
+    group.add_argument("--s0", type=common.positive, metavar="N", help="where N(k) starts: points (sqrt, CM 2) or intervals (double, iCT 10)")
     group.add_argument("--s1", type=common.positive, metavar="N", help="intervals at the end (CM 150 to 200, iCT 1280)")
     group.add_argument("--mu0", type=common.number(float, 0, 1), metavar="MU", help="target's decay at the start (CM 0.9 to "
                        "0.95); 0: the target is the net itself (iCT)")
     group.add_argument("--dist", choices=("l1", "l2", "huber", "lpips"), help="distance between the two outputs")
-    group.add_argument("--times", nargs="+", type=lambda word: word if word == "uniform" else float(word), metavar="MEAN STD",
+    group.add_argument("--times", nargs="+", type=law_of_times, metavar="MEAN STD",
                        help="draw intervals by ln t ~ Normal(MEAN, STD^2) (iCT -1.1 2.0), or the one word uniform (CM)")
     group.add_argument("--weighting", choices=("one", "inverse"), help="of an interval: 1, or 1 / (t_n1 - t_n)")
     common.add_shared_flags(parser)
@@ -86,7 +90,7 @@ def flags():
 # ------------------------------------------------------------------------------------------------------------
 
 def num_points(k, K, s0, s1, schedule):
-    """N(k): how many noise levels the grid has at step k of K. It ends at s1 + 1 points, s1 intervals."""
+    """N(k): how many noise levels the grid has at step k of K. At most s1 + 1: s1 intervals."""
     if schedule == "sqrt":  # CM App. C
         return math.ceil(math.sqrt(k / K * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
     stage = max(math.floor(K / (math.log2(s1 // s0) + 1)), 1)  # iCT Table 1: K'
@@ -107,11 +111,14 @@ def interval_probabilities(times, law):
     return (p / p.sum()).float()
 
 
-def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weighting):
+WEIGHTS = {"one": lambda t_n, t_n1: 1.0, "inverse": lambda t_n, t_n1: 1 / (t_n1 - t_n)}
+
+
+def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
     """The consistency training loss of each image.
 
     Args:    net: f_theta.  target: f_theta^-, or the net itself.  x0, noise: (B,C,H,W).  t_n < t_n1: (B,) neighbours on the
-             grid.  y: (B,) labels or None.  dist: (x, y) -> (B,).
+             grid.  y: (B,) labels or None.  dist: (x, y) -> (B,).  weight: (t_n, t_n1) -> (B,) or a number.
     Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units.
     Source:  CM Alg. 3, line 5.
     """
@@ -119,8 +126,7 @@ def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weighting):
     with torch.no_grad(), common.replay_random(x0.device):
         f_target = consistency(target, x_tn, t_n, y)
     f_net = consistency(net, x_tn1, t_n1, y)
-    weight = 1 / (t_n1 - t_n) if weighting == "inverse" else 1.0
-    return weight * dist(f_net, f_target)
+    return weight(t_n, t_n1) * dist(f_net, f_target)
 
 
 def sample(net, sigmas, y, noise, shape):
@@ -137,38 +143,41 @@ if __name__ == "__main__":
     # ---- sampling: python ct.py --ckpt FILE
     if hasattr(args, "ckpt"):
         common.sample_checkpoint(args, run, "ct", sample)
-        raise SystemExit
+        common.finish(run)
 
     # ---- data
     if args.s1 < args.s0:
         raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels grows")
-    if args.times != ["uniform"] and (len(args.times) != 2 or "uniform" in args.times or args.times[1] <= 0):
-        raise UserError(f"--times {' '.join(map(str, args.times))}: name a mean and a standard deviation, or uniform")
+    if num_points(0, args.total_steps, args.s0, args.s1, args.schedule) < 2:
+        raise UserError(f"--s0 {args.s0} leaves no interval to train on; name 2 or more")
+    if args.times != ["uniform"] and (len(args.times) != 2 or "uniform" in args.times or args.times[1] <= 0
+                                         or not interval_probabilities(common.karras_times(args.s1 + 1), args.times).isfinite().all()):
+        raise UserError(f"--times {' '.join(map(str, args.times))}: name a mean and a standard deviation of ln t, or uniform")
     settings = common.net_settings(args.net)
     size = settings["image_size"]
     with common.main_process_first(run):
         dataset = common.load_dataset(args.dataset, args.data_dir, size)
+        dist = common.make_distance(args.dist, run.device)
     class_cond = dataset.classes > 0 if args.class_cond is None else args.class_cond
     if class_cond and not dataset.classes:
         raise UserError(f"--class-cond: {args.dataset} has no labels")
 
     # ---- networks, optimizer, resume
     model_args = settings | dict(classes=dataset.classes if class_cond else 0, dropout=args.dropout)
-    common.seed_everything(args.seed)
+    common.seed_everything(common.INIT, args.seed)
     net = common.place(common.make_net(model_args), run)
     target = copy.deepcopy(net).requires_grad_(False) if args.mu0 > 0 else net
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
-    dist = common.make_distance(args.dist, run.device)
     buffer, tail = common.flatten_gradients(net, tail=2 + 2 * common.BINS)  # what the ranks sum each step
     loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
 
     out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
-    if state := common.resume_state(args, run, "ct"):
+    if state := common.resume_state(args, run, "ct", model_args):
         step, skipped = state["step"], state["skipped"]
         for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
             module.load_state_dict(state[key] or state["net"])
-        optimizer.load_state_dict(state["optimizer"])
+        common.load_optimizer(optimizer, state["optimizer"])
     del state
     if run.compile:
         for module in {net, target}:
@@ -188,10 +197,14 @@ if __name__ == "__main__":
         """Write samples/STEP.png: one-step samples left, multistep samples right, from the same noise every time."""
         if run.main:
             columns = min(model_args["classes"], 10) or 8
-            n = 8 * columns
-            y = torch.arange(n, device=run.device) % model_args["classes"] if class_cond else None
-            blocks = [sample(ema, sigmas, y, common.seeded_noise(range(n), args.seed), (n, 3, size, size))
-                      for sigmas in ([common.T_MAX], args.sigmas)]
+            blocks = []
+            for sigmas in ([common.T_MAX], args.sigmas):
+                parts = []
+                for part in torch.arange(8 * columns, device=run.device).split(args.micro_batch):  # what fits in training fits here
+                    y = part % model_args["classes"] if class_cond else None
+                    noise = common.seeded_noise(part.tolist(), args.seed)
+                    parts.append(common.to_uint8(sample(ema, sigmas, y, noise, (len(part), 3, size, size))))
+                blocks.append(torch.cat(parts).cpu().numpy())
             common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
 
     # ---- training
@@ -204,16 +217,17 @@ if __name__ == "__main__":
         # ------------------------------------------------------------------------------------ one training step
         N = num_points(step, args.total_steps, args.s0, args.s1, args.schedule)
         mu = target_decay(N, args.s0, args.mu0)
-        times = common.karras_times(N).to(run.device)
-        p = interval_probabilities(times, args.times)
+        times = common.karras_times(N)
+        p = interval_probabilities(times, args.times).to(run.device)
+        times = times.to(run.device)
 
         buffer.zero_()
         for m in range(run.rank, micro_batches, run.world):
-            common.seed_everything(args.seed, step, m)
+            common.seed_everything(common.STEP, args.seed, step, m)
             x0, y = common.to_device(next(loader), run.device, args.flip)
             n = torch.multinomial(p, len(x0), replacement=True)
             loss = loss_fn(net, target, x0, torch.randn_like(x0), times[n], times[n + 1], y if class_cond else None, dist,
-                           args.weighting)
+                           WEIGHTS[args.weighting])
             (loss.sum() / args.batch_size).backward()
             loss_sum += loss.detach().sum() / args.batch_size
             common.tally(bins, times[n + 1], loss.detach())
@@ -236,8 +250,9 @@ if __name__ == "__main__":
 
         if bad_in_a_row == 10:
             bar.close()
-            raise SystemExit(f"{Path(__file__).name}: stopped at step {step}: the loss or its gradient was not finite 10 steps "
-                             f"in a row (loss {loss}, gradient norm {grad_norm}); {out_dir}/last.pt is from before. Try a lower --lr")
+            raise SystemExit(f"{Path(__file__).name}: stopped at step {step}: the loss or its gradient was not finite 10 steps in "
+                             f"a row (loss {loss}, gradient norm {grad_norm}). Weights and {out_dir}/last.pt are from before; "
+                             "with the same flags it would come to this again: start anew with a lower --lr")
         bar.update()
         last = stopping or step == args.total_steps
         if args.log_every and (step % args.log_every == 0 or last) and run.main:
@@ -248,9 +263,9 @@ if __name__ == "__main__":
                            peak_gb=common.peak_memory_gb(run.device)))
             bar.set_postfix(loss=f"{loss:.4g}", N=N, **{"img/s": f"{(step - since[1]) * args.batch_size / (now - since[0]):.0f}"})
             since = now, step
-        if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
-            sample_grid()
         if (args.save_every and step % args.save_every == 0) or last:
             save()
+        if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
+            sample_grid()
     bar.close()
-    common.finish(run, step < args.total_steps, stop)
+    common.finish(run, stop if step < args.total_steps else None)

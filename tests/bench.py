@@ -76,8 +76,7 @@ def quality(args):
     classifier, accuracy, real = train_classifier()
     print(f"classifier: {accuracy:.2%} of 10,000 held-out glyphs; Frechet distance between two halves of them "
           f"{frechet(classifier, real[:5000], real[5000:]):.3f}")
-    net, _ = common.load_network(args.ckpt, "ct")
-    net = common.place(net, argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32))
+    net = common.place(common.load_network(args.ckpt, "ct"), argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32))
     y = torch.arange(args.n) % 10
     for sigmas in ([80.0], [80.0, args.mid]):
         images = torch.cat([ct.sample(net, sigmas, y[i:i + 250], common.seeded_noise(range(i, i + 250), args.seed),
@@ -130,7 +129,7 @@ def measure(args):
 
     def step():
         buffer.zero_()
-        ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, "inverse").mean().backward()
+        ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, ct.WEIGHTS["inverse"]).mean().backward()
         optimizer.step()
         common.ema_update(ema, net, 0.999)
 
@@ -161,7 +160,7 @@ if __name__ == "__main__":
     command = commands.add_parser("quality", help="how readable generated glyphs are")
     command.add_argument("--ckpt", default="out/ct/last.pt", help="a checkpoint trained on glyphs")
     command.add_argument("--n", type=int, default=2000, help="samples, a multiple of 250")
-    command.add_argument("--mid", type=float, default=0.8, help="the second noise level of the two-step samples")
+    command.add_argument("--mid", type=float, default=1.6, help="the second noise level of the two-step samples")
     command.add_argument("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=quality)
     command = commands.add_parser("speed", help="how fast the training step is, in all variants")

@@ -1,7 +1,9 @@
 """The script as a user runs it: training, resuming, several processes, accidents, sampling, and mistakes on the command line."""
+import copy
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,27 +102,38 @@ def test_two_processes_equal_one(trained, tmp_path):
         np.testing.assert_allclose(*([r[key] for r in log] for log in (a, b)), rtol=1e-4)
 
 
-def test_accumulation_is_the_mean_over_the_batch(trained, tmp_path):
-    """The gradient norm of the first step, taken anew from the loss of all 8 images at once."""
+def test_the_loop_by_hand(trained):
+    """All six steps anew: the loss of the 8 images at once, RAdam, then target and EMA by their formulas (CM Alg. 3)."""
     import ct
     args = common.argparse.Namespace(**last(trained)["args"])
     dataset = common.load_dataset("glyphs", None, 16)
-    common.seed_everything(args.seed)
+    common.seed_everything(common.INIT, args.seed)
     net = common.UNet(**last(trained)["model_args"])
-    losses = []
-    indices = common.index_batches(len(dataset), args.seed, 0, 1, 8, 4)
-    times = common.karras_times(ct.num_points(0, 6, args.s0, args.s1, "double"))
-    for m, batch in enumerate(indices):
-        common.seed_everything(args.seed, 0, m)
-        x0, y = common.to_device(dataset.__getitems__(batch), torch.device("cpu"), True)
-        n = torch.multinomial(ct.interval_probabilities(times, args.times), 4, replacement=True)
-        losses.append(ct.loss_fn(net, net, x0, torch.randn_like(x0), times[n], times[n + 1], y, common.pseudo_huber, "inverse"))
-    loss = torch.cat(losses).mean()
-    loss.backward()
-    first = records(trained)[0]
-    assert abs(loss.item() / first["loss"] - 1) < 1e-5
-    norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt().item()
-    assert abs(norm / first["grad_norm"] - 1) < 1e-4
+    target, ema = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
+    optimizer = torch.optim.RAdam(net.parameters(), args.lr)
+    indices = list(common.index_batches(len(dataset), args.seed, 0, 6, 8, 4))
+    for k, record in enumerate(records(trained)):
+        N = (11, 11, 21, 21, 41, 41)[k]  # doubles every 6 / (log2(40 / 10) + 1) = 2 steps
+        times, losses = common.karras_times(N), []
+        for m in range(2):
+            common.seed_everything(common.STEP, args.seed, k, m)
+            x0, y = common.to_device(dataset.__getitems__(indices[2 * k + m]), torch.device("cpu"), True)
+            n = torch.multinomial(ct.interval_probabilities(times, args.times), 4, replacement=True)
+            losses.append(ct.loss_fn(net, target, x0, torch.randn_like(x0), times[n], times[n + 1], y, common.pseudo_huber,
+                                     lambda t_n, t_n1: 1 / (t_n1 - t_n)))
+        optimizer.zero_grad()
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
+        np.testing.assert_allclose([record["loss"], record["grad_norm"], record["mu"]], [loss.item(), norm.item(), 0.9 ** (10 / N)], 1e-4)
+        optimizer.step()
+        with torch.no_grad():
+            for p, p_target, p_ema in zip(net.parameters(), target.parameters(), ema.parameters()):
+                p_target.copy_(0.9 ** (10 / N) * p_target + (1 - 0.9 ** (10 / N)) * p)
+                p_ema.copy_(args.ema_decay * p_ema + (1 - args.ema_decay) * p)
+    for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
+        assert_same(module.state_dict(), last(trained)[key], 1e-5)
+    assert not torch.equal(last(trained)["target"]["out.2.bias"], last(trained)["ema"]["out.2.bias"])
 
 
 def free_port():
@@ -149,7 +162,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import common
 seed = common.seed_everything
 def seed_or_die(*key):
-    if key[1:2] == (4,) and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if key[0] == common.STEP and key[2] == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     seed(*key)
 common.seed_everything = seed_or_die
@@ -264,7 +277,6 @@ def test_samples(trained, tmp_path):
 
 
 def test_samples_use_the_ema(trained, tmp_path):
-    import ct
     state = last(trained)
     net = common.UNet(**state["model_args"])
     net.load_state_dict(state["ema"])
@@ -274,8 +286,7 @@ def test_samples_use_the_ema(trained, tmp_path):
         expected = common.consistency(net, x_T, torch.full((4,), 80.0), torch.arange(4)).clamp(-1, 1)
     run_script("--ckpt", trained / "last.pt", "--sample", 4, "--seed", 5, "--save", "x.npz", "--device", "cpu", "--precision", "fp32",
                cwd=tmp_path, code=0)
-    assert np.abs(np.load(tmp_path / "x.npz")["arr_0"].astype(int) - common.to_uint8(expected).astype(int)).max() <= 1
-    assert hasattr(ct, "sample")
+    assert np.abs(np.load(tmp_path / "x.npz")["arr_0"].astype(int) - common.to_uint8(expected).numpy().astype(int)).max() <= 1
 
 
 def test_plain_weights_of_a_known_network(tmp_path):
@@ -323,6 +334,12 @@ MISTAKES = {
     "label out of range": (["--ckpt", "run/last.pt", "--labels", "10"], "labels 0 to 9"),
     "sigmas upside down": (["--ckpt", "run/last.pt", "--sigmas", "1", "80"], "--sigmas"),
     "unknown picture": (["--ckpt", "run/last.pt", "--sample", "1", "--save", "x.jpg"], "--save x.jpg"),
+    "no interval at the start": (["--recipe", "ct", "--dist", "l2", "--s0", "1"], "--s0 1 leaves no interval"),
+    "times outside the grid": (["--times", "50", "0.1"], "--times 50.0 0.1: name a mean"),
+    "words for times": (["--times", "abc"], "--times"),
+    "another network than the run found": ([*RUN, "--mu0", "0.9", "--net", "glyphs", "base=32", "mult=1,1", "blocks=2",
+                                           "--out-dir", "run"], "blocks 1 there, 2 now"),
+    "weights without their run": ([*SMALL, "--out-dir", "half"], "holds an ema.pt without its last.pt"),
     "bad law of times": (["--times", "1.0"], "--times 1.0: name a mean"),
     "s1 below s0": (["--s0", "10", "--s1", "5"], "--s1"),
 }
@@ -333,8 +350,9 @@ def workplace(trained, tmp_path_factory):
     """A folder in which every mistake can be made."""
     folder = tmp_path_factory.mktemp("mistakes")
     state = last(trained)
-    for name in ("run", "other", "images"):
+    for name in ("run", "other", "images", "half"):
         (folder / name).mkdir()
+    (folder / "half" / "ema.pt").write_text("")
     torch.save(state, folder / "run" / "last.pt")
     torch.save(state | {"script": "cd"}, folder / "other.pt")
     torch.save(state | {"script": "cd"}, folder / "other" / "last.pt")
@@ -362,6 +380,35 @@ def test_a_broken_image_met_in_a_worker(tmp_path):
     (tmp_path / "images" / "broken.png").write_bytes(b"not a picture")
     done = run_script("--dataset", "images", *RUN, "--workers", 1, cwd=tmp_path, code=2)
     assert done.stderr.strip().splitlines()[-1].startswith("ct.py: error: images/broken.png cannot be read as an image")
+
+
+def test_an_error_of_another_rank_is_said(tmp_path):
+    """One of 8 images is broken; whichever rank meets it says so."""
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{i}.png")
+    order = np.concatenate(list(common.index_batches(8, 0, 0, 1, 8, 4)))
+    for rank in range(2):
+        broken = tmp_path / "images" / f"{order[4 * rank]}.png"
+        good = broken.read_bytes()
+        broken.write_bytes(b"not a picture")
+        done = run_script("--dataset", "images", *RUN, cwd=tmp_path, launcher=torchrun(2))
+        who = "rank 1: " * rank
+        assert done.returncode and f"ct.py: error: {who}images/{broken.name} cannot be read" in done.stderr, done.stderr
+        broken.write_bytes(good)
+
+
+def test_nodes_that_do_not_share_the_folder(trained, tmp_path):
+    port = free_port()
+    (tmp_path / "0").mkdir()
+    shutil.copytree(trained, tmp_path / "0" / "run")
+    (tmp_path / "1").mkdir()
+    nodes = [subprocess.Popen([*torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"),
+                               str(ROOT / "ct.py"), *map(str, RUN), "--mu0", "0.9", "--out-dir", "run"], cwd=tmp_path / str(rank),
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+             for rank in range(2)]
+    outputs = [node.communicate(timeout=300)[0].decode() for node in nodes]
+    assert all(node.returncode for node in nodes) and "is not the same folder on all nodes" in outputs[0], outputs
 
 
 def test_mistakes_under_torchrun_are_said_once(tmp_path):

@@ -170,6 +170,22 @@ def test_ema_update():
     assert all(torch.equal(a, b) for a, b in zip(average.parameters(), net.parameters()))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_flat_gradients_are_the_gradients(layout):
+    torch.manual_seed(0)
+    nets = [fill(common.UNet(**TINY)) for _ in range(2)]
+    nets[0].to(memory_format=layout)
+    buffer, tail = common.flatten_gradients(nets[0], 3)
+    for net in nets:
+        net(img((2, 3, 16, 16)).contiguous(memory_format=layout), torch.zeros(2)).square().mean().backward()
+    for p, q in zip(*(net.parameters() for net in nets)):
+        assert p.grad.stride() == p.stride() and p.grad.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        close(p.grad, q.grad, 1e-4, 1e-6)
+    assert not tail.any() and len(tail) == 3
+    norm = sum(q.grad.square().sum() for q in nets[1].parameters()).sqrt()
+    close(buffer.norm(), norm, 1e-5)
+
+
 # ---- LPIPS
 
 def reference_lpips(pool):
