@@ -31,8 +31,8 @@ import torch.distributed
 import common
 from common import UserError, consistency
 
-# Recipes: CM Table 3 and iCT's published settings; glyphs and "path" (your own images) are ours, tuned on 2 cores. `sigmas` are the
-# levels of the two-step samples: published ones (CM's time points, iCT's 0.821 and 1.526), or ours.
+# Recipes: CM Table 3 and iCT's published settings; glyphs and "path" (your own images) are ours, the former tuned on 2 cores.
+# `sigmas` are the levels of the two-step samples: published ones (CM's time points, iCT's 0.821 and 1.526), or ours.
 METHODS = {
     "ct": dict(schedule="sqrt", s0=2, dist="lpips", times=["uniform"], weighting="one", dropout=0.0),
     "ict": dict(schedule="double", s0=10, s1=1280, mu0=0.0, dist="huber", times=[-1.1, 2.0], weighting="inverse", dropout=0.0),
@@ -200,7 +200,7 @@ if __name__ == "__main__":
             blocks = []
             for sigmas in ([common.T_MAX], args.sigmas):
                 parts = []
-                for part in torch.arange(8 * columns, device=run.device).split(args.micro_batch):  # what fits in training fits here
+                for part in torch.arange(8 * columns, device=run.device).split(args.micro_batch):
                     y = part % model_args["classes"] if class_cond else None
                     noise = common.seeded_noise(part.tolist(), args.seed)
                     parts.append(common.to_uint8(sample(ema, sigmas, y, noise, (len(part), 3, size, size))))
@@ -250,9 +250,8 @@ if __name__ == "__main__":
 
         if bad_in_a_row == 10:
             bar.close()
-            raise SystemExit(f"{Path(__file__).name}: stopped at step {step}: the loss or its gradient was not finite 10 steps in "
-                             f"a row (loss {loss}, gradient norm {grad_norm}). Weights and {out_dir}/last.pt are from before; "
-                             "with the same flags it would come to this again: start anew with a lower --lr")
+            raise SystemExit(f"ct.py: stopped at step {step}: the loss or its gradient was not finite 10 steps in a row (loss {loss}, "
+                             f"gradient norm {grad_norm}); what {out_dir} holds is from before. Start anew with a lower --lr")
         bar.update()
         last = stopping or step == args.total_steps
         if args.log_every and (step % args.log_every == 0 or last) and run.main:

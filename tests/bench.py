@@ -148,7 +148,7 @@ def speed(args):
     cuda = torch.cuda.is_available()
     for net in args.net:
         batch = args.batch or {"glyphs": 64, "cifar-small": 32}.get(net, 64)
-        for variant in itertools.product(("eager", "compiled"), ("fp32", "bf16"), ("contiguous", "channels_last")):
+        for variant in itertools.product(args.mode, ("fp32", "bf16"), ("contiguous", "channels_last")):
             command = [sys.executable, __file__, "measure", net, str(batch), *variant, "--repeat", "20" if cuda else "7"]
             if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
                 print(f"| {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
@@ -166,6 +166,8 @@ if __name__ == "__main__":
     command = commands.add_parser("speed", help="how fast the training step is, in all variants")
     command.add_argument("--net", nargs="+", choices=common.NETS, default=["glyphs", "cifar-small"]
                          + ["imagenet64"] * torch.cuda.is_available())
+    command.add_argument("--mode", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"],
+                         help="compiling takes minutes on a CPU")
     command.add_argument("--batch", type=int, help="images a step (default 64; cifar-small 32)")
     command.set_defaults(run=speed)
     command = commands.add_parser("measure", help="one row of `speed`")
