@@ -182,8 +182,8 @@ def test_flat_gradients_are_the_gradients(layout):
         assert p.grad.stride() == p.stride() and p.grad.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
         close(p.grad, q.grad, 1e-4, 1e-6)
     assert not tail.any() and len(tail) == 3
-    norm = sum(q.grad.square().sum() for q in nets[1].parameters()).sqrt()
-    close(buffer.norm(), norm, 1e-5)
+    norm = sum(q.grad.double().square().sum() for q in nets[1].parameters()).sqrt()
+    close(buffer.double().norm(), norm, 1e-5)
 
 
 # ---- LPIPS
