@@ -90,7 +90,7 @@ def atomic_file(path, mode="wb"):
     Raises:  UserError naming the path if it cannot be written (no permission, disk full); what stood there stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process leaves, the next one overwrites
     try:
         with open(temporary, mode) as file:
             yield file
