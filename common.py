@@ -1387,5 +1387,6 @@ def sample_checkpoint(args, run, script: str, draw):
     if run.world > 1:
         torch.distributed.all_reduce(images)
     if run.main:
-        save_samples(path, images.cpu().numpy(), y, columns=len(labels) if 1 < len(labels) <= 16 else math.isqrt(n - 1) + 1)
+        side, turn = math.isqrt(n - 1) + 1, len(labels) if 0 < len(labels) <= 16 else 1
+        save_samples(path, images.cpu().numpy(), y, columns=turn * max(round(side / turn), 1))  # a column, one label
         print(f"{n} samples, {len(args.sigmas)} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
