@@ -3,14 +3,15 @@
 In this order, each section using only what stands above it:
 
     constants and errors     T_MIN T_MAX RHO SIGMA_DATA, UserError, atomic_file
-    noise levels             karras_times
+    noise levels             karras_times interval_probabilities random_times
     preconditioning          edm_scalings cm_scalings denoise consistency
-    solvers and samplers     euler_step heun_step heun_sample multistep_sample ideal_denoiser
-    distances                l1 l2 pseudo_huber LPIPS make_distance
+    solvers and samplers     euler_step heun_step heun_sample multistep_sample edit ideal_denoiser
+    parts of losses          l1 l2 pseudo_huber LPIPS make_distance WEIGHTS replay_random
+    continuous time          consistency_jvp continuous_loss
     network                  UNet NETS make_net
     moving average           ema_update
     data                     glyphs ArrayImages FileImages load_dataset index_batches to_device
-    processes and seeds      setup seed_everything replay_random flatten_gradients StopSignal
+    processes and seeds      setup seed_everything flatten_gradients StopSignal
     checkpoints              save_checkpoint load_checkpoint load_network
     logs and pictures        start_run Log save_grid save_samples seeded_noise
     flags                    add_shared_flags parse_flags sample_checkpoint
@@ -122,6 +123,31 @@ def karras_times(N: int, t_min=T_MIN, t_max=T_MAX, rho=RHO) -> Tensor:
     i = torch.arange(N, dtype=torch.float64)
     low, high = t_min ** (1 / rho), t_max ** (1 / rho)
     return ((low + i / (N - 1) * (high - low)) ** rho).float()
+
+
+def interval_probabilities(times: Tensor, law) -> Tensor:
+    """p(n), n = 0 .. N-2, of drawing the interval times[n] .. times[n+1]: (N-1,) float32.
+
+    Args:    law: ["uniform"] (CM Alg. 2 and 3), or [mean, std]: what ln t ~ Normal(mean, std^2) gives the interval (iCT Table 1).
+    """
+    if law == ["uniform"]:
+        return torch.full_like(times[1:], 1 / (len(times) - 1))
+    mean, std = law
+    p = ((times.double().log() - mean) / (std * math.sqrt(2))).erf().diff()
+    return (p / p.sum()).float()
+
+
+def random_times(n: int, law, device) -> Tensor:
+    """(n,) noise levels: uniform in t^(1/RHO), which is karras_times with N -> infinity, or ln t ~ Normal(mean, std^2) unclipped.
+
+    Args:    law: as `interval_probabilities`.
+    Source:  CM App. B (continuous time); EDM Table 1 (training).
+    """
+    if law == ["uniform"]:
+        low, high = T_MIN ** (1 / RHO), T_MAX ** (1 / RHO)
+        return ((low + torch.rand(n, device=device) * (high - low)) ** RHO).clamp(T_MIN, T_MAX)
+    mean, std = law
+    return (mean + std * torch.randn(n, device=device)).exp()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,6 +270,23 @@ def multistep_sample(f, x_T: Tensor, taus, noise=torch.randn_like) -> Tensor:
     return x
 
 
+def edit(f, y: Tensor, known, taus, noise=torch.randn_like) -> Tensor:
+    """Fill in what an image does not say, with a consistency function that was never trained to.
+
+    Args:    f, taus, noise: as `multistep_sample`.  y: (B,C,H,W) reference.  known: x -> the part of x that y tells, an
+             orthogonal projection: CM's A^-1[(A x)(1 - Omega)], whatever A and the mask Omega are.
+    Returns: (B,C,H,W) whose known part is y's. NFE = len(taus).
+    Source:  CM Alg. 4.
+    """
+    x_hat = known(y) + taus[0] * noise(y)
+    for i, tau in enumerate(taus):
+        if i > 0:
+            x_hat = x + math.sqrt(max(tau**2 - T_MIN**2, 0)) * noise(x)
+        x = f(x_hat, torch.full_like(x_hat[:, 0, 0, 0], tau))
+        x = x - known(x) + known(y)
+    return x
+
+
 def ideal_denoiser(data: Tensor, labels: Tensor | None = None, chunk: int = 4096):
     """The denoiser that minimises EDM's loss on a finite data set: the posterior mean over its images.
 
@@ -276,7 +319,7 @@ def ideal_denoiser(data: Tensor, labels: Tensor | None = None, chunk: int = 4096
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Distances d(x, y) -> (B,), one number per image
+# What losses are made of: distances d(x, y) -> (B,), one number per image, weights, and shared randomness
 # ------------------------------------------------------------------------------------------------------------
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -328,6 +371,57 @@ class LPIPS(nn.Module):
 def make_distance(name: str, device):
     """The distance called l1, l2, huber or lpips. LPIPS is imported and its weights sought only here."""
     return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "huber": pseudo_huber}[name]
+
+
+WEIGHTS = {"one": lambda t_n, t_n1: 1.0, "inverse": lambda t_n, t_n1: 1 / (t_n1 - t_n)}  # lambda of an interval: CM, iCT
+
+
+@contextlib.contextmanager
+def replay_random(device):
+    """Whatever runs after this block draws the random numbers that the block drew: the same dropout masks, say."""
+    generator = torch.random if device.type == "cpu" else torch.get_device_module(device)
+    state = generator.get_rng_state()
+    yield
+    generator.set_rng_state(state)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Continuous time: the limits N -> infinity of the consistency losses
+# ------------------------------------------------------------------------------------------------------------
+
+def consistency_jvp(net, x: Tensor, t: Tensor, dx_dt: Tensor, y: Tensor | None = None, extra: Tensor | None = None):
+    """f(x, t) and its derivative df/dt along a path through (x, t) with velocity dx_dt, exact, in float32.
+
+    Args:    as `consistency`; dx_dt: (B,C,H,W).
+    Returns: two (B,C,H,W) float32. Both carry gradients to the net's parameters unless they are switched off outside.
+    Source:  CM App. B.
+    """
+    dtype, net.dtype = net.dtype, torch.float32  # a derivative needs more than bf16's three digits
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused kernels have no forward derivative
+            return torch.func.jvp(lambda x, t: consistency(net.forward, x, t, y, extra),  # .forward is never the compiled one
+                                  (x, t), (dx_dt, torch.ones_like(t)))
+    finally:
+        net.dtype = dtype
+
+
+def continuous_loss(net, x_t: Tensor, t: Tensor, dx_dt: Tensor, y, extra, stop_gradient: bool) -> Tensor:
+    """|df/dt|^2 of each image along the trajectory, the mean over pixels: 0 for a consistency function.
+
+    Args:    as `consistency_jvp`.  stop_gradient: differentiate with respect to f but not df/dt, as if a target network
+             supplied it, which is CM's pseudo-objective 2 f . df/dt: it has the same gradient, but a value that says nothing.
+    Returns: (B,). Both branches of the pseudo-objective drop out the same units.
+    Source:  CM App. B, l2: Theorems 3 (without stop_gradient), 5 and 6, with lambda = (1 / tau'(u))^2 for the first and
+             1 / tau'(u) for the others, so that no factor is left. They are the limits of
+             the discrete losses with weights 1 / (t_n1 - t_n)^2 and 1 / (t_n1 - t_n).
+    """
+    if not stop_gradient:  # differs from openai's JAX code, which takes the norm, not its square
+        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, extra)
+        return df_dt.square().flatten(1).mean(1)
+    with torch.no_grad(), replay_random(x_t.device):
+        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, extra)
+    f_net = consistency(net, x_t, t, y, extra)
+    return l2(f_net, f_net.detach() - df_dt)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -449,17 +543,22 @@ class UNet(nn.Module):
              dropout: probability.  scale_shift: the embedding scales and shifts the second norm, otherwise it is added.
              resblock_updown: resample inside residual blocks, otherwise by strided convolution.
              extra: room for one further scalar input (CTM's s, guidance weight w), which at first changes nothing.
+             null: one more label, numbered `classes`, that means "no label" (classifier-free guidance).
+             time_scale: factor on t_in; 1/1000 reads NVIDIA's weights, whose c_noise is ln(t)/4.
     Raises:  ValueError if the sizes do not fit each other.
     Source:  ADM, with the settings of openai's consistency models.
     """
     def __init__(self, image_size, base, mult, blocks, attention, head_channels, classes=0, dropout=0.0,
-                 scale_shift=True, resblock_updown=True, extra=False, channels=3):
+                 scale_shift=True, resblock_updown=True, extra=False, null=False, time_scale=1.0, channels=3):
         super().__init__()
         if image_size % 2 ** (len(mult) - 1) or image_size < 8:
             raise ValueError(f"image size {image_size} does not halve {len(mult) - 1} times, or is below 8")
         if any(base * m % 32 for m in mult) or any(base * m % head_channels for m in mult):
             raise ValueError(f"widths {[base * m for m in mult]} are not multiples of 32 and of head_channels={head_channels}")
+        if null and not classes:
+            raise ValueError("a null label needs other labels beside it")
         self.image_size, self.base, self.classes, self.extra, self.dtype = image_size, base, classes, extra, torch.float32
+        self.null_y, self.time_scale = classes if null else None, time_scale
         emb_dim = 4 * base
 
         def time_mlp():
@@ -475,7 +574,7 @@ class UNet(nn.Module):
         if extra:
             self.time_embed_s = time_mlp()
         if classes:
-            self.label_emb = nn.Embedding(classes, emb_dim)
+            self.label_emb = nn.Embedding(classes + null, emb_dim)
 
         size, width, last = image_size, base * mult[0], len(mult) - 1
         self.input_blocks = nn.ModuleList([Layers(Conv2d(channels, width, 3, padding=1))])
@@ -511,7 +610,7 @@ class UNet(nn.Module):
         Convolutions and attention run in `self.dtype` (float32 or bfloat16); embeddings, norms and the head in float32.
         """
         assert (y is not None) == (self.classes > 0) and (extra is not None) == self.extra, "labels or extra do not fit the net"
-        emb = self.time_embed(sinusoidal_embedding(t_in, self.base))
+        emb = self.time_embed(sinusoidal_embedding(t_in * self.time_scale, self.base))
         if y is not None:
             emb = emb + self.label_emb(y)
         emb_s = self.time_embed_s(sinusoidal_embedding(extra, self.base)) if self.extra else None
@@ -982,15 +1081,6 @@ def seed_everything(*key: int):
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-@contextlib.contextmanager
-def replay_random(device):
-    """Whatever runs after this block draws the random numbers that the block drew: the same dropout masks, say."""
-    generator = torch.random if device.type == "cpu" else torch.get_device_module(device)
-    state = generator.get_rng_state()
-    yield
-    generator.set_rng_state(state)
-
-
 def flatten_gradients(net: nn.Module, tail: int) -> tuple[Tensor, Tensor]:
     """One buffer that holds all gradients, as views, and `tail` more numbers: what the ranks sum at once each step.
 
@@ -1044,32 +1134,77 @@ def load_checkpoint(path) -> dict:
     return state
 
 
-def load_network(path, script: str) -> UNet:
-    """The network to sample with: `ema` of a checkpoint of `script`, or a plain state dict of one of NETS.
+def from_nvidia(state: dict, head_channels: int = 64) -> dict:
+    """The weights of NVlabs/edm's DhariwalUNet under the names used here. Their order in `state` is that of construction.
 
-    Returns: the net in eval mode on the CPU.
-    Raises:  UserError if the file cannot be loaded, is another script's, or fits no network known here.
+    NVIDIA numbers the qkv channels by (head, channel, which of q k v), ADM by (which, head, channel).
+    """
+    layers = {"norm0": "in_layers.0", "conv0": "in_layers.2", "affine": "emb_layers.1", "norm1": "out_layers.0", "skip": "skip_connection",
+              "conv1": "out_layers.3", "norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
+    tops = {"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "out_norm": "out.0", "out_conv": "out.2"}
+    seen, renamed = {"enc": [], "dec": []}, {}
+    attention = {key.rsplit(".", 2)[0] for key in state if ".qkv." in key}
+    for key, value in state.items():
+        block, _, name = key.rpartition(".")
+        if name == "resample_filter" or "map_augment" in key:  # a constant; and an input that is 0 when sampling
+            continue
+        part, _, rest = block.removeprefix("model.").partition(".")
+        if part in tops:
+            renamed[f"{tops[part]}.{name}"] = value
+        elif part == "map_label":
+            renamed["label_emb.weight"] = value.T
+        else:
+            level, _, layer = rest.partition(".")  # 32x32_block1, conv0
+            if level not in seen[part]:
+                seen[part].append(level)
+            if level.endswith(("_in0", "_in1")):
+                entry, last = ("middle_block", 2 if level.endswith("1") else 0)
+            elif part == "enc":
+                entry, last = f"input_blocks.{seen[part].index(level)}", 0
+            else:  # an up block closes the entry of the block before it
+                blocks = [other for other in seen[part] if "_block" in other]
+                entry, last = f"output_blocks.{len(blocks) - 1}", 0
+                if level.endswith("_up"):
+                    last = 2 if block.removesuffix(rest) + blocks[-1] in attention else 1
+            if layer in ("norm2", "qkv", "proj"):
+                last += 1
+            if layer == "qkv":
+                value = value.unflatten(0, (-1, head_channels, 3)).movedim(2, 0).flatten(0, 2)
+            renamed[".".join(filter(None, (entry, str(last), layers.get(layer), name)))] = value
+    return renamed
+
+
+def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
+    """The network to sample with: `ema` of a checkpoint, or a plain state dict of one of NETS, NVIDIA's names included.
+
+    Returns: the net in eval mode on the CPU, without gradients; and the checkpoint, of which `script`, `args` (None and {} for
+             a plain state dict) and `model_args` say what it is.
+    Raises:  UserError if the file cannot be loaded, is of none of the `scripts`, or fits no network known here.
     """
     state = load_checkpoint(path)
     if "model_args" in state:
-        if state.get("script") != script:
-            raise UserError(f"--ckpt {path} was written by {state.get('script')}.py: give it to that script")
+        if state.get("script") not in scripts:
+            raise UserError(f"{path} was written by {state.get('script')}.py: give it to that script")
         net = UNet(**state["model_args"])
         net.load_state_dict(state["ema"])
-        return net.eval()
-    shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        return net.requires_grad_(False).eval(), state
+    state, theirs = {name: value for name, value in state.items() if isinstance(value, Tensor)}, {}
+    if any("map_layer0" in name for name in state):
+        with contextlib.suppress(RuntimeError, KeyError, IndexError):  # no DhariwalUNet after all: fits no network
+            state, theirs = from_nvidia(state), dict(time_scale=1e-3)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
     classes = shapes.get("label_emb.weight", (0,))[0]
     for name, settings in NETS.items():
         with torch.device("meta"):
-            net = UNet(**settings, classes=classes)
+            net = UNet(**settings | theirs, classes=classes)
         if {key: tuple(value.shape) for key, value in net.state_dict().items()} == shapes:
-            net.load_state_dict(state, assign=True)
-            return net.float().eval()
-    raise UserError(f"--ckpt {path}: these weights fit none of the networks {', '.join(NETS)}")
+            net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+            return net.requires_grad_(False).eval(), dict(script=None, args={}, model_args=settings | theirs | dict(classes=classes))
+    raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}")
 
 
 # Flags that may change when a run is resumed: where things lie, what is reported, what machine it is.
-FREE_FLAGS = {"data_dir", "out_dir", "overwrite", "log_every", "sample_every", "save_every", "workers", "device", "compile"}
+FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every", "save_every", "workers", "device", "compile"}
 
 
 def resume_state(args, run, script: str, model_args: dict) -> dict | None:
@@ -1282,6 +1417,18 @@ positive = number(int, 1, name="positive integer")
 count = number(int, 0, name="count")
 
 
+def law_of_times(word):
+    """The argparse type of `--times MEAN STD | uniform`."""
+    return word if word == "uniform" else float(word)
+
+
+def check_times(law, times: Tensor):
+    """See that `law` can be drawn from on the grid `times`. Raises UserError."""
+    if law != ["uniform"] and (len(law) != 2 or "uniform" in law or law[1] <= 0
+                               or not interval_probabilities(times, law).isfinite().all()):
+        raise UserError(f"--times {' '.join(map(str, law))}: name a mean and a standard deviation of ln t, or uniform")
+
+
 def add_shared_flags(parser):
     """The flags that mean the same in all four scripts."""
     data = parser.add_argument_group("data and network")
@@ -1332,24 +1479,25 @@ SHARED_DEFAULTS = dict(dataset="glyphs", data_dir=None, class_cond=None, workers
                        sample_every=500, save_every=500, device="auto", precision="auto", compile=None)
 SAMPLING_DEFAULTS = dict(sample=64, sigmas=[T_MAX], labels=None, save="samples.png", seed=0, device="auto", precision="auto",
                          compile=False)
-SAMPLING_FLAGS = ("sample", "labels", "save")
-RUN_FLAGS = ("ckpt", "sigmas", "seed", "device", "precision", "compile")  # apply to sampling and to training
+RUN_FLAGS = {"ckpt", "sigmas", "seed", "device", "precision", "compile"}  # apply to sampling and to training
 
 
-def parse_flags(parser, recipe):
+def parse_flags(parser, recipe, sampling={}, both=()):
     """Read the command line. `recipe(given)` supplies whatever the user did not.
 
+    Args:    sampling: a script's own flags that apply with --ckpt alone, and their defaults.  both: those that apply always.
     Returns: the namespace of all settings. From here on an error is one line, and exit code 2.
     Raises:  UserError for an unknown flag or value, or one that does not apply with the others.
     """
     sys.excepthook = one_line_errors
     given = vars(parser.parse_args())
     name = {key: "--" + key.replace("_", "-") for key in given}
+    sampling, both = SAMPLING_DEFAULTS | sampling, RUN_FLAGS | set(both)
     if "ckpt" in given:
-        for key in given.keys() - set(SAMPLING_FLAGS) - set(RUN_FLAGS):
+        for key in given.keys() - sampling.keys() - both:
             raise UserError(f"{name[key]} does not apply with --ckpt, which samples; the checkpoint knows its settings")
     else:
-        for key in given.keys() & set(SAMPLING_FLAGS):
+        for key in given.keys() & (sampling.keys() - both):
             raise UserError(f"{name[key]} applies to sampling only: name a checkpoint with --ckpt")
         if "data_dir" in given and given.get("dataset", "glyphs") not in ("cifar10", "imagenet64", "bedroom256", "cat256"):
             raise UserError("--data-dir says where a named data set lies; give a path of your own as --dataset")
@@ -1357,7 +1505,7 @@ def parse_flags(parser, recipe):
     if sorted(sigmas, reverse=True) != sigmas:
         raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: name the largest first")
     if "ckpt" in given:
-        return argparse.Namespace(**(SAMPLING_DEFAULTS | given))
+        return argparse.Namespace(**sampling | given)
     args = SHARED_DEFAULTS | {"out_dir": f"out/{parser.prog.removesuffix('.py')}"} | recipe(given) | given
     if "micro_batch" not in given:  # the largest divisor the recipe's memory allows for
         args["micro_batch"] = max(b for b in range(1, args["micro_batch"] + 1) if args["batch_size"] % b == 0)
@@ -1366,27 +1514,41 @@ def parse_flags(parser, recipe):
     return argparse.Namespace(**args)
 
 
-def sample_checkpoint(args, run, script: str, draw):
-    """`--ckpt`: draw samples with the EMA weights and save them.
-
-    Args:    draw: (net, sigmas, y, noise, shape) -> images, as each script defines it.
-    """
-    net = place(load_network(args.ckpt, script), run)
-    classes, n = net.classes, args.sample
-    if args.labels and (not classes or max(args.labels) >= classes):
+def labels_to_draw(args, net, n: int, device) -> Tensor | None:
+    """`--labels` in turn, or all classes in turn, for n images: (n,) int64, or None for a net without labels. Raises UserError."""
+    if args.labels and (not net.classes or max(args.labels) >= net.classes):
         raise UserError(f"--labels {' '.join(map(str, args.labels))}: this network has "
-                        + (f"the labels 0 to {classes - 1}" if classes else "no labels"))
-    path, labels, size = make_save_path(args.save), args.labels or list(range(classes)), net.image_size
-    y = torch.tensor([labels[i % len(labels)] for i in range(n)], device=run.device) if classes else None
-    images = torch.zeros(n, size, size, 3, dtype=torch.uint8, device=run.device)
+                        + (f"the labels 0 to {net.classes - 1}" if net.classes else "no labels"))
+    labels = args.labels or list(range(net.classes))
+    return torch.tensor([labels[i % len(labels)] for i in range(n)], device=device) if labels else None
+
+
+def draw_many(run, draw, n: int, y: Tensor | None, shape, seed: int, batch: int = 64) -> np.ndarray:
+    """n images (n,H,W,C) uint8, shared out among the ranks; image i depends on (seed, i) alone.
+
+    Args:    draw: (y (b,), noise, shape (b,C,H,W), indices (b,)) -> images (b,C,H,W) in [-1, 1], with b at most `batch`.
+    """
     from tqdm import tqdm
-    for part in tqdm(torch.arange(n).split(64)[run.rank::run.world], unit="batch", disable=not run.main or n <= 64):
-        drawn = draw(net, args.sigmas, None if y is None else y[part], seeded_noise(part.tolist(), args.seed),
-                     (len(part), 3, size, size))
-        images[part] = to_uint8(drawn)
+    C, H, W = shape
+    images = torch.zeros(n, H, W, C, dtype=torch.uint8, device=run.device)
+    for part in tqdm(torch.arange(n, device=run.device).split(batch)[run.rank::run.world], unit="batch",
+                     leave=False, disable=not run.main or n <= 8 * batch):
+        noise = seeded_noise(part.tolist(), seed)
+        images[part] = to_uint8(draw(None if y is None else y[part], noise, (len(part), C, H, W), part))
     if run.world > 1:
         torch.distributed.all_reduce(images)
+    return images.cpu().numpy()
+
+
+def sample_checkpoint(args, run, net, draw, calls: int):
+    """`--ckpt --sample n`: draw images and save them.
+
+    Args:    draw: as `draw_many`.  calls: of the network for an image, to be said.
+    """
+    y, path = labels_to_draw(args, net, args.sample, run.device), make_save_path(args.save)
+    images = draw_many(run, draw, args.sample, y, (3, net.image_size, net.image_size), args.seed)
     if run.main:
-        side, turn = math.isqrt(n - 1) + 1, len(labels) if 0 < len(labels) <= 16 else 1
-        save_samples(path, images.cpu().numpy(), y, columns=turn * max(round(side / turn), 1))  # a column, one label
-        print(f"{n} samples, {len(args.sigmas)} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
+        side, turn = math.isqrt(args.sample - 1) + 1, len(args.labels or range(net.classes))
+        turn = turn if 0 < turn <= 16 else 1
+        save_samples(path, images, y, columns=turn * max(round(side / turn), 1))  # a column, one label
+        print(f"{args.sample} samples, {calls} network call(s) each, EMA weights of {args.ckpt}: {args.save}")

@@ -64,10 +64,6 @@ def recipe(given):
     return METHODS[method] | {"recipe": method} | chosen | special
 
 
-def law_of_times(word):
-    return word if word == "uniform" else float(word)
-
-
 def flags():
     parser = common.Parser(__doc__)
     group = parser.add_argument_group("algorithm")
@@ -78,9 +74,9 @@ def flags():
     group.add_argument("--mu0", type=common.number(float, 0, 1), metavar="MU", help="target's decay at the start (CM 0.9 to "
                        "0.95); 0: the target is the net itself (iCT)")
     group.add_argument("--dist", choices=("l1", "l2", "huber", "lpips"), help="distance between the two outputs")
-    group.add_argument("--times", nargs="+", type=law_of_times, metavar="MEAN STD",
+    group.add_argument("--times", nargs="+", type=common.law_of_times, metavar="MEAN STD",
                        help="draw intervals by ln t ~ Normal(MEAN, STD^2) (iCT -1.1 2.0), or the one word uniform (CM)")
-    group.add_argument("--weighting", choices=("one", "inverse"), help="of an interval: 1, or 1 / (t_n1 - t_n)")
+    group.add_argument("--weighting", choices=common.WEIGHTS, help="of an interval: 1, or 1 / (t_n1 - t_n)")
     common.add_shared_flags(parser)
     return parser
 
@@ -100,18 +96,6 @@ def num_points(k, K, s0, s1, schedule):
 def target_decay(N, s0, mu0):
     """mu(k) = exp(s0 ln(mu0) / N(k)), CM App. C; 0 for mu0 = 0."""
     return mu0 ** (s0 / N)  # differs from openai cm: they divide by N(k) - 1
-
-
-def interval_probabilities(times, law):
-    """p(n), n = 0 .. N-2: uniform (CM Alg. 3), or what ln t ~ Normal(mean, std^2) gives the interval (iCT Table 1)."""
-    if law == ["uniform"]:
-        return torch.full_like(times[1:], 1 / (len(times) - 1))
-    mean, std = law
-    p = ((times.double().log() - mean) / (std * math.sqrt(2))).erf().diff()
-    return (p / p.sum()).float()
-
-
-WEIGHTS = {"one": lambda t_n, t_n1: 1.0, "inverse": lambda t_n, t_n1: 1 / (t_n1 - t_n)}
 
 
 def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
@@ -142,7 +126,8 @@ if __name__ == "__main__":
 
     # ---- sampling: python ct.py --ckpt FILE
     if hasattr(args, "ckpt"):
-        common.sample_checkpoint(args, run, "ct", sample)
+        net = common.place(common.load_network(args.ckpt, ("ct",))[0], run)
+        common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, args.sigmas, y, noise, shape), len(args.sigmas))
         common.finish(run)
 
     # ---- data
@@ -150,9 +135,7 @@ if __name__ == "__main__":
         raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels grows")
     if num_points(0, args.total_steps, args.s0, args.s1, args.schedule) < 2:
         raise UserError(f"--s0 {args.s0} leaves no interval to train on; name 2 or more")
-    if args.times != ["uniform"] and (len(args.times) != 2 or "uniform" in args.times or args.times[1] <= 0
-                                         or not interval_probabilities(common.karras_times(args.s1 + 1), args.times).isfinite().all()):
-        raise UserError(f"--times {' '.join(map(str, args.times))}: name a mean and a standard deviation of ln t, or uniform")
+    common.check_times(args.times, common.karras_times(args.s1 + 1))
     settings = common.net_settings(args.net)
     size = settings["image_size"]
     with common.main_process_first(run):
@@ -195,16 +178,11 @@ if __name__ == "__main__":
 
     def sample_grid():
         """Write samples/STEP.png: one-step samples left, multistep samples right, from the same noise every time."""
+        columns = min(model_args["classes"], 10) or 8
+        y = torch.arange(8 * columns, device=run.device) % model_args["classes"] if class_cond else None
+        blocks = [common.draw_many(run, lambda y, noise, shape, _: sample(ema, sigmas, y, noise, shape), 8 * columns, y,
+                                   (3, size, size), args.seed, args.micro_batch) for sigmas in ([common.T_MAX], args.sigmas)]
         if run.main:
-            columns = min(model_args["classes"], 10) or 8
-            blocks = []
-            for sigmas in ([common.T_MAX], args.sigmas):
-                parts = []
-                for part in torch.arange(8 * columns, device=run.device).split(args.micro_batch):
-                    y = part % model_args["classes"] if class_cond else None
-                    noise = common.seeded_noise(part.tolist(), args.seed)
-                    parts.append(common.to_uint8(sample(ema, sigmas, y, noise, (len(part), 3, size, size))))
-                blocks.append(torch.cat(parts).cpu().numpy())
             common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
 
     # ---- training
@@ -218,7 +196,7 @@ if __name__ == "__main__":
         N = num_points(step, args.total_steps, args.s0, args.s1, args.schedule)
         mu = target_decay(N, args.s0, args.mu0)
         times = common.karras_times(N)
-        p = interval_probabilities(times, args.times).to(run.device)
+        p = common.interval_probabilities(times, args.times).to(run.device)
         times = times.to(run.device)
 
         buffer.zero_()
@@ -227,7 +205,7 @@ if __name__ == "__main__":
             x0, y = common.to_device(next(loader), run.device, args.flip)
             n = torch.multinomial(p, len(x0), replacement=True)
             loss = loss_fn(net, target, x0, torch.randn_like(x0), times[n], times[n + 1], y if class_cond else None, dist,
-                           WEIGHTS[args.weighting])
+                           common.WEIGHTS[args.weighting])
             (loss.sum() / args.batch_size).backward()
             loss_sum += loss.detach().sum() / args.batch_size
             common.tally(bins, times[n + 1], loss.detach())

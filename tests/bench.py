@@ -129,7 +129,7 @@ def measure(args):
 
     def step():
         buffer.zero_()
-        ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, ct.WEIGHTS["inverse"]).mean().backward()
+        ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, common.WEIGHTS["inverse"]).mean().backward()
         optimizer.step()
         common.ema_update(ema, net, 0.999)
 

@@ -53,21 +53,21 @@ def test_schedules_of_any_length_grow_and_end_within_s1(schedule, K, s0, s1):
 
 
 def test_lognormal_times():
-    p = ct.interval_probabilities(common.karras_times(11), [-1.1, 2.0])
+    p = common.interval_probabilities(common.karras_times(11), [-1.1, 2.0])
     close(p, VECTORS["ict"]["lognormal_pmf_N11"])
-    p = ct.interval_probabilities(common.karras_times(1281), [-1.1, 2.0])
+    p = common.interval_probabilities(common.karras_times(1281), [-1.1, 2.0])
     close(p[[0, 320, 640, 960, 1279]], VECTORS["ict"]["lognormal_pmf_N1281_indices_0_320_640_960_1279"], 2e-4)
     close(p.sum(), 1)
 
 
 def test_uniform_times():
-    close(ct.interval_probabilities(common.karras_times(5), ["uniform"]), [0.25] * 4)
+    close(common.interval_probabilities(common.karras_times(5), ["uniform"]), [0.25] * 4)
 
 
 def test_times_of_another_law():
     """Mean and deviation of ln t under p(n), for a grid so fine that an interval is a point."""
     times = common.karras_times(4001)
-    p, ln_t = ct.interval_probabilities(times, [0.0, 1.2]), (times[1:] * times[:-1]).sqrt().log()
+    p, ln_t = common.interval_probabilities(times, [0.0, 1.2]), (times[1:] * times[:-1]).sqrt().log()
     mean = (p * ln_t).sum()
     close([mean, ((p * (ln_t - mean) ** 2).sum()).sqrt()], [0.0, 1.2], 2e-3, 2e-3)
 
@@ -81,7 +81,7 @@ def reference_loss(dist, weighting="one"):
     close(t[i], VECTORS["ct_loss"]["t"])
     close(t[i + 1], VECTORS["ct_loss"]["t2"])
     losses = ct.loss_fn(*nets, img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), t[i + 1], t[i], torch.tensor([0, 3, 7, 9]),
-                        dist, ct.WEIGHTS[weighting])
+                        dist, common.WEIGHTS[weighting])
     return nets, losses, t[i] - t[i + 1]
 
 
@@ -109,7 +109,7 @@ def test_inverse_weighting():
     n, x0 = torch.arange(10), torch.zeros(10, 3, 8, 8)
     net = lambda x, t_in, y, extra: torch.ones_like(x)
     ones = lambda x, y: torch.ones(len(x))
-    close(ct.loss_fn(net, net, x0, x0, times[n], times[n + 1], None, ones, ct.WEIGHTS["inverse"]), VECTORS["ict"]["weights_N11"], 1e-5)
+    close(ct.loss_fn(net, net, x0, x0, times[n], times[n + 1], None, ones, common.WEIGHTS["inverse"]), VECTORS["ict"]["weights_N11"], 1e-5)
 
 
 class Known(torch.nn.Module):
@@ -128,8 +128,8 @@ def test_loss_vanishes_at_the_true_consistency_function():
     n = torch.arange(1, 39)  # at t_min itself c_out is 0 and F is undefined
     known = Known()
     x0 = torch.full_like(noise, known.c)
-    assert ct.loss_fn(known, known, x0, noise, times[n], times[n + 1], None, common.l2, ct.WEIGHTS["one"]).max() < 1e-7
-    assert ct.loss_fn(known, known, x0 + 0.1, noise, times[n], times[n + 1], None, common.l2, ct.WEIGHTS["one"]).max() > 1e-4
+    assert ct.loss_fn(known, known, x0, noise, times[n], times[n + 1], None, common.l2, common.WEIGHTS["one"]).max() < 1e-7
+    assert ct.loss_fn(known, known, x0 + 0.1, noise, times[n], times[n + 1], None, common.l2, common.WEIGHTS["one"]).max() > 1e-4
 
 
 def test_no_gradient_through_a_target_that_is_the_net():
@@ -140,7 +140,7 @@ def test_no_gradient_through_a_target_that_is_the_net():
     grads = []
     for target in (net, frozen):
         net.zero_grad()
-        ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.pseudo_huber, ct.WEIGHTS["inverse"]).sum().backward()
+        ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.pseudo_huber, common.WEIGHTS["inverse"]).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert grads[0].norm() > 0 and torch.equal(*grads) and all(p.grad is None for p in frozen.parameters())
 
@@ -148,7 +148,7 @@ def test_no_gradient_through_a_target_that_is_the_net():
 def test_gradient_by_finite_differences():
     net, target = (fill(common.UNet(**TINY), offset) for offset in (0.0, 0.05))
     args = (target, img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), torch.tensor([0.2, 3.0]), torch.tensor([0.5, 5.0]), None,
-            common.pseudo_huber, ct.WEIGHTS["inverse"])
+            common.pseudo_huber, common.WEIGHTS["inverse"])
     ct.loss_fn(net, *args).sum().backward()
     p = net.out[2].bias
     for i in range(3):
@@ -166,7 +166,7 @@ def masks_agree(net, target):
     """Equal inputs to both branches: the loss is 0 if and only if they drop out the same units."""
     device = next(net.parameters()).device
     x0, noise, t = (x.to(device) for x in (img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), torch.tensor([0.5, 2.0])))
-    same = ct.loss_fn(net, target, x0, noise, t, t, None, common.l2, ct.WEIGHTS["one"])
+    same = ct.loss_fn(net, target, x0, noise, t, t, None, common.l2, common.WEIGHTS["one"])
     with torch.no_grad():
         a, b = (common.consistency(net, x0, t) for _ in range(2))
     return same.max().item(), common.l2(a, b).min().item()
@@ -221,7 +221,7 @@ def test_training_loss_tends_to_the_distillation_loss():
         with torch.no_grad():
             f_target = common.consistency(target, common.euler_step(D, x_tn1, t_n1, t_n), t_n)
         distillation = common.l2(common.consistency(net, x_tn1, t_n1), f_target)
-        training = ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.l2, ct.WEIGHTS["one"])
+        training = ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.l2, common.WEIGHTS["one"])
         row = []
         for a, b in ((training, distillation),
                      (torch.autograd.grad(loss.sum(), net.a)[0].flatten() for loss in (training, distillation))):

@@ -118,7 +118,7 @@ def test_the_loop_by_hand(trained):
         for m in range(2):
             common.seed_everything(common.STEP, args.seed, k, m)
             x0, y = common.to_device(dataset.__getitems__(indices[2 * k + m]), torch.device("cpu"), True)
-            n = torch.multinomial(ct.interval_probabilities(times, args.times), 4, replacement=True)
+            n = torch.multinomial(common.interval_probabilities(times, args.times), 4, replacement=True)
             losses.append(ct.loss_fn(net, target, x0, torch.randn_like(x0), times[n], times[n + 1], y, common.pseudo_huber,
                                      lambda t_n, t_n1: 1 / (t_n1 - t_n)))
         optimizer.zero_grad()

@@ -1,0 +1,607 @@
+"""Consistency distillation: a diffusion model made into a one-step generator. And the diffusion model.
+
+    python cd.py                                             digits: trains a teacher, then distils it, minutes on a laptop
+    torchrun --nproc_per_node=8 cd.py --stage teacher --dataset imagenet64 --data-dir /data/imagenet64
+    torchrun --nproc_per_node=8 cd.py --teacher edm_imagenet64_ema.pt --dataset imagenet64 --data-dir /data/imagenet64
+    python cd.py --teacher ideal --dataset my_images.npz     no teacher network: the exact denoiser of the images themselves
+    python cd.py --w-max 4                                   guided: one step, guidance chosen when sampling
+
+    python cd.py --ckpt out/cd/last.pt --sample 64 --sigmas 80 1.6 --save out.png
+    python cd.py --ckpt out/cd/teacher/last.pt --sample 64 --N 18 --churn 10
+    python cd.py --ckpt out/cd/last.pt --edit inpaint --image photo.png --mask hole.png --labels 3
+    python cd.py --ckpt out/cd/last.pt --search-times 2
+
+`--ckpt` takes what cd.py and ct.py write, and the released consistency models and EDM teachers (the latter with --stage
+teacher). The same command again resumes a run, exactly, on any number of processes.
+
+Papers: Song et al. 2023 (CM, arXiv 2303.01469v2): Algorithm 2, its continuous-time limits (App. B), editing (Algorithm 4).
+Karras et al. 2022 (EDM, arXiv 2206.00364): the teacher. Ho & Salimans 2022 (arXiv 2207.12598): guidance; distilling it into
+a consistency model whose input is the guidance weight is not in CM.
+
+Log, one JSON object a line: step; images = seen so far; loss, and loss_bins its mean where t (t_n1) is below 0.1, 1, 10 and
+above; grad_norm; lr; images_per_s; peak_gb; skipped = steps left out because their loss was not finite.
+"""
+import argparse
+import copy
+import functools
+import hashlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+import common
+from common import UserError, bcast, consistency, denoise
+
+# Recipes. Teachers: EDM Table 7 and openai's launch file, CM App. C (LSUN); students: CM Table 3. glyphs and "path" (your
+# own images) are ours, the former tuned on 2 cores. `sigmas`: levels of the two-step samples, CM's time points or ours.
+BIG = dict(flip=True, N=40)
+DATASETS = {
+    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, N=18),
+    "path": dict(net=["cifar-small"], flip=True, micro_batch=32, N=18),
+    "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, N=18, class_cond=False),
+    "imagenet64": dict(net=["imagenet64"], micro_batch=64, class_cond=True) | BIG,
+    "bedroom256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
+    "cat256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
+}
+TEACHERS = {
+    "glyphs": dict(batch_size=32, total_steps=2400, lr=2e-3, dropout=0.0, ema_decay=0.997),
+    "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, dropout=0.0, ema_decay=0.9995),
+    "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, dropout=0.13, ema_decay=0.99929),
+    "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
+    "bedroom256": dict(batch_size=2048, total_steps=600_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
+    "cat256": dict(batch_size=2048, total_steps=300_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
+}
+STUDENTS = {
+    "glyphs": dict(batch_size=32, total_steps=3000, lr=1e-3, mu=0.0, dist="huber", times=["uniform"], weighting="inverse",
+                   ema_decay=0.997, sigmas=[80.0, 1.6]),
+    "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, mu=0.0, dist="huber", times=["uniform"], weighting="inverse",
+                 ema_decay=0.9995, sigmas=[80.0, 0.585348]),
+    "cifar10": dict(batch_size=512, total_steps=800_000, lr=4e-4, mu=0.0, ema_decay=0.9999, sigmas=[80.0, 0.585348]),
+    "imagenet64": dict(batch_size=2048, total_steps=600_000, lr=8e-6, mu=0.95, ema_decay=0.999943, sigmas=[80.0, 1.38237]),
+    "bedroom256": dict(batch_size=2048, total_steps=600_000, lr=1e-5, mu=0.95, ema_decay=0.999943, sigmas=[80.0, 4.36556]),
+    "cat256": dict(batch_size=2048, total_steps=600_000, lr=1e-5, mu=0.95, ema_decay=0.999943, sigmas=[80.0, 4.36556]),
+}
+CD = dict(teacher=None, objective="discrete", solver="heun", dist="lpips", times=["uniform"], weighting="one", dropout=0.0, w_max=0.0)
+CONTINUOUS = {True: dict(lr=5e-6), False: dict(lr=1e-3, dropout=0.3)}  # by stop_gradient: openai's JAX settings for CIFAR-10
+DISCRETE = {"solver", "N", "mu", "dist", "weighting"}  # what continuous time has no use for
+SOLVERS = {"heun": common.heun_step, "euler": common.euler_step}
+STUDENT_ONLY = DISCRETE - {"N"} | {"teacher", "teacher_steps", "objective", "stop_gradient", "w_max"}
+
+
+def recipe(given):
+    """The settings of `--stage` for `--dataset`, general ones first. Raises UserError for a flag that does not apply to it."""
+    def refuse(keys, why):
+        for key in sorted(given.keys() & keys):
+            raise UserError(f"--{key.replace('_', '-')} {why}")
+
+    dataset = given.get("dataset", "glyphs")
+    dataset = dataset if dataset in DATASETS else "path"
+    settings = {"class_cond": None} | DATASETS[dataset]
+    if given.get("stage") == "teacher":
+        refuse(STUDENT_ONLY, "does not apply with --stage teacher")
+        refuse({"sigmas"}, "does not apply with --stage teacher: a teacher draws on the grid of --N")
+        return settings | dict(stage="teacher", times=[-1.2, 1.2], label_dropout=0.0) | TEACHERS[dataset]
+    refuse({"label_dropout"}, "applies to --stage teacher only")
+    settings |= CD | dict(stage="distill", teacher_steps=TEACHERS[dataset]["total_steps"]) | STUDENTS[dataset]
+    if given.get("objective") == "continuous":
+        refuse(DISCRETE, "does not apply with --objective continuous")
+        settings = {key: value for key, value in settings.items() if key not in DISCRETE} | dict(times=["uniform"], stop_gradient=True)
+        settings |= CONTINUOUS[given.get("stop_gradient", True)] if dataset not in ("glyphs", "path") else {}
+    else:
+        refuse({"stop_gradient"}, "applies to --objective continuous only")
+    if "teacher" in given:
+        refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
+        del settings["teacher_steps"]
+        if given["teacher"] != "ideal":
+            refuse({"net", "class_cond"}, "does not apply with --teacher FILE: the student is built like its teacher")
+            del settings["net"], settings["class_cond"]
+    return settings
+
+
+def flags():
+    parser = common.Parser(__doc__)
+    group = parser.add_argument_group("algorithm")
+    group.add_argument("--stage", choices=("teacher", "distill"), help="train a teacher, or distil one (default; without --teacher "
+                       "one is trained first, by its recipe). With --ckpt: what weights of unknown origin are")
+    group.add_argument("--teacher", metavar="FILE", help="a teacher written by this script, released EDM weights, or the word ideal: "
+                       "the exact denoiser of the training images")
+    group.add_argument("--teacher-steps", type=common.positive, metavar="K", help="optimizer steps of the teacher that is trained first")
+    group.add_argument("--label-dropout", type=common.number(float, 0, 1), metavar="P", help="teacher: share of labels hidden, "
+                       "for guidance (default 0; 0.1 for the teacher of --w-max)")
+    group.add_argument("--N", type=common.number(int, 2), metavar="N", help="noise levels of the grid: of the distillation, and of a "
+                       "teacher's Heun samples, in 2 N - 1 network calls (CM, EDM 18 or 40)")
+    group.add_argument("--objective", choices=("discrete", "continuous"), help="CM Algorithm 2 (default), or its limit N -> infinity")
+    group.add_argument("--stop-gradient", action=argparse.BooleanOptionalAction, help="continuous: the pseudo-objective (default), or "
+                       "also differentiate df/dt")
+    group.add_argument("--solver", choices=SOLVERS, help="of the ODE step that the teacher takes (CM heun)")
+    group.add_argument("--mu", type=common.number(float, 0, 1), metavar="MU", help="decay of the target network (CM 0 to 0.95); 0: the "
+                       "target is the net itself")
+    group.add_argument("--dist", choices=("l1", "l2", "huber", "lpips"), help="distance between the two outputs")
+    group.add_argument("--times", nargs="+", type=common.law_of_times, metavar="MEAN STD", help="ln t ~ Normal(MEAN, STD^2) (teacher: "
+                       "EDM -1.2 1.2), or the one word uniform: over the grid (distillation: CM)")
+    group.add_argument("--weighting", choices=common.WEIGHTS, help="of an interval: 1 (CM), or 1 / (t_n1 - t_n)")
+    group.add_argument("--w-max", type=common.number(float, 0), metavar="W", help="distil guidance too, weights w in [0, W]: w = 0 is "
+                       "the conditional model, (1 + w) cond - w uncond (default 0: no guidance)")
+    common.add_shared_flags(parser)
+    group = parser.add_argument_group("sampling, further flags")
+    group.add_argument("--w", type=common.number(float, 0), metavar="W", help="guidance weight, of a teacher trained with label dropout or a "
+                       "student trained with --w-max (default 0)")
+    group.add_argument("--churn", type=common.number(float, 0), metavar="S", help="of a teacher: EDM's S_churn (default 0: deterministic; "
+                       "EDM ImageNet-64 40)")
+    group.add_argument("--search-times", type=common.number(int, 2), metavar="M", help="find the noise levels of M steps among --N "
+                       "(default 40) by the quality of --sample (default 2000) images each")
+    group = parser.add_argument_group("editing")
+    group.add_argument("--edit", choices=TASKS, help="with --ckpt: what to do to the --image files, --sample (default 4) results each")
+    group.add_argument("--image", nargs="+", metavar="FILE", help="images to edit; interpolate needs none")
+    group.add_argument("--mask", metavar="FILE", help="inpaint: white where to paint (default: a central square of half the side)")
+    group.add_argument("--factor", type=common.number(int, 2), metavar="P", help="superres: pixels of a patch's side (default: size / 32, at "
+                       "least 2; CM 8 at 256 pixels)")
+    group.add_argument("--noise-level", type=common.number(float, common.T_MIN, common.T_MAX), metavar="T", help="denoise: standard "
+                       "deviation, in units of [-1, 1] (default 0.296)")
+    group.add_argument("--noisy", action="store_true", help="denoise: the images carry that noise already; add none")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The method
+# ------------------------------------------------------------------------------------------------------------
+
+def edm_loss(net, x0, noise, t, y):
+    """The denoising loss of each image, weighted by lambda(t) = 1/t^2 + 1/sigma_data^2: mean over pixels, 1 for F_x = 0 on average.
+
+    Args:    net: a UNet.  x0, noise: (B,C,H,W).  t: (B,).  y: (B,) labels or None.
+    Returns: (B,).
+    Source:  EDM Eq. 8, Table 1 (there the sum over pixels).
+    """
+    D_x = denoise(net, x0 + bcast(t, x0) * noise, t, y)
+    return (1 / t**2 + 1 / common.SIGMA_DATA**2) * common.l2(D_x, x0)
+
+
+def net_denoiser(net):
+    """D(x, t, y) of a network, whose null label stands for y = None if it has one."""
+    def D(x, t, y):
+        return denoise(net, x, t, torch.full_like(t, net.null_y, dtype=torch.int64) if y is None and net.null_y is not None else y)
+    return D
+
+
+def guide(D, y, w):
+    """D(x, t) for labels y: with guidance (1 + w) D(x, t, y) - w D(x, t, None), w (B,); without if w is None."""
+    if w is None:
+        return lambda x, t: D(x, t, y)
+    return lambda x, t: (1 + bcast(w, x)) * D(x, t, y) - bcast(w, x) * D(x, t, None)
+
+
+def c_guidance(w):
+    """What the student is told of w: a scale on which its embedding tells weights apart that differ by a tenth."""
+    return None if w is None else 25 * w
+
+
+def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, solver, dist, weight):
+    """The consistency distillation loss of each image.
+
+    Args:    net: f_theta.  target: f_theta^-, or the net itself.  D: (x, t, y or None) -> the teacher's denoised x.  x0, noise:
+             (B,C,H,W).  t_n < t_n1: (B,) neighbours on the grid.  y: (B,) labels or None.  w: (B,) guidance weights or None.
+             solver: heun_step or euler_step.  dist: (x, y) -> (B,).  weight: (t_n, t_n1) -> (B,) or a number.
+    Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units.
+    Source:  CM Alg. 2, lines 4 to 6.
+    """
+    x_tn1 = x0 + bcast(t_n1, x0) * noise
+    with torch.no_grad(), common.replay_random(x0.device):
+        x_tn = solver(guide(D, y, w), x_tn1, t_n1, t_n)
+        f_target = consistency(target, x_tn, t_n, y, c_guidance(w))
+    f_net = consistency(net, x_tn1, t_n1, y, c_guidance(w))
+    return weight(t_n, t_n1) * dist(f_net, f_target)
+
+
+def continuous_loss(net, D, x0, noise, t, y, w, stop_gradient):
+    """The limit of `loss_fn` for N -> infinity, l2. Arguments as there; t: (B,). Returns (B,). Source: CM App. B, Theorems 3 and 5."""
+    x_t = x0 + bcast(t, x0) * noise
+    with torch.no_grad():
+        dx_dt = (x_t - guide(D, y, w)(x_t, t)) / bcast(t, x_t)  # the probability-flow ODE
+    return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), stop_gradient)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling and editing
+# ------------------------------------------------------------------------------------------------------------
+
+def clipped(net, y, w):
+    """The consistency function f(x, t) to sample with. Each output is clipped to [-1, 1], as for the papers' samples."""
+    return lambda x, t: consistency(net, x, t, y, c_guidance(torch.full_like(t, w)) if net.extra else None).clamp(-1, 1)
+
+
+@torch.no_grad()
+def sample(net, sigmas, y, noise, shape, w=0.0):
+    """Draw images (B,C,H,W) with a consistency model, in len(sigmas) network calls."""
+    x_T = sigmas[0] * noise(torch.zeros(shape, device=next(net.parameters()).device))
+    return common.multistep_sample(clipped(net, y, w), x_T, sigmas, noise)
+
+
+@torch.no_grad()
+def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
+    """Draw images (B,C,H,W) with a teacher: N Heun steps, 2 N - 1 calls of the denoiser; guided if w > 0, two calls for one."""
+    x_T = common.T_MAX * noise(torch.zeros(shape, device=next(net.parameters()).device))
+    D = guide(net_denoiser(net), y, x_T.new_full((len(x_T),), w) if w else None)
+    return common.heun_sample(D, x_T, N, churn, noise=noise)
+
+
+LUMINANCE = (0.2989, 0.5870, 0.1140)  # of red, green and blue
+
+
+def luminance(x):
+    """The projection of each pixel's colour onto the direction of luminance: what a grey picture says."""
+    q = F.normalize(torch.tensor(LUMINANCE, device=x.device, dtype=x.dtype), dim=0).view(1, 3, 1, 1)
+    return q * (q * x).sum(1, keepdim=True)
+
+
+def patch_means(x, factor):
+    """Each factor x factor patch replaced by its mean: what a small picture says."""
+    return F.interpolate(F.avg_pool2d(x, factor), scale_factor=float(factor))
+
+
+def slerp(z1, z2, a):
+    """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). Source: CM App. D."""
+    a, psi = bcast(a, z1), bcast(F.cosine_similarity(z1.flatten(1), z2.flatten(1)).arccos(), z1)
+    return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
+
+
+GRID = common.karras_times(40).tolist()[:0:-1]  # CM App. D: every level of N = 40 but the last, whose f(x, t_min) = x
+TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442], interpolate=[common.T_MAX])
+
+
+def read_image(path, size, factor=None):
+    """An image file -> (3,size,size) in [-1, 1] and whether it was whole; with `factor` one of size / factor pixels will do."""
+    from PIL import Image
+    with common.explain(f"--image {path} cannot be read as an image"), Image.open(path) as image:
+        image.load()
+        small = factor is not None and max(image.size) == size // factor
+        if small:
+            image = image.convert("RGB").resize((size, size), Image.Resampling.NEAREST)
+        return torch.from_numpy(common.fit_image(image, size, f"--image {path}").copy()).permute(2, 0, 1) / 127.5 - 1, not small
+
+
+def read_mask(path, size):
+    """(1,1,size,size) float: 1 where the mask image is white, nearer than to black. Without one the central square."""
+    mask = torch.zeros(1, 1, size, size)
+    if path is None:
+        mask[..., size // 4:size - size // 4, size // 4:size - size // 4] = 1
+        return mask
+    image, _ = read_image(path, size)
+    return (image.mean(0) > 0).float().expand_as(mask)
+
+
+def edit_images(args, run, net):
+    """`--edit`: change images with a consistency model that was never trained to, and write a picture of it.
+
+    A row of the picture: what the model is given, the results, and the original if there is one.
+    Source: CM Sec. 6.3, App. D.
+    """
+    task, size, sigmas = args.edit, net.image_size, args.sigmas or TASKS[args.edit]
+    factor = args.factor or max(2, size // 32)
+    if task == "superres" and size % factor:
+        raise UserError(f"--factor {factor} does not divide the network's {size} pixels")
+    if task == "denoise":
+        sigmas = args.sigmas or [args.noise_level or sigmas[0]]
+    if (task == "interpolate") == bool(args.image):
+        raise UserError("--edit interpolate goes from noise to noise: no --image" if args.image else f"--edit {task} needs --image")
+    if args.image and net.classes and not args.labels:
+        raise UserError("this network draws classes: say with --labels which one each --image is")
+
+    path, each = common.make_save_path(args.save), args.sample or (10 if task == "interpolate" else 4)
+    read = [read_image(name, size, factor if task == "superres" else None) for name in args.image or ()]
+    rows = len(read) or len(args.labels or range(min(net.classes, 8) or 4))
+    originals = torch.stack([image for image, _ in read]).to(run.device) if read else None
+    given = originals
+    if task in ("inpaint", "colorize", "superres"):
+        hole = read_mask(args.mask, size).to(run.device)
+        known = dict(inpaint=lambda x: (1 - hole) * x, colorize=luminance, superres=lambda x: patch_means(x, factor))[task]
+        given = known(originals)
+    elif task == "denoise" and not args.noisy:
+        given = originals + sigmas[0] * common.seeded_noise(range(rows), args.seed)(originals)
+
+    @torch.no_grad()
+    def draw(y, noise, shape, indices):
+        row = indices // each
+        f = clipped(net, y, args.w)
+        if task == "interpolate":
+            z1, z2 = (torch.stack([common.seeded_noise([2 * int(r) + end], args.seed)(x[None])[0] for r, x in
+                                   zip(row, torch.zeros(shape, device=run.device))]) for end in (0, 1))
+            return common.multistep_sample(f, sigmas[0] * slerp(z1, z2, indices % each / max(each - 1, 1)), sigmas, noise)
+        x = given[row]
+        if task == "stroke":
+            x = x + sigmas[0] * noise(x)
+        if task in ("stroke", "denoise"):
+            return common.multistep_sample(f, x, sigmas, noise)
+        return common.edit(f, x, known, sigmas, noise)
+
+    y = common.labels_to_draw(args, net, rows, run.device)
+    y = None if y is None else y.repeat_interleave(each)
+    results = common.draw_many(run, draw, rows * each, y, (3, size, size), args.seed)
+    if run.main:
+        panel = list(torch.from_numpy(results).unflatten(0, (rows, each)))  # (each,H,W,3) for a row
+        for i, (_, whole) in enumerate(read):
+            original = [originals[i]] if whole and task != "stroke" else [torch.ones_like(originals[i])] * (task != "stroke")
+            panel[i] = torch.cat([common.to_uint8(given[i:i + 1]).cpu(), panel[i], *(common.to_uint8(x[None]).cpu() for x in original)])
+        panel = torch.cat(panel) if path.suffix == ".png" else torch.from_numpy(results)
+        common.save_samples(path, panel.numpy(), y, columns=len(panel) // rows)
+        print(f"{task}: {rows} row(s), {each} result(s) each, {len(sigmas)} network call(s), EMA weights of {args.ckpt}: {args.save}")
+
+
+def ternary_search(score, low, high):
+    """The integer in low .. high at which `score` is least, if it falls and then rises. Source: CM Sec. 3, openai's code."""
+    score = functools.cache(score)
+    while high - low >= 3:
+        third = (high - low) / 3
+        m1, m2 = int(low + third), int(high - third)
+        low, high = (low, m2) if score(m1) < score(m2) else (m1, high)
+    return min(range(low, high + 1), key=score)
+
+
+def search_times(score, M, N):
+    """The noise levels of M steps, found one after the other: the first is t_max, each further one the best on the grid of N.
+
+    Args:    score: noise levels, largest first -> a number, the lower the better.
+    Returns: a list of M noise levels, largest first.
+    Source:  CM Sec. 3 ("time points"), with the ends of the range that openai's code mistakes.
+    """
+    grid = common.karras_times(N).flip(0).tolist()
+    chosen = [0]
+    while len(chosen) < M:
+        chosen.append(ternary_search(lambda i: score([grid[j] for j in (*chosen, i)]), chosen[-1], N - 1))
+    return [grid[j] for j in chosen]
+
+
+def search_checkpoint(args, run, net, trained):
+    """`--search-times M`, by the Frechet distance in the features of the benchmark's classifier."""
+    try:
+        sys.path.insert(0, str(Path(__file__).parent / "tests"))
+        import bench
+    except ImportError as error:
+        raise UserError("--search-times measures with tests/bench.py, which is not beside this script") from error
+    name, data_dir = (args.dataset, args.data_dir) if args.dataset else (trained["args"].get("dataset"), trained["args"].get("data_dir"))
+    if name is None:
+        raise UserError("--search-times: the checkpoint does not say what it was trained on; name --dataset")
+    with common.main_process_first(run):
+        distance = bench.feature_distance(common.load_dataset(name, data_dir, net.image_size), run.device)
+    n = args.sample or 2000
+    y = common.labels_to_draw(args, net, n, run.device)
+
+    def score(sigmas):
+        images = common.draw_many(run, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), n, y,
+                                  (3, net.image_size, net.image_size), args.seed, batch=250)
+        found = distance(images)
+        if run.main:
+            print(f"--sigmas {' '.join(f'{t:.6g}' for t in sigmas)}: Frechet distance {found:.4f}", flush=True)
+        return found
+
+    sigmas = search_times(score, args.search_times, args.N or 40)
+    if run.main:
+        print(f"found: --sigmas {' '.join(f'{t:.6g}' for t in sigmas)}")
+
+
+def use_checkpoint(args, run):
+    """`--ckpt`: sample, edit or search, whichever the flags ask for. Raises UserError for flags that do not apply to the weights."""
+    net, trained = common.load_network(args.ckpt, ("cd", "ct"))
+    teacher = (trained["args"].get("stage") or args.stage) == "teacher"
+    top = trained["args"].get("w_max", 0.0) if not teacher else math.inf if net.null_y is not None else 0.0
+    wrong = (("sigmas", "edit", "search_times") if teacher else ("churn",) if args.search_times else ("churn", "N")
+             ) + (() if args.edit else ("image", "mask", "factor", "noise_level", "noisy")
+             ) + (() if args.search_times else ("dataset", "data_dir")) + (("stage",) if trained["script"] else ())
+    for key in wrong:
+        if getattr(args, key):
+            raise UserError(f"--{key.replace('_', '-')} does not apply to what {args.ckpt} holds, or to what is asked of it")
+    for key, task in (("mask", "inpaint"), ("factor", "superres"), ("noise_level", "denoise"), ("noisy", "denoise")):
+        if getattr(args, key) and args.edit != task:
+            raise UserError(f"--{key.replace('_', '-')} applies to --edit {task} only")
+    if args.w > top:
+        raise UserError(f"--w {args.w}: {args.ckpt} was trained for " + (f"weights up to {top}" if top else "no guidance"))
+    net = common.place(net, run)
+    if args.edit:
+        return edit_images(args, run, net)
+    if args.search_times:
+        return search_checkpoint(args, run, net, trained)
+    args.sample = args.sample or 64
+    if teacher:
+        N = args.N or (18 if net.image_size <= 32 else 40)  # EDM's
+        return common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample_teacher(net, N, y, noise, shape, args.w, args.churn),
+                                        (2 * N - 1) * (2 if args.w else 1))
+    sigmas = args.sigmas or [common.T_MAX]
+    common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), len(sigmas))
+
+
+SAMPLING = dict(sample=None, sigmas=None, stage=None, N=None, w=0.0, churn=0.0, search_times=None, dataset=None, data_dir=None, edit=None,
+                image=None, mask=None, factor=None, noise_level=None, noisy=False)
+
+if __name__ == "__main__":
+    args = common.parse_flags(flags(), recipe, SAMPLING, both=("stage", "N", "dataset", "data_dir"))
+    run = common.setup(args)
+
+    # ---- sampling, editing: python cd.py --ckpt FILE
+    if hasattr(args, "ckpt"):
+        use_checkpoint(args, run)
+        common.finish(run)
+
+    # ---- stages: without a --teacher, train one by its recipe first
+    stages = [args]
+    if args.stage == "distill" and args.teacher is None:
+        first = recipe(dict(stage="teacher", dataset=args.dataset))
+        handed_on = common.SHARED_DEFAULTS.keys() | {"net", "flip"}
+        first |= {key: value for key, value in vars(args).items() if key in handed_on}
+        first |= dict(out_dir=str(Path(args.out_dir) / "teacher"), total_steps=args.teacher_steps, label_dropout=0.1 if args.w_max else 0.0,
+                      micro_batch=math.gcd(first["batch_size"], args.micro_batch))
+        args.teacher = str(Path(args.out_dir) / "teacher" / "last.pt")
+        del args.teacher_steps, args.net, args.class_cond
+        stages = [argparse.Namespace(**first), args]
+
+    for args in stages:
+        teaching = args.stage == "teacher"
+        continuous = not teaching and args.objective == "continuous"
+
+        # ---- teacher and data
+        teacher = None
+        if teaching or args.teacher == "ideal":
+            settings = common.net_settings(args.net)
+        else:
+            with common.main_process_first(run):
+                teacher, found = common.load_network(args.teacher, ("cd",))
+                args.teacher_digest = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()[:12]
+            if found["args"].get("stage", "teacher") != "teacher":
+                raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what --stage teacher writes")
+            teacher, settings = common.place(teacher, run), found["model_args"]
+        if not continuous:
+            common.check_times(args.times, common.karras_times(args.N))
+        size = settings["image_size"]
+        with common.main_process_first(run):
+            dataset = common.load_dataset(args.dataset, args.data_dir, size)
+            dist = None if teaching or continuous else common.make_distance(args.dist, run.device)
+        if teacher is not None:
+            class_cond = teacher.classes > 0
+            if class_cond and dataset.classes != teacher.classes:
+                raise UserError(f"--teacher {args.teacher} knows {teacher.classes} classes, and {args.dataset} has {dataset.classes}")
+        else:
+            class_cond = dataset.classes > 0 if args.class_cond is None else args.class_cond
+            if class_cond and not dataset.classes:
+                raise UserError(f"--class-cond: {args.dataset} has no labels")
+        classes = dataset.classes if class_cond else 0
+        if teacher is not None:
+            D = net_denoiser(teacher)
+        elif not teaching:
+            images, labels = dataset.__getitems__(np.arange(len(dataset)))
+            D = common.ideal_denoiser(images.to(run.device), labels.to(run.device))
+        null = teaching and args.label_dropout > 0
+        if (null or not teaching and args.w_max) and not class_cond:
+            raise UserError(f"{'--label-dropout' if teaching else '--w-max'} needs labels, and there are none")
+        if teacher is not None and args.w_max and teacher.null_y is None:
+            raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has nothing to guide with")
+
+        # ---- networks, optimizer, resume
+        model_args = settings | dict(classes=classes, dropout=args.dropout) | (
+            dict(null=null) if teaching else dict(extra=args.w_max > 0))
+        common.seed_everything(common.INIT, args.seed)
+        net = common.make_net(model_args)
+        if teacher is not None:  # all but the embedding of w, which adds nothing at first
+            net.load_state_dict(net.state_dict() | teacher.state_dict())
+        net = common.place(net, run)
+        mu = 0.0 if teaching or continuous else args.mu
+        target = copy.deepcopy(net).requires_grad_(False) if mu > 0 else net
+        ema = copy.deepcopy(net).requires_grad_(False).eval()
+        optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
+        buffer, tail = common.flatten_gradients(net, tail=2 + 2 * common.BINS)  # what the ranks sum each step
+        loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
+
+        out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
+        if state := common.resume_state(args, run, "cd", model_args):
+            step, skipped = state["step"], state["skipped"]
+            for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
+                module.load_state_dict(state[key] or state["net"])
+            common.load_optimizer(optimizer, state["optimizer"])
+        del state
+        if run.compile:
+            for module in {net, target, *([teacher] if teacher is not None else [])}:
+                module.compile()  # in place: names of the weights stay as they are
+        log = common.start_run(args, run, net, step)
+
+        def save():
+            """Write last.pt, which resumes the run, and ema.pt, which other tools can load."""
+            if run.main:
+                common.save_checkpoint(out_dir / "last.pt", dict(
+                    script="cd", step=step, images=step * args.batch_size, skipped=skipped, args=vars(args), model_args=model_args,
+                    net=net.state_dict(), target=None if target is net else target.state_dict(), ema=ema.state_dict(),
+                    optimizer=optimizer.state_dict(), torch_version=str(torch.__version__)))
+                common.save_checkpoint(out_dir / "ema.pt", ema.state_dict())
+
+        def sample_grid():
+            """Write samples/STEP.png from the same noise every time: a teacher's samples, with guidance on the right if it has
+            any; a student's in one step left, in several right, or guided by 0 left and --w-max right."""
+            columns = min(classes, 10) or 8
+            y = torch.arange(8 * columns, device=run.device) % classes if class_cond else None
+            if teaching:
+                draws = [functools.partial(sample_teacher, ema, args.N, w=w) for w in ((0.0, 2.0) if null else (0.0,))]
+            elif args.w_max:
+                draws = [functools.partial(sample, ema, [common.T_MAX], w=w) for w in (0.0, args.w_max)]
+            else:
+                draws = [functools.partial(sample, ema, sigmas) for sigmas in ([common.T_MAX], args.sigmas)]
+            blocks = [common.draw_many(run, lambda y, noise, shape, _: draw(y, noise, shape), 8 * columns, y, (3, size, size), args.seed,
+                                       args.micro_batch) for draw in draws]
+            if run.main:
+                common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
+
+        # ---- training
+        micro_batches = args.batch_size // args.micro_batch
+        indices = common.index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size, args.micro_batch,
+                                       run.rank, run.world)
+        loader = common.make_loader(dataset, indices, args.workers, run.device)
+        if not teaching and not continuous:
+            times, solver = common.karras_times(args.N).to(run.device), SOLVERS[args.solver]
+            p = common.interval_probabilities(times.cpu(), args.times).to(run.device)
+        stop, bar, since = common.StopSignal(), common.progress(args, run, step), (time.perf_counter(), step)
+        while step < args.total_steps and not stopping:
+            # -------------------------------------------------------------------------------- one training step
+            buffer.zero_()
+            for m in range(run.rank, micro_batches, run.world):
+                common.seed_everything(common.STEP, args.seed, step, m)
+                x0, y = common.to_device(next(loader), run.device, args.flip)
+                y, noise, w = y if class_cond else None, torch.randn_like(x0), None
+                if teaching:
+                    t = common.random_times(len(x0), args.times, run.device)
+                    if null:
+                        y = torch.where(torch.rand(len(y), device=run.device) < args.label_dropout, net.null_y, y)
+                    loss = edm_loss(net, x0, noise, t, y)
+                else:
+                    if args.w_max:
+                        w = args.w_max * torch.rand(len(x0), device=run.device)
+                    if continuous:
+                        t = common.random_times(len(x0), args.times, run.device).clamp(common.T_MIN, common.T_MAX)
+                        loss = continuous_loss(net, D, x0, noise, t, y, w, args.stop_gradient)
+                    else:
+                        n = torch.multinomial(p, len(x0), replacement=True)
+                        t = times[n + 1]
+                        loss = loss_fn(net, target, D, x0, noise, times[n], t, y, w, solver, dist, common.WEIGHTS[args.weighting])
+                (loss.sum() / args.batch_size).backward()
+                loss_sum += loss.detach().sum() / args.batch_size
+                common.tally(bins, t, loss.detach())
+            stop_sum.fill_(stop.number > 0)
+            if run.world > 1:
+                torch.distributed.all_reduce(buffer)
+
+            loss, stopping = tail[:2].tolist()
+            grad_norm = torch.linalg.vector_norm(buffer[:-len(tail)]).item()
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                bad_in_a_row = 0
+                optimizer.step()
+                if target is not net:
+                    common.ema_update(target, net, mu)
+                common.ema_update(ema, net, args.ema_decay)
+            else:
+                bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
+            step += 1
+            # -------------------------------------------------------------------------------------------------
+
+            if bad_in_a_row == 10:
+                bar.close()
+                raise SystemExit(f"cd.py: stopped at step {step}: the loss or its gradient was not finite 10 steps in a row (loss {loss}, "
+                                 f"gradient norm {grad_norm}); what {out_dir} holds is from before. Start anew with a lower --lr")
+            bar.update()
+            last = stopping or step == args.total_steps
+            if args.log_every and (step % args.log_every == 0 or last) and run.main:
+                now = time.perf_counter()
+                log.write(dict(step=step, images=step * args.batch_size, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(),
+                               grad_norm=grad_norm, lr=args.lr, skipped=skipped,
+                               images_per_s=(step - since[1]) * args.batch_size / (now - since[0]),
+                               peak_gb=common.peak_memory_gb(run.device)))
+                bar.set_postfix(loss=f"{loss:.4g}", **{"img/s": f"{(step - since[1]) * args.batch_size / (now - since[0]):.0f}"})
+                since = now, step
+            if (args.save_every and step % args.save_every == 0) or last:
+                save()
+            if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
+                sample_grid()
+        bar.close()
+        if stopping and step < args.total_steps:
+            break
+    common.finish(run, stop if step < args.total_steps else None)
