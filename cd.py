@@ -547,22 +547,22 @@ if __name__ == "__main__":
             for m in range(run.rank, micro_batches, run.world):
                 common.seed_everything(common.STEP, args.seed, step, m)
                 x0, y = common.to_device(next(loader), run.device, args.flip)
-                y, noise, w = y if class_cond else None, torch.randn_like(x0), None
+                y = y if class_cond else None
                 if teaching:
                     t = common.random_times(len(x0), args.times, run.device)
                     if null:
                         y = torch.where(torch.rand(len(y), device=run.device) < args.label_dropout, net.null_y, y)
-                    loss = edm_loss(net, x0, noise, t, y)
+                    loss = edm_loss(net, x0, torch.randn_like(x0), t, y)
                 else:
-                    if args.w_max:
-                        w = args.w_max * torch.rand(len(x0), device=run.device)
+                    w = args.w_max * torch.rand(len(x0), device=run.device) if args.w_max else None
                     if continuous:
                         t = common.random_times(len(x0), args.times, run.device).clamp(common.T_MIN, common.T_MAX)
-                        loss = continuous_loss(net, D, x0, noise, t, y, w, args.stop_gradient)
+                        loss = continuous_loss(net, D, x0, torch.randn_like(x0), t, y, w, args.stop_gradient)
                     else:
                         n = torch.multinomial(p, len(x0), replacement=True)
                         t = times[n + 1]
-                        loss = loss_fn(net, target, D, x0, noise, times[n], t, y, w, solver, dist, common.WEIGHTS[args.weighting])
+                        loss = loss_fn(net, target, D, x0, torch.randn_like(x0), times[n], t, y, w, solver, dist,
+                                       common.WEIGHTS[args.weighting])
                 (loss.sum() / args.batch_size).backward()
                 loss_sum += loss.detach().sum() / args.batch_size
                 common.tally(bins, t, loss.detach())

@@ -56,18 +56,27 @@ for name, tau in ("bedroom256", 3.99122), ("cat256", 5.2485):  # iCT has publish
                          ema_decay=0.999943, total_steps=1_000_000, sigmas=[80.0, tau], ct=dict(s1=150, mu0=0.95), ict=dict())
 
 
+DISCRETE = {"schedule", "s0", "s1", "mu0", "dist", "weighting"}  # what continuous time has no use for
+
+
 def recipe(given):
     """The settings of `--recipe` for `--dataset`, general ones first."""
     method, dataset = given.get("recipe", "ict"), given.get("dataset", "glyphs")
     chosen = dict(RECIPES[dataset if dataset in RECIPES else "path"])
     special = {key: chosen.pop(key) for key in METHODS}[method]
-    return METHODS[method] | {"recipe": method} | chosen | special
+    settings = METHODS[method] | {"recipe": method, "objective": "discrete"} | chosen | special
+    if given.get("objective") == "continuous":  # CM App. B
+        if wrong := sorted(given.keys() & DISCRETE):
+            raise UserError(f"--{wrong[0]} does not apply with --objective continuous")
+        settings = {key: value for key, value in settings.items() if key not in DISCRETE} | {"times": ["uniform"]}
+    return settings
 
 
 def flags():
     parser = common.Parser(__doc__)
     group = parser.add_argument_group("algorithm")
     group.add_argument("--recipe", choices=METHODS, help="ict (default): improved consistency training; ct: the seed paper")
+    group.add_argument("--objective", choices=("discrete", "continuous"), help="CM Algorithm 3 (default), or its limit N -> infinity")
     group.add_argument("--schedule", choices=("sqrt", "double"), help="how N(k), the number of noise levels, grows")
     group.add_argument("--s0", type=common.positive, metavar="N", help="where N(k) starts: points (sqrt, CM 2) or intervals (double, iCT 10)")
     group.add_argument("--s1", type=common.positive, metavar="N", help="intervals at the end (CM 150 to 200, iCT 1280)")
@@ -113,6 +122,12 @@ def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
     return weight(t_n, t_n1) * dist(f_net, f_target)
 
 
+def continuous_loss(net, x0, noise, t, y):
+    """The limit of `loss_fn` for N -> infinity, l2; t: (B,). Returns (B,). Source: CM App. B, Theorem 6."""
+    x_t = x0 + common.bcast(t, x0) * noise
+    return common.continuous_loss(net, x_t, t, noise, y, None, stop_gradient=True)  # (x_t - x0) / t stands for the ODE's slope
+
+
 def sample(net, sigmas, y, noise, shape):
     """Draw images (B,C,H,W) in len(sigmas) network calls. Each output is clipped to [-1, 1], as for the papers' samples."""
     x_T = sigmas[0] * noise(torch.zeros(shape, device=next(net.parameters()).device))
@@ -131,16 +146,18 @@ if __name__ == "__main__":
         common.finish(run)
 
     # ---- data
-    if args.s1 < args.s0:
-        raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels grows")
-    if num_points(0, args.total_steps, args.s0, args.s1, args.schedule) < 2:
-        raise UserError(f"--s0 {args.s0} leaves no interval to train on; name 2 or more")
-    common.check_times(args.times, common.karras_times(args.s1 + 1))
+    continuous = args.objective == "continuous"
+    if not continuous:
+        if args.s1 < args.s0:
+            raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels grows")
+        if num_points(0, args.total_steps, args.s0, args.s1, args.schedule) < 2:
+            raise UserError(f"--s0 {args.s0} leaves no interval to train on; name 2 or more")
+    common.check_times(args.times, common.karras_times(2 if continuous else args.s1 + 1))
     settings = common.net_settings(args.net)
     size = settings["image_size"]
     with common.main_process_first(run):
         dataset = common.load_dataset(args.dataset, args.data_dir, size)
-        dist = common.make_distance(args.dist, run.device)
+        dist = None if continuous else common.make_distance(args.dist, run.device)
     class_cond = dataset.classes > 0 if args.class_cond is None else args.class_cond
     if class_cond and not dataset.classes:
         raise UserError(f"--class-cond: {args.dataset} has no labels")
@@ -149,7 +166,7 @@ if __name__ == "__main__":
     model_args = settings | dict(classes=dataset.classes if class_cond else 0, dropout=args.dropout)
     common.seed_everything(common.INIT, args.seed)
     net = common.place(common.make_net(model_args), run)
-    target = copy.deepcopy(net).requires_grad_(False) if args.mu0 > 0 else net
+    target = copy.deepcopy(net).requires_grad_(False) if not continuous and args.mu0 > 0 else net
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
     buffer, tail = common.flatten_gradients(net, tail=2 + 2 * common.BINS)  # what the ranks sum each step
@@ -193,22 +210,30 @@ if __name__ == "__main__":
     stop, bar, since = common.StopSignal(), common.progress(args, run, step), (time.perf_counter(), step)
     while step < args.total_steps and not stopping:
         # ------------------------------------------------------------------------------------ one training step
-        N = num_points(step, args.total_steps, args.s0, args.s1, args.schedule)
-        mu = target_decay(N, args.s0, args.mu0)
-        times = common.karras_times(N)
-        p = common.interval_probabilities(times, args.times).to(run.device)
-        times = times.to(run.device)
+        if continuous:
+            N = mu = None
+        else:
+            N = num_points(step, args.total_steps, args.s0, args.s1, args.schedule)
+            mu = target_decay(N, args.s0, args.mu0)
+            times = common.karras_times(N)
+            p = common.interval_probabilities(times, args.times).to(run.device)
+            times = times.to(run.device)
 
         buffer.zero_()
         for m in range(run.rank, micro_batches, run.world):
             common.seed_everything(common.STEP, args.seed, step, m)
             x0, y = common.to_device(next(loader), run.device, args.flip)
-            n = torch.multinomial(p, len(x0), replacement=True)
-            loss = loss_fn(net, target, x0, torch.randn_like(x0), times[n], times[n + 1], y if class_cond else None, dist,
-                           common.WEIGHTS[args.weighting])
+            y = y if class_cond else None
+            if continuous:
+                t = common.random_times(len(x0), args.times, run.device).clamp(common.T_MIN, common.T_MAX)
+                loss = continuous_loss(net, x0, torch.randn_like(x0), t, y)
+            else:
+                n = torch.multinomial(p, len(x0), replacement=True)
+                t = times[n + 1]
+                loss = loss_fn(net, target, x0, torch.randn_like(x0), times[n], t, y, dist, common.WEIGHTS[args.weighting])
             (loss.sum() / args.batch_size).backward()
             loss_sum += loss.detach().sum() / args.batch_size
-            common.tally(bins, times[n + 1], loss.detach())
+            common.tally(bins, t, loss.detach())
         stop_sum.fill_(stop.number > 0)
         if run.world > 1:
             torch.distributed.all_reduce(buffer)
