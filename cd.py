@@ -242,7 +242,7 @@ def luminance(x):
 
 def patch_means(x, factor):
     """Each factor x factor patch replaced by its mean: what a small picture says."""
-    return F.interpolate(F.avg_pool2d(x, factor), scale_factor=float(factor))
+    return F.avg_pool2d(x, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def slerp(z1, z2, a):
@@ -255,15 +255,15 @@ GRID = common.karras_times(40).tolist()[:0:-1]  # CM App. D: every level of N = 
 TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442], interpolate=[common.T_MAX])
 
 
-def read_image(path, size, factor=None):
+def read_image(path, size, factor=None, flag="--image"):
     """An image file -> (3,size,size) in [-1, 1] and whether it was whole; with `factor` one of size / factor pixels will do."""
     from PIL import Image
-    with common.explain(f"--image {path} cannot be read as an image"), Image.open(path) as image:
+    with common.explain(f"{flag} {path} cannot be read as an image"), Image.open(path) as image:
         image.load()
-        small = factor is not None and max(image.size) == size // factor
+        small = factor is not None and image.size == (size // factor, size // factor)
         if small:
-            image = image.convert("RGB").resize((size, size), Image.Resampling.NEAREST)
-        return torch.from_numpy(common.fit_image(image, size, f"--image {path}").copy()).permute(2, 0, 1) / 127.5 - 1, not small
+            image = image.resize((size, size), Image.Resampling.NEAREST)
+        return torch.from_numpy(common.fit_image(image, size, f"{flag} {path}").copy()).permute(2, 0, 1) / 127.5 - 1, not small
 
 
 def read_mask(path, size):
@@ -272,7 +272,7 @@ def read_mask(path, size):
     if path is None:
         mask[..., size // 4:size - size // 4, size // 4:size - size // 4] = 1
         return mask
-    image, _ = read_image(path, size)
+    image, _ = read_image(path, size, flag="--mask")
     return (image.mean(0) > 0).float().expand_as(mask)
 
 
@@ -287,13 +287,15 @@ def edit_images(args, run, net):
     if task == "superres" and size % factor:
         raise UserError(f"--factor {factor} does not divide the network's {size} pixels")
     if task == "denoise":
+        if args.noise_level and args.sigmas:
+            raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
         sigmas = args.sigmas or [args.noise_level or sigmas[0]]
     if (task == "interpolate") == bool(args.image):
         raise UserError("--edit interpolate goes from noise to noise: no --image" if args.image else f"--edit {task} needs --image")
     if args.image and net.classes and not args.labels:
         raise UserError("this network draws classes: say with --labels which one each --image is")
 
-    path, each = common.make_save_path(args.save), args.sample or (10 if task == "interpolate" else 4)
+    path, each = common.make_save_path(args.save), args.sample or dict(interpolate=10, denoise=1).get(task, 4)
     read = [read_image(name, size, factor if task == "superres" else None) for name in args.image or ()]
     rows = len(read) or len(args.labels or range(min(net.classes, 8) or 4))
     originals = torch.stack([image for image, _ in read]).to(run.device) if read else None
@@ -309,13 +311,14 @@ def edit_images(args, run, net):
     def draw(y, noise, shape, indices):
         row = indices // each
         f = clipped(net, y, args.w)
+        first = noise(torch.zeros(shape, device=run.device))  # an image's own; ends of rows, and `given`, were made with such noise
         if task == "interpolate":
             z1, z2 = (torch.stack([common.seeded_noise([2 * int(r) + end], args.seed)(x[None])[0] for r, x in
                                    zip(row, torch.zeros(shape, device=run.device))]) for end in (0, 1))
             return common.multistep_sample(f, sigmas[0] * slerp(z1, z2, indices % each / max(each - 1, 1)), sigmas, noise)
         x = given[row]
         if task == "stroke":
-            x = x + sigmas[0] * noise(x)
+            x = x + sigmas[0] * first
         if task in ("stroke", "denoise"):
             return common.multistep_sample(f, x, sigmas, noise)
         return common.edit(f, x, known, sigmas, noise)
@@ -326,7 +329,8 @@ def edit_images(args, run, net):
     if run.main:
         panel = list(torch.from_numpy(results).unflatten(0, (rows, each)))  # (each,H,W,3) for a row
         for i, (_, whole) in enumerate(read):
-            original = [originals[i]] if whole and task != "stroke" else [torch.ones_like(originals[i])] * (task != "stroke")
+            column = task != "stroke" and not args.noisy
+            original = [originals[i] if whole else torch.ones_like(originals[i])] * column
             panel[i] = torch.cat([common.to_uint8(given[i:i + 1]).cpu(), panel[i], *(common.to_uint8(x[None]).cpu() for x in original)])
         panel = torch.cat(panel) if path.suffix == ".png" else torch.from_numpy(results)
         common.save_samples(path, panel.numpy(), y, columns=len(panel) // rows)
@@ -390,7 +394,7 @@ def use_checkpoint(args, run):
     net, trained = common.load_network(args.ckpt, ("cd", "ct"))
     teacher = (trained["args"].get("stage") or args.stage) == "teacher"
     top = trained["args"].get("w_max", 0.0) if not teacher else math.inf if net.null_y is not None else 0.0
-    wrong = (("sigmas", "edit", "search_times") if teacher else ("churn",) if args.search_times else ("churn", "N")
+    wrong = (("sigmas", "edit", "search_times") if teacher else ("churn", "sigmas", "edit") if args.search_times else ("churn", "N")
              ) + (() if args.edit else ("image", "mask", "factor", "noise_level", "noisy")
              ) + (() if args.search_times else ("dataset", "data_dir")) + (("stage",) if trained["script"] else ())
     for key in wrong:

@@ -40,6 +40,7 @@ import tarfile
 import time
 import types
 import urllib.request
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def c_noise(t: Tensor) -> Tensor:
 
 
 def precondition(net, x, t, y, extra, scalings):
-    assert x.ndim == 4 and t.shape == x.shape[:1] and t.dtype == torch.float32, (x.shape, t.shape, t.dtype)
+    assert x.ndim == 4 and t.shape == x.shape[:1] and t.dtype == x.dtype, (x.shape, t.shape, t.dtype)
     c_skip, c_out, c_in = (bcast(c, x) for c in scalings(t))
     return c_skip * x + c_out * net(c_in * x, c_noise(t), y, extra)  # F_x = net(...), float32
 
@@ -396,7 +397,7 @@ def consistency_jvp(net, x: Tensor, t: Tensor, dx_dt: Tensor, y: Tensor | None =
     Returns: two (B,C,H,W) float32. Both carry gradients to the net's parameters unless they are switched off outside.
     Source:  CM App. B.
     """
-    dtype, net.dtype = net.dtype, torch.float32  # a derivative needs more than bf16's three digits
+    dtype, net.dtype = net.dtype, x.dtype  # float32: a derivative needs more than bf16's three digits
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused kernels have no forward derivative
             return torch.func.jvp(lambda x, t: consistency(net.forward, x, t, y, extra),  # .forward is never the compiled one
@@ -454,8 +455,8 @@ def zeroed(layer):
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     """(B,) -> (B, dim): cosines, then sines, of t times frequencies from 1 down to nearly 1/10000."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-    angles = t.float()[:, None] * frequencies
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+    angles = t[:, None] * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], 1), (0, dim % 2))
 
 
@@ -1152,7 +1153,7 @@ def from_nvidia(state: dict, head_channels: int = 64) -> dict:
         if part in tops:
             renamed[f"{tops[part]}.{name}"] = value
         elif part == "map_label":
-            renamed["label_emb.weight"] = value.T
+            renamed["label_emb.weight"] = value.t()
         else:
             level, _, layer = rest.partition(".")  # 32x32_block1, conv0
             if level not in seen[part]:
@@ -1181,20 +1182,23 @@ def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
              a plain state dict) and `model_args` say what it is.
     Raises:  UserError if the file cannot be loaded, is of none of the `scripts`, or fits no network known here.
     """
-    state = load_checkpoint(path)
+    with warnings.catch_warnings(action="ignore"):  # torch's, of NVIDIA's pickles, which are refused
+        state = load_checkpoint(path)
     if "model_args" in state:
         if state.get("script") not in scripts:
             raise UserError(f"{path} was written by {state.get('script')}.py: give it to that script")
         net = UNet(**state["model_args"])
         net.load_state_dict(state["ema"])
         return net.requires_grad_(False).eval(), state
-    state, theirs = {name: value for name, value in state.items() if isinstance(value, Tensor)}, {}
+    state, theirs = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}, {}
     if any("map_layer0" in name for name in state):
         with contextlib.suppress(RuntimeError, KeyError, IndexError):  # no DhariwalUNet after all: fits no network
             state, theirs = from_nvidia(state), dict(time_scale=1e-3)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    classes = shapes.get("label_emb.weight", (0,))[0]
+    classes = (*shapes.get("label_emb.weight", ()), 0)[0]
     for name, settings in NETS.items():
+        if theirs and (settings["head_channels"] != 64 or settings["base"] < 128):
+            continue  # the shapes may fit, but NVIDIA's heads have 64 channels, and its narrow layers fewer groups
         with torch.device("meta"):
             net = UNet(**settings | theirs, classes=classes)
         if {key: tuple(value.shape) for key, value in net.state_dict().items()} == shapes:

@@ -1,10 +1,11 @@
 """Benchmarks: how readable the digits are, and how fast the training step is. No test depends on a number printed here.
 
-    python tests/bench.py quality --ckpt out/ct/last.pt      share of generated glyphs that are the digit asked for
-    python tests/bench.py speed                              images/s of the training step, share of the GEMM rate, memory
+    python tests/bench.py quality --ckpt out/cd/last.pt out/cd/teacher/last.pt     share of generated glyphs that are the digit asked for
+    python tests/bench.py speed                              images/s of the training steps, share of the GEMM rate, memory
 """
 import argparse
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cd  # noqa: E402
 import common  # noqa: E402
 import ct  # noqa: E402
 
@@ -35,26 +37,42 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
+def as_floats(images):
+    """uint8 (n,C,H,W) -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def load_glyphs(n, seed):
     images, labels = common.glyphs(n, seed)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(labels)
+    return as_floats(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(labels)
 
 
-def train_classifier(steps=500, batch=128):
-    """A classifier of glyphs it shares no image with the training set of the generators, and its accuracy on held-out ones."""
+def train_classifier(x, y, steps=500, batch=128):
+    """A classifier of images x (n,C,H,W) with labels y (n,), made in seconds."""
     torch.manual_seed(0)
-    x, y = load_glyphs(30000, seed=1)
-    net = Classifier()
+    net = Classifier(int(y.max()) + 1).to(x.device)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
-        i = torch.randint(len(x), (batch,))
-        noisy = x[i] + 0.1 * torch.rand(batch, 1, 1, 1) * torch.randn_like(x[i])
+        i = torch.randint(len(x), (batch,), device=x.device)
+        noisy = x[i] + 0.1 * torch.rand(batch, 1, 1, 1, device=x.device) * torch.randn_like(x[i])
         F.cross_entropy(net(noisy), y[i], label_smoothing=0.05).backward()
         optimizer.step(), optimizer.zero_grad(), schedule.step()
-    net.eval()
-    x, y = load_glyphs(10000, seed=2)
-    return net, read(net, x, y), x
+    return net.eval()
+
+
+def feature_distance(dataset, device, most=30000):
+    """images (n,H,W,C) uint8 array -> the Frechet distance between them and `dataset`, in the features of a classifier trained on it.
+
+    Raises:  UserError if the data set has no labels to train one with.
+    """
+    if not dataset.classes:
+        raise common.UserError("the benchmark's feature distance needs a data set with labels")
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most].sort().values.numpy()
+    x, y = (part.to(device) for part in dataset.__getitems__(chosen))
+    x = as_floats(x)
+    classifier = train_classifier(x, y)
+    return lambda images: frechet(classifier, as_floats(torch.from_numpy(images).permute(0, 3, 1, 2).to(device)), x)
 
 
 @torch.no_grad()
@@ -73,16 +91,23 @@ def frechet(classifier, a, b):
 
 
 def quality(args):
-    classifier, accuracy, real = train_classifier()
-    print(f"classifier: {accuracy:.2%} of 10,000 held-out glyphs; Frechet distance between two halves of them "
+    """A classifier of glyphs that shares no image with the training set of the generators reads their samples."""
+    classifier, (real, labels) = train_classifier(*load_glyphs(30000, seed=1)), load_glyphs(10000, seed=2)
+    print(f"classifier: {read(classifier, real, labels):.2%} of 10,000 held-out glyphs; Frechet distance between two halves of them "
           f"{frechet(classifier, real[:5000], real[5000:]):.3f}")
-    net = common.place(common.load_network(args.ckpt, "ct"), argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32))
     y = torch.arange(args.n) % 10
-    for sigmas in ([80.0], [80.0, args.mid]):
-        images = torch.cat([ct.sample(net, sigmas, y[i:i + 250], common.seeded_noise(range(i, i + 250), args.seed),
-                                      (250, 3, 16, 16)) for i in range(0, args.n, 250)])
-        print(f"{len(sigmas)} step(s) {sigmas}: {read(classifier, images, y):.1%} of {args.n} read as the label asked for, "
-              f"Frechet distance {frechet(classifier, images, real):.3f}", flush=True)
+    for path in args.ckpt:
+        net, trained = common.load_network(path, ("cd", "ct"))
+        if trained["args"].get("stage") == "teacher":
+            ways = {f"{2 * args.N - 1} calls, Heun": functools.partial(cd.sample_teacher, net, args.N, w=args.w)}
+        else:
+            ways = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(cd.sample, net, sigmas, w=args.w) for sigmas in
+                    ([80.0], [80.0, args.mid])}
+        for way, draw in ways.items():
+            images = torch.cat([draw(y[i:i + 250], common.seeded_noise(range(i, i + 250), args.seed), (250, 3, 16, 16)).clamp(-1, 1)
+                                for i in range(0, args.n, 250)])
+            print(f"{path}, {way}: {read(classifier, images, y):.1%} of {args.n} read as the label asked for, "
+                  f"Frechet distance {frechet(classifier, images, real):.3f}", flush=True)
 
 
 # ---- speed
@@ -113,23 +138,30 @@ def measure(args):
     size = net.image_size
     x0, noise = (torch.randn(args.batch, 3, size, size, device=device) for _ in range(2))
     y, t_n = torch.randint(net.classes, (args.batch,), device=device), torch.rand(args.batch, device=device) + 0.1
-    with torch.device("meta"):  # four passes: the target forward, the net forward and twice that back
+    with torch.device("meta"):
         meta = common.UNet(**common.NETS[args.net], classes=net.classes)
         with FlopCounterMode(display=False) as counter:
             meta(x0[:1].to("meta"), t_n[:1].to("meta"), y[:1].to("meta"))
-    flops = 4 * counter.get_total_flops()
+    passes = dict(ct=4, cd=6, teacher=3, continuous=4)  # forward 1, backward 2; a forward derivative counted as 1, though it costs more
+    flops = passes[args.step] * counter.get_total_flops()
 
     net = common.place(net, argparse.Namespace(device=device, dtype=dtype))
     net.to(memory_format=torch.channels_last if args.layout == "channels_last" else torch.contiguous_format)
-    ema = copy.deepcopy(net)
+    ema, teacher = copy.deepcopy(net), copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.RAdam(net.parameters(), 1e-4, foreach=True)
     buffer, _ = common.flatten_gradients(net, 0)
     if args.mode == "compiled":
         net.compile()
+        teacher.compile()
+    D, inverse = cd.net_denoiser(teacher), common.WEIGHTS["inverse"]
+    loss = dict(ct=lambda: ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, inverse),
+                cd=lambda: cd.loss_fn(net, net, D, x0, noise, t_n, t_n + 0.1, y, None, common.heun_step, common.pseudo_huber, inverse),
+                teacher=lambda: cd.edm_loss(net, x0, noise, t_n, y),
+                continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y))[args.step]
 
     def step():
         buffer.zero_()
-        ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, common.WEIGHTS["inverse"]).mean().backward()
+        loss().mean().backward()
         optimizer.step()
         common.ema_update(ema, net, 0.999)
 
@@ -139,31 +171,34 @@ def measure(args):
     times = sorted(timed(device, step) for _ in range(args.repeat))
     median = times[len(times) // 2]
     share = flops * args.batch / median / rate
-    print(f"| {args.net} | {args.batch} | {args.mode} | {args.dtype} | {args.layout} | {args.batch / median:.1f} | "
+    print(f"| {args.step} | {args.net} | {args.batch} | {args.mode} | {args.dtype} | {args.layout} | {args.batch / median:.1f} | "
           f"{args.batch / times[0]:.1f} | {share:.2f} | {rate / 1e9:.0f} | {common.peak_memory_gb(device):.2f} |", flush=True)
 
 
 def speed(args):
-    print("| net | batch | mode | dtype | layout | images/s | best | share of GEMM rate | GEMM GFLOP/s | peak GB |\n" + "|---" * 10 + "|")
+    print("| step | net | batch | mode | dtype | layout | images/s | best | share of GEMM rate | GEMM GFLOP/s | peak GB |\n" + "|---" * 11 + "|")
     cuda = torch.cuda.is_available()
-    for net in args.net:
+    for step, net in itertools.product(args.step, args.net):
         batch = args.batch or {"glyphs": 64, "cifar-small": 32}.get(net, 64)
         for variant in itertools.product(args.mode, ("fp32", "bf16"), ("contiguous", "channels_last")):
-            command = [sys.executable, __file__, "measure", net, str(batch), *variant, "--repeat", "20" if cuda else "7"]
+            command = [sys.executable, __file__, "measure", step, net, str(batch), *variant, "--repeat", "20" if cuda else "7"]
             if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-                print(f"| {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
+                print(f"| {step} | {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("quality", help="how readable generated glyphs are")
-    command.add_argument("--ckpt", default="out/ct/last.pt", help="a checkpoint trained on glyphs")
+    command.add_argument("--ckpt", nargs="+", default=["out/cd/last.pt", "out/cd/teacher/last.pt"], help="checkpoints trained on glyphs")
     command.add_argument("--n", type=int, default=2000, help="samples, a multiple of 250")
     command.add_argument("--mid", type=float, default=1.6, help="the second noise level of the two-step samples")
+    command.add_argument("--N", type=int, default=18, help="Heun steps of a teacher's samples")
+    command.add_argument("--w", type=float, default=0.0, help="guidance weight")
     command.add_argument("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=quality)
-    command = commands.add_parser("speed", help="how fast the training step is, in all variants")
+    command = commands.add_parser("speed", help="how fast the training steps are, in all variants")
+    command.add_argument("--step", nargs="+", choices=("ct", "cd", "teacher", "continuous"), default=["ct", "cd", "teacher", "continuous"])
     command.add_argument("--net", nargs="+", choices=common.NETS, default=["glyphs", "cifar-small"]
                          + ["imagenet64"] * torch.cuda.is_available())
     command.add_argument("--mode", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"],
@@ -171,7 +206,7 @@ if __name__ == "__main__":
     command.add_argument("--batch", type=int, help="images a step (default 64; cifar-small 32)")
     command.set_defaults(run=speed)
     command = commands.add_parser("measure", help="one row of `speed`")
-    for name in ("net", "batch", "mode", "dtype", "layout"):
+    for name in ("step", "net", "batch", "mode", "dtype", "layout"):
         command.add_argument(name, type=int if name == "batch" else str)
     command.add_argument("--repeat", type=int, default=7)
     command.set_defaults(run=measure)
