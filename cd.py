@@ -50,7 +50,7 @@ DATASETS = {
     "cat256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
 }
 TEACHERS = {
-    "glyphs": dict(batch_size=32, total_steps=2400, lr=2e-3, dropout=0.0, ema_decay=0.997),
+    "glyphs": dict(batch_size=32, total_steps=2600, lr=2e-3, dropout=0.0, ema_decay=0.997, times=[-0.6, 1.4]),
     "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, dropout=0.0, ema_decay=0.9995),
     "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, dropout=0.13, ema_decay=0.99929),
     "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
@@ -137,7 +137,8 @@ def flags():
     group.add_argument("--search-times", type=common.number(int, 2), metavar="M", help="find the noise levels of M steps among --N "
                        "(default 40) by the quality of --sample (default 2000) images each")
     group = parser.add_argument_group("editing")
-    group.add_argument("--edit", choices=TASKS, help="with --ckpt: what to do to the --image files, --sample (default 4) results each")
+    group.add_argument("--edit", choices=TASKS, help="with --ckpt: what to do to the --image files, --sample results each "
+                       "(default 4; denoise 1, interpolate 10 steps)")
     group.add_argument("--image", nargs="+", metavar="FILE", help="images to edit; interpolate needs none")
     group.add_argument("--mask", metavar="FILE", help="inpaint: white where to paint (default: a central square of half the side)")
     group.add_argument("--factor", type=common.number(int, 2), metavar="P", help="superres: pixels of a patch's side (default: size / 32, at "
@@ -379,7 +380,10 @@ def search_checkpoint(args, run, net, trained):
     def score(sigmas):
         images = common.draw_many(run, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), n, y,
                                   (3, net.image_size, net.image_size), args.seed, batch=250)
-        found = distance(images)
+        found = torch.tensor(distance(images), dtype=torch.float64, device=run.device)
+        if run.world > 1:  # the ranks must take the same turns
+            torch.distributed.broadcast(found, 0)
+        found = found.item()
         if run.main:
             print(f"--sigmas {' '.join(f'{t:.6g}' for t in sigmas)}: Frechet distance {found:.4f}", flush=True)
         return found

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two wait for each other for ages where the machine is busy
 
 try:
     import torchvision  # noqa: F401

@@ -442,6 +442,7 @@ def test_search_is_greedy_from_the_largest_level_down():
         assert before == found[:len(before)] and common.T_MIN <= level <= before[-1] * (1 + 1e-6)
     assert [len(sigmas) for sigmas in seen] == sorted(len(sigmas) for sigmas in seen)
     assert cd.search_times(score, 1, 40) == [80]
+    close(cd.search_times(lambda sigmas: sigmas[-1], 2, 40), [80, common.T_MIN])
 
 
 @pytest.mark.parametrize("row", [row for row in VECTORS["time_points"] if 0 < row["index"] < row["steps"] - 1],

@@ -507,8 +507,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refusals(work):
-    distil = [*DISTIL, "--out-dir", "refused"]
-    return run_each(work, {case: [*distil * ("--teacher" in flags and case != "stage"), *flags] for case, (flags, _) in REFUSED.items()})
+    return run_each(work, {case: [*([*DISTIL, "--out-dir", f"refused {case}"] if "--teacher" in flags and case != "stage" else ()), *flags]
+                           for case, (flags, _) in REFUSED.items()})
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -516,4 +516,8 @@ def test_refused_in_one_line(work, refusals, case):
     code, _, errors = refusals[case]
     lines = errors.strip().splitlines()
     assert code == 2 and len(lines) == 1 and lines[0].startswith("cd.py: error: ") and REFUSED[case][1] in lines[0], errors
-    assert not (work / "ran_code").exists() and not (work / "refused").exists()
+    assert not (work / f"refused {case}").exists()
+
+
+def test_no_code_ran(work, refusals):
+    assert not (work / "ran_code").exists()
