@@ -74,6 +74,11 @@ SOLVERS = {"heun": common.heun_step, "euler": common.euler_step}
 STUDENT_ONLY = DISCRETE - {"N"} | {"teacher", "teacher_steps", "objective", "stop_gradient", "w_max"}
 
 
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 def recipe(given):
     """The settings of `--stage` for `--dataset`, general ones first. Raises UserError for a flag that does not apply to it."""
     def refuse(keys, why):
@@ -232,12 +237,12 @@ def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
     return common.heun_sample(D, x_T, N, churn, noise=noise)
 
 
-LUMINANCE = (0.2989, 0.5870, 0.1140)  # of red, green and blue
+LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
 
 
 def luminance(x):
     """The projection of each pixel's colour onto the direction of luminance: what a grey picture says."""
-    q = F.normalize(torch.tensor(LUMINANCE, device=x.device, dtype=x.dtype), dim=0).view(1, 3, 1, 1)
+    q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
     return q * (q * x).sum(1, keepdim=True)
 
 
@@ -317,16 +322,17 @@ def edit_images(args, run, net):
             z1, z2 = (torch.stack([common.seeded_noise([2 * int(r) + end], args.seed)(x[None])[0] for r, x in
                                    zip(row, torch.zeros(shape, device=run.device))]) for end in (0, 1))
             return common.multistep_sample(f, sigmas[0] * slerp(z1, z2, indices % each / max(each - 1, 1)), sigmas, noise)
-        x = given[row]
         if task == "stroke":
-            x = x + sigmas[0] * first
-        if task in ("stroke", "denoise"):
-            return common.multistep_sample(f, x, sigmas, noise)
-        return common.edit(f, x, known, sigmas, noise)
+            return common.multistep_sample(f, originals[row] + sigmas[0] * first, sigmas, noise)
+        if task == "denoise":
+            return common.multistep_sample(f, given[row], sigmas, noise)
+        return common.edit(f, originals[row], known, sigmas, noise)
 
     y = common.labels_to_draw(args, net, rows, run.device)
     y = None if y is None else y.repeat_interleave(each)
     results = common.draw_many(run, draw, rows * each, y, (3, size, size), args.seed)
+    if task == "colorize":
+        given = (originals.new_tensor(LUMINANCE).view(3, 1, 1) * originals).sum(1, keepdim=True).expand_as(originals)  # known(originals) is tinted
     if run.main:
         panel = list(torch.from_numpy(results).unflatten(0, (rows, each)))  # (each,H,W,3) for a row
         for i, (_, whole) in enumerate(read):
@@ -458,7 +464,7 @@ if __name__ == "__main__":
         else:
             with common.main_process_first(run):
                 teacher, found = common.load_network(args.teacher, ("cd",))
-                args.teacher_digest = hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()[:12]
+                args.teacher_digest = file_digest(args.teacher)
             if found["args"].get("stage", "teacher") != "teacher":
                 raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what --stage teacher writes")
             teacher, settings = common.place(teacher, run), found["model_args"]

@@ -1135,7 +1135,7 @@ def load_checkpoint(path) -> dict:
     return state
 
 
-def from_nvidia(state: dict, head_channels: int = 64) -> dict:
+def from_nvidia(state: dict) -> dict:
     """The weights of NVlabs/edm's DhariwalUNet under the names used here. Their order in `state` is that of construction.
 
     NVIDIA numbers the qkv channels by (head, channel, which of q k v), ADM by (which, head, channel).
@@ -1170,7 +1170,7 @@ def from_nvidia(state: dict, head_channels: int = 64) -> dict:
             if layer in ("norm2", "qkv", "proj"):
                 last += 1
             if layer == "qkv":
-                value = value.unflatten(0, (-1, head_channels, 3)).movedim(2, 0).flatten(0, 2)
+                value = value.unflatten(0, (-1, 3)).movedim(1, 0).flatten(0, 1)
             renamed[".".join(filter(None, (entry, str(last), layers.get(layer), name)))] = value
     return renamed
 
@@ -1186,9 +1186,11 @@ def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
         state = load_checkpoint(path)
     if "model_args" in state:
         if state.get("script") not in scripts:
-            raise UserError(f"{path} was written by {state.get('script')}.py: give it to that script")
-        net = UNet(**state["model_args"])
-        net.load_state_dict(state["ema"])
+            raise UserError(f"{path} was written by {state.get('script', 'another tool')}"
+                            + ".py: give it to that script" * ("script" in state))
+        with explain(f"{path} holds no network of this version"):
+            net = UNet(**state["model_args"])
+            net.load_state_dict(state["ema"])
         return net.requires_grad_(False).eval(), state
     state, theirs = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}, {}
     if any("map_layer0" in name for name in state):
