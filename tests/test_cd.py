@@ -429,6 +429,15 @@ def test_the_pseudo_objective_differentiates_the_branch_it_trains():
     assert (gradient(net) - found).norm() < 1e-4 * found.norm() and torch.equal(after, torch.rand(1))
 
 
+def test_a_loaded_teacher_drops_nothing_out(tmp_path):
+    settings = TINY | dict(mult=(1,), dropout=0.5)
+    torch.save(dict(script="cd", args={}, model_args=settings, ema=fill(common.UNet(**settings)).state_dict()), tmp_path / "teacher.pt")
+    teacher, _ = common.load_network(tmp_path / "teacher.pt", ("cd",))
+    D, t = cd.net_denoiser(teacher), torch.tensor([0.5, 1.0, 2.0, 3.0])
+    assert torch.equal(D(X0, t, None), D(X0, t, None)) and not D(X0, t, None).requires_grad
+    assert not torch.equal(cd.net_denoiser(teacher.train())(X0, t, None), D(X0, t, None))
+
+
 # ---- training to the exact solution
 
 @pytest.mark.parametrize("objective, lr, steps, law", [("discrete", 0.01, 800, [0.0, 2.0]), ("continuous", 0.005, 800, [0.0, 2.0]),
