@@ -163,7 +163,7 @@ def test_ideal_teacher_on_a_handful_of_images(tmp_path):
     images = np.stack([np.kron(g[..., None], np.ones((4, 4, 3))) for g in grid]).astype(np.uint8) * 200 + 27
     np.savez(tmp_path / "four.npz", arr_0=images, arr_1=np.array([0, 0, 1, 1]))
     run("--teacher", "ideal", "--dataset", "four.npz", "--net", "glyphs", "base=32", "mult=1", "blocks=1", "image_size=8", *PLAIN[PLAIN.index("--precision"):],
-        "--batch-size", 32, "--micro-batch", 32, "--total-steps", 300, "--lr", 3e-3, "--no-flip", "--ema-decay", 0.97, "--log-every", 50,
+        "--batch-size", 32, "--micro-batch", 32, "--total-steps", 600, "--lr", 3e-3, "--no-flip", "--ema-decay", 0.97, "--log-every", 50,
         "--out-dir", "run", cwd=tmp_path, code=0)
     run("--ckpt", "run/last.pt", "--sample", 64, "--save", "x.npz", "--device", "cpu", "--precision", "fp32", cwd=tmp_path, code=0)
     samples, data = (torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1 for x in (np.load(tmp_path / "x.npz")["arr_0"], images))
