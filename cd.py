@@ -68,15 +68,10 @@ STUDENTS = {
     "cat256": dict(batch_size=2048, total_steps=600_000, lr=1e-5, mu=0.95, ema_decay=0.999943, sigmas=[80.0, 4.36556]),
 }
 CD = dict(teacher=None, objective="discrete", solver="heun", dist="lpips", times=["uniform"], weighting="one", dropout=0.0, w_max=0.0)
-CONTINUOUS = {True: dict(lr=5e-6), False: dict(lr=1e-3, dropout=0.3)}  # by stop_gradient: openai's JAX settings for CIFAR-10
+CONTINUOUS = {True: dict(lr=5e-6, dropout=0.3), False: dict(lr=1e-3, dropout=0.3)}  # by stop_gradient: openai's JAX code, CIFAR-10
 DISCRETE = {"solver", "N", "mu", "dist", "weighting"}  # what continuous time has no use for
 SOLVERS = {"heun": common.heun_step, "euler": common.euler_step}
 STUDENT_ONLY = DISCRETE - {"N"} | {"teacher", "teacher_steps", "objective", "stop_gradient", "w_max"}
-
-
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def recipe(given):
@@ -91,7 +86,7 @@ def recipe(given):
     if given.get("stage") == "teacher":
         refuse(STUDENT_ONLY, "does not apply with --stage teacher")
         refuse({"sigmas"}, "does not apply with --stage teacher: a teacher draws on the grid of --N")
-        return settings | dict(stage="teacher", times=[-1.2, 1.2], label_dropout=0.0) | TEACHERS[dataset]
+        return settings | dict(stage="teacher", out_dir="out/cd/teacher", times=[-1.2, 1.2], label_dropout=0.0) | TEACHERS[dataset]
     refuse({"label_dropout"}, "applies to --stage teacher only")
     settings |= CD | dict(stage="distill", teacher_steps=TEACHERS[dataset]["total_steps"]) | STUDENTS[dataset]
     if given.get("objective") == "continuous":
@@ -300,6 +295,8 @@ def edit_images(args, run, net):
         raise UserError("--edit interpolate goes from noise to noise: no --image" if args.image else f"--edit {task} needs --image")
     if args.image and net.classes and not args.labels:
         raise UserError("this network draws classes: say with --labels which one each --image is")
+    if args.image and len(args.labels or [0]) not in (1, len(args.image)):
+        raise UserError(f"--labels names {len(args.labels)} classes for {len(args.image)} images: name one, or one for each")
 
     path, each = common.make_save_path(args.save), args.sample or dict(interpolate=10, denoise=1).get(task, 4)
     read = [read_image(name, size, factor if task == "superres" else None) for name in args.image or ()]
@@ -310,6 +307,8 @@ def edit_images(args, run, net):
         hole = read_mask(args.mask, size).to(run.device)
         known = dict(inpaint=lambda x: (1 - hole) * x, colorize=luminance, superres=lambda x: patch_means(x, factor))[task]
         given = known(originals)
+        if task == "colorize":  # to look at: the known part is tinted
+            given = (originals.new_tensor(LUMINANCE).view(3, 1, 1) * originals).sum(1, keepdim=True).expand_as(originals)
     elif task == "denoise" and not args.noisy:
         given = originals + sigmas[0] * common.seeded_noise(range(rows), args.seed)(originals)
 
@@ -317,11 +316,12 @@ def edit_images(args, run, net):
     def draw(y, noise, shape, indices):
         row = indices // each
         f = clipped(net, y, args.w)
-        first = noise(torch.zeros(shape, device=run.device))  # an image's own; ends of rows, and `given`, were made with such noise
-        if task == "interpolate":
-            z1, z2 = (torch.stack([common.seeded_noise([2 * int(r) + end], args.seed)(x[None])[0] for r, x in
-                                   zip(row, torch.zeros(shape, device=run.device))]) for end in (0, 1))
-            return common.multistep_sample(f, sigmas[0] * slerp(z1, z2, indices % each / max(each - 1, 1)), sigmas, noise)
+        if task == "interpolate":  # the ends of a row, and the noise of its further levels, are the same for all its images
+            left, right = (common.seeded_noise((2 * row + end).tolist(), args.seed) for end in (0, 1))
+            z = slerp(left(torch.zeros(shape, device=run.device)), right(torch.zeros(shape, device=run.device)),
+                      indices % each / max(each - 1, 1))
+            return common.multistep_sample(f, sigmas[0] * z, sigmas, right)
+        first = noise(torch.zeros(shape, device=run.device))  # an image's own; `given` was made with such noise
         if task == "stroke":
             return common.multistep_sample(f, originals[row] + sigmas[0] * first, sigmas, noise)
         if task == "denoise":
@@ -331,8 +331,6 @@ def edit_images(args, run, net):
     y = common.labels_to_draw(args, net, rows, run.device)
     y = None if y is None else y.repeat_interleave(each)
     results = common.draw_many(run, draw, rows * each, y, (3, size, size), args.seed)
-    if task == "colorize":
-        given = (originals.new_tensor(LUMINANCE).view(3, 1, 1) * originals).sum(1, keepdim=True).expand_as(originals)  # known(originals) is tinted
     if run.main:
         panel = list(torch.from_numpy(results).unflatten(0, (rows, each)))  # (each,H,W,3) for a row
         for i, (_, whole) in enumerate(read):
@@ -370,22 +368,22 @@ def search_times(score, M, N):
 
 def search_checkpoint(args, run, net, trained):
     """`--search-times M`, by the Frechet distance in the features of the benchmark's classifier."""
+    sys.path.insert(0, str(Path(__file__).parent / "tests"))
     try:
-        sys.path.insert(0, str(Path(__file__).parent / "tests"))
         import bench
-    except ImportError as error:
-        raise UserError("--search-times measures with tests/bench.py, which is not beside this script") from error
-    name, data_dir = (args.dataset, args.data_dir) if args.dataset else (trained["args"].get("dataset"), trained["args"].get("data_dir"))
+    except ModuleNotFoundError as error:
+        raise UserError(f"--search-times measures with tests/bench.py, which should be beside this script: {error}") from error
+    name, data_dir = args.dataset or trained["args"].get("dataset"), args.data_dir or trained["args"].get("data_dir")
     if name is None:
         raise UserError("--search-times: the checkpoint does not say what it was trained on; name --dataset")
     with common.main_process_first(run):
         distance = bench.feature_distance(common.load_dataset(name, data_dir, net.image_size), run.device)
-    n = args.sample or 2000
+    n, batch = args.sample or 2000, max(256 * 16**2 // net.image_size**2, 8)
     y = common.labels_to_draw(args, net, n, run.device)
 
     def score(sigmas):
         images = common.draw_many(run, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), n, y,
-                                  (3, net.image_size, net.image_size), args.seed, batch=250)
+                                  (3, net.image_size, net.image_size), args.seed, batch)
         found = torch.tensor(distance(images), dtype=torch.float64, device=run.device)
         if run.world > 1:  # the ranks must take the same turns
             torch.distributed.broadcast(found, 0)
@@ -404,12 +402,26 @@ def use_checkpoint(args, run):
     net, trained = common.load_network(args.ckpt, ("cd", "ct"))
     teacher = (trained["args"].get("stage") or args.stage) == "teacher"
     top = trained["args"].get("w_max", 0.0) if not teacher else math.inf if net.null_y is not None else 0.0
-    wrong = (("sigmas", "edit", "search_times") if teacher else ("churn", "sigmas", "edit") if args.search_times else ("churn", "N")
-             ) + (() if args.edit else ("image", "mask", "factor", "noise_level", "noisy")
-             ) + (() if args.search_times else ("dataset", "data_dir")) + (("stage",) if trained["script"] else ())
-    for key in wrong:
-        if getattr(args, key):
-            raise UserError(f"--{key.replace('_', '-')} does not apply to what {args.ckpt} holds, or to what is asked of it")
+
+    def refuse(keys, why):
+        for key in keys:
+            if getattr(args, key):
+                raise UserError(f"--{key.replace('_', '-')} does not apply {why}")
+
+    if trained["script"]:
+        refuse(["stage"], f"to {args.ckpt}, which says what it is")
+    elif run.main:
+        print(f"{args.ckpt} is taken for " + ("a teacher" if teacher else "a consistency model; --stage teacher takes it for a teacher"))
+    if teacher:
+        refuse(["sigmas", "edit", "search_times"], "to a teacher, which draws on the grid of --N")
+    else:
+        refuse(["churn"] + ["N"] * (not args.search_times), "to a consistency model")
+    if args.search_times:
+        refuse(["sigmas", "edit"], "with --search-times")
+    else:
+        refuse(["dataset", "data_dir"], "without --search-times")
+    if not args.edit:
+        refuse(["image", "mask", "factor", "noise_level", "noisy"], "without --edit")
     for key, task in (("mask", "inpaint"), ("factor", "superres"), ("noise_level", "denoise"), ("noisy", "denoise")):
         if getattr(args, key) and args.edit != task:
             raise UserError(f"--{key.replace('_', '-')} applies to --edit {task} only")
@@ -452,10 +464,17 @@ if __name__ == "__main__":
         args.teacher = str(Path(args.out_dir) / "teacher" / "last.pt")
         del args.teacher_steps, args.net, args.class_cond
         stages = [argparse.Namespace(**first), args]
+    elif args.stage == "distill" and args.teacher != "ideal" and Path(args.teacher).resolve().parent == Path(args.out_dir).resolve():
+        raise UserError(f"--out-dir {args.out_dir} holds the --teacher; choose another for the student")
+    continuous = args.stage == "distill" and args.objective == "continuous"
+    for args in stages:
+        common.check_times(args.times, common.karras_times(2 if continuous else args.N))
+    with common.main_process_first(run):  # now, not after days of the teacher's training
+        dist = None if continuous or args.stage == "teacher" else common.make_distance(args.dist, run.device)
 
+    stop = common.StopSignal()
     for args in stages:
         teaching = args.stage == "teacher"
-        continuous = not teaching and args.objective == "continuous"
 
         # ---- teacher and data
         teacher = None
@@ -464,35 +483,32 @@ if __name__ == "__main__":
         else:
             with common.main_process_first(run):
                 teacher, found = common.load_network(args.teacher, ("cd",))
-                args.teacher_digest = file_digest(args.teacher)
+                with open(args.teacher, "rb") as file:
+                    args.teacher_digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
             if found["args"].get("stage", "teacher") != "teacher":
                 raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what --stage teacher writes")
             teacher, settings = common.place(teacher, run), found["model_args"]
-        if not continuous:
-            common.check_times(args.times, common.karras_times(args.N))
         size = settings["image_size"]
         with common.main_process_first(run):
             dataset = common.load_dataset(args.dataset, args.data_dir, size)
-            dist = None if teaching or continuous else common.make_distance(args.dist, run.device)
         if teacher is not None:
-            class_cond = teacher.classes > 0
+            D, class_cond = net_denoiser(teacher), teacher.classes > 0
             if class_cond and dataset.classes != teacher.classes:
                 raise UserError(f"--teacher {args.teacher} knows {teacher.classes} classes, and {args.dataset} has {dataset.classes}")
+            if args.w_max and teacher.null_y is None:
+                raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has nothing to guide with")
         else:
             class_cond = dataset.classes > 0 if args.class_cond is None else args.class_cond
             if class_cond and not dataset.classes:
                 raise UserError(f"--class-cond: {args.dataset} has no labels")
-        classes = dataset.classes if class_cond else 0
-        if teacher is not None:
-            D = net_denoiser(teacher)
-        elif not teaching:
-            images, labels = dataset.__getitems__(np.arange(len(dataset)))
-            D = common.ideal_denoiser(images.to(run.device), labels.to(run.device))
-        null = teaching and args.label_dropout > 0
-        if (null or not teaching and args.w_max) and not class_cond:
-            raise UserError(f"{'--label-dropout' if teaching else '--w-max'} needs labels, and there are none")
-        if teacher is not None and args.w_max and teacher.null_y is None:
-            raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has nothing to guide with")
+        if (args.label_dropout if teaching else args.w_max) and not class_cond:
+            raise UserError(f"{'--label-dropout' if teaching and len(stages) == 1 else '--w-max'} needs labels, and there are none")
+        if not teaching and args.teacher == "ideal":
+            if len(dataset) * 3 * size**2 > 4e9:
+                raise UserError(f"--teacher ideal goes through all images at every step, and {args.dataset} has {len(dataset)}")
+            images, labels = (part.to(run.device) for part in dataset.__getitems__(np.arange(len(dataset))))
+            D = common.ideal_denoiser(torch.cat([images, images.flip(3)]), labels.repeat(2)) if args.flip else common.ideal_denoiser(images, labels)
+        classes, null = dataset.classes if class_cond else 0, teaching and args.label_dropout > 0
 
         # ---- networks, optimizer, resume
         model_args = settings | dict(classes=classes, dropout=args.dropout) | (
@@ -502,7 +518,7 @@ if __name__ == "__main__":
         if teacher is not None:  # all but the embedding of w, which adds nothing at first
             net.load_state_dict(net.state_dict() | teacher.state_dict())
         net = common.place(net, run)
-        mu = 0.0 if teaching or continuous else args.mu
+        mu = getattr(args, "mu", 0.0)  # a teacher and continuous time have no target
         target = copy.deepcopy(net).requires_grad_(False) if mu > 0 else net
         ema = copy.deepcopy(net).requires_grad_(False).eval()
         optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
@@ -516,7 +532,7 @@ if __name__ == "__main__":
                 module.load_state_dict(state[key] or state["net"])
             common.load_optimizer(optimizer, state["optimizer"])
         del state
-        if run.compile:
+        if run.compile and (teaching or not continuous or not args.dropout):  # df/dt is never compiled, and f must drop out what it drops out
             for module in {net, target, *([teacher] if teacher is not None else [])}:
                 module.compile()  # in place: names of the weights stay as they are
         log = common.start_run(args, run, net, step)
@@ -551,10 +567,10 @@ if __name__ == "__main__":
         indices = common.index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size, args.micro_batch,
                                        run.rank, run.world)
         loader = common.make_loader(dataset, indices, args.workers, run.device)
-        if not teaching and not continuous:
+        if dist is not None and not teaching:
             times, solver = common.karras_times(args.N).to(run.device), SOLVERS[args.solver]
             p = common.interval_probabilities(times.cpu(), args.times).to(run.device)
-        stop, bar, since = common.StopSignal(), common.progress(args, run, step), (time.perf_counter(), step)
+        bar, since = common.progress(args, run, step), (time.perf_counter(), step)
         while step < args.total_steps and not stopping:
             # -------------------------------------------------------------------------------- one training step
             buffer.zero_()
@@ -616,6 +632,6 @@ if __name__ == "__main__":
             if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
                 sample_grid()
         bar.close()
-        if stopping and step < args.total_steps:
+        if stopping:
             break
-    common.finish(run, stop if step < args.total_steps else None)
+    common.finish(run, stop if step < args.total_steps or args is not stages[-1] else None)

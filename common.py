@@ -413,8 +413,8 @@ def continuous_loss(net, x_t: Tensor, t: Tensor, dx_dt: Tensor, y, extra, stop_g
              supplied it, which is CM's pseudo-objective 2 f . df/dt: it has the same gradient, but a value that says nothing.
     Returns: (B,). Both branches of the pseudo-objective drop out the same units.
     Source:  CM App. B, l2: Theorems 3 (without stop_gradient), 5 and 6, with lambda = (1 / tau'(u))^2 for the first and
-             1 / tau'(u) for the others, so that no factor is left. They are the limits of
-             the discrete losses with weights 1 / (t_n1 - t_n)^2 and 1 / (t_n1 - t_n).
+             1 / tau'(u) for the others, so that no factor is left. The gradients are the limits of those of the discrete
+             losses with weights 1 / (t_n1 - t_n)^2 and 1 / (t_n1 - t_n).
     """
     if not stop_gradient:  # differs from openai's JAX code, which takes the norm, not its square
         _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, extra)
@@ -966,6 +966,10 @@ def load_dataset(name: str, data_dir: str | None, size: int):
         if any(part.dtype != np.uint8 or part.shape[1:] != (3 * 64 * 64,) for part in parts):
             raise UserError(f"{path}: the batches must be uint8 of shape (n, 12288)")
         labels = np.concatenate([map_array(batch, "labels") for batch in batches]).astype(np.int64) - 1  # they count from 1
+        if (names := path / "map_clsloc.txt").exists():  # "n02119789 1 kit_fox": to the order of the names, which others train by
+            with explain(f"{names} is not ImageNet's list of classes"):
+                wnids = [line.split()[0] for line in sorted(names.read_text().splitlines(), key=lambda line: int(line.split()[1]))]
+                labels = np.argsort(np.argsort(wnids))[labels]
         return ArrayImages([part.reshape(-1, 3, 64, 64) for part in parts], labels, size, path)
     return load_files(path, size)
 

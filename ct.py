@@ -179,7 +179,7 @@ if __name__ == "__main__":
             module.load_state_dict(state[key] or state["net"])
         common.load_optimizer(optimizer, state["optimizer"])
     del state
-    if run.compile:
+    if run.compile and (not continuous or not args.dropout):  # df/dt is never compiled, and f must drop out what it drops out
         for module in {net, target}:
             module.compile()  # in place: names of the weights stay as they are
     log = common.start_run(args, run, net, step)

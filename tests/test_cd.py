@@ -136,7 +136,7 @@ def test_edm_loss_is_least_at_the_ideal_denoiser():
     """On four images no change of D by a factor or an offset, the same everywhere, lowers the loss (EDM App. B.3)."""
     torch.manual_seed(0)
     data = torch.tensor([-0.9, -0.2, 0.1, 0.7]).view(-1, 1, 1, 1)
-    x0, noise, t, D = data[torch.randint(4, (40_000,))], torch.randn(40_000, 1, 1, 1), cd.common.random_times(40_000, [-1.2, 1.2], "cpu"), \
+    x0, noise, t, D = data[torch.randint(4, (40_000,))], torch.randn(40_000, 1, 1, 1), common.random_times(40_000, [-1.2, 1.2], "cpu"), \
         common.ideal_denoiser(data)
 
     def loss(change):
@@ -212,7 +212,7 @@ def test_the_embedding_of_w_tells_weights_apart():
 
 # ---- continuous time
 
-def paths(device="cpu"):
+def paths():
     t = torch.tensor([0.3, 1.0, 4.0, 40.0])
     return X0 + common.bcast(t, X0) * NOISE, t
 
@@ -377,23 +377,39 @@ def test_continuous_training_has_the_gradient_of_continuous_distillation():
 
 # ---- stop-gradients and dropout
 
-@pytest.mark.parametrize("objective", ["discrete", "continuous", "continuous, full"])
-def test_gradient_reaches_the_net_alone(objective):
+def test_gradient_reaches_the_net_alone():
     """With mu = 0 the gradient is that of a frozen copy as target; none reaches a teacher that could take it."""
     t_n, t_n1 = torch.tensor([0.2, 0.4, 3.0, 20.0]), torch.tensor([0.3, 0.5, 4.0, 25.0])
     teacher, grads = tiny(0.1), []
     for frozen in (False, True):
         net = tiny()
         target = tiny() if frozen else net
-        if objective == "discrete":
-            loss = cd.loss_fn(net, target, cd.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, None, common.heun_step,
-                              common.pseudo_huber, common.WEIGHTS["inverse"])
-        else:
-            loss = cd.continuous_loss(net, cd.net_denoiser(teacher), X0, NOISE, t_n1, LABELS, None, objective == "continuous")
-        loss.sum().backward()
+        cd.loss_fn(net, target, cd.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, None, common.heun_step, common.pseudo_huber,
+                   common.WEIGHTS["inverse"]).sum().backward()
         grads.append(gradient(net))
         assert all(p.grad is None for p in teacher.parameters()) and (not frozen or all(p.grad is None for p in target.parameters()))
     assert grads[0].norm() > 0 and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_no_gradient_reaches_the_teacher_in_continuous_time(stop_gradient):
+    net, teacher = slim(), slim(0.1)
+    cd.continuous_loss(net, cd.net_denoiser(teacher), X0, NOISE, paths()[1], LABELS, None, stop_gradient).sum().backward()
+    assert gradient(net).norm() > 0 and all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_continuous_loss_on_a_gpu(dtype):
+    """Value and gradient of the full objective, with fused attention's math path and channels_last, are the CPU's."""
+    nets = [slim(), slim().to("cuda", memory_format=torch.channels_last)]
+    nets[1].dtype, losses = dtype, []
+    for net, device in zip(nets, ("cpu", "cuda")):
+        x, t, v, y = (value.to(device) for value in (*paths(), gauss(X0.shape, 9), LABELS))
+        losses.append(common.continuous_loss(net, x, t, v, y, None, False))
+        losses[-1].sum().backward()
+    close(losses[1].detach().cpu(), losses[0].detach(), 1e-3)
+    assert (gradient(nets[1]).cpu() - gradient(nets[0])).norm() < 1e-2 * gradient(nets[0]).norm()
 
 
 def dropped(**more):

@@ -1,5 +1,6 @@
 """cd.py as a user runs it: both stages, resuming, several processes, guidance, the ideal teacher, sampling and mistakes."""
 import copy
+import shutil
 import signal
 
 import numpy as np
@@ -15,7 +16,7 @@ from util import ROOT, SMALL, last, run_script, torchrun
 PLAIN = [*SMALL[:SMALL.index("--precision")], "--precision", "fp32", "--device", "cpu", "--batch-size", 8, "--micro-batch", 4,
          "--log-every", 1, "--sample-every", 0, "--save-every", 0]
 RUN = [*PLAIN, "--total-steps", 5, "--teacher-steps", 4, "--dropout", 0.3, "--flip", "--mu", 0.9, "--w-max", 3]
-IN_TEACHER = STOP_AT_3
+AT_THE_END_OF_TEACHER = STOP_AT_3.replace('== 2', '== 3')
 IN_STUDENT = STOP_AT_3.replace('record["step"] == 2', 'record["step"] == 2 and "teacher" not in str(self.path)')
 
 
@@ -44,15 +45,41 @@ def test_one_command_leaves_a_teacher_and_a_student(trained):
         assert {"loss", "loss_bins", "grad_norm", "images_per_s", "peak_gb", "skipped"} <= records(folder)[0].keys()
 
 
-@pytest.mark.parametrize("where", ["teacher", "student"])
-def test_stopped_in_either_stage_and_resumed_is_the_same_run(trained, tmp_path, where):
-    run(*RUN, "--out-dir", "run", cwd=tmp_path, prelude=IN_TEACHER if where == "teacher" else IN_STUDENT, code=128 + signal.SIGTERM)
-    assert last(tmp_path / "run" / ("teacher" if where == "teacher" else "."))["step"] == 3
-    assert (tmp_path / "run" / "last.pt").exists() == (where == "student")
+@pytest.mark.parametrize("where, part, step", [(STOP_AT_3, "teacher", 3), (AT_THE_END_OF_TEACHER, "teacher", 4), (IN_STUDENT, ".", 3)],
+                         ids=["in the teacher", "at its end", "in the student"])
+def test_stopped_in_either_stage_and_resumed_is_the_same_run(trained, tmp_path, where, part, step):
+    run(*RUN, "--out-dir", "run", cwd=tmp_path, prelude=where, code=128 + signal.SIGTERM)
+    assert last(tmp_path / "run" / part)["step"] == step and (tmp_path / "run" / "last.pt").exists() == (part == ".")
     run(*RUN, "--out-dir", "run", cwd=tmp_path, code=0)
     for part in (".", "teacher"):
         assert_same(last(tmp_path / "run" / part), last(trained / part))
         assert [r["loss"] for r in records(tmp_path / "run" / part)] == [r["loss"] for r in records(trained / part)]
+
+
+def test_the_second_stage_by_its_own_command(trained, tmp_path):
+    """A run of both stages is resumed by naming its teacher; and the two stages have folders of their own by default."""
+    shutil.copytree(trained, tmp_path / "whole")
+    flags = [flag for flag in RUN[RUN.index("--precision"):]]
+    del flags[flags.index("--teacher-steps"):flags.index("--teacher-steps") + 2]
+    done = run(*flags, "--teacher", "whole/teacher/last.pt", "--out-dir", "whole", cwd=tmp_path, code=0)
+    assert "resumed at step 5" in done.stdout
+    run(*PLAIN, "--stage", "teacher", "--total-steps", 1, cwd=tmp_path, code=0)
+    run("--teacher", "out/cd/teacher/last.pt", *PLAIN[PLAIN.index("--precision"):], "--total-steps", 1, cwd=tmp_path, code=0)
+    assert last(tmp_path / "out" / "cd")["args"]["stage"] == "distill" and last(tmp_path / "out" / "cd" / "teacher")["step"] == 1
+
+
+def test_the_ideal_teacher_knows_mirrored_images(tmp_path):
+    np.save(tmp_path / "one.npy", np.arange(16 * 16 * 3, dtype=np.uint8).reshape(1, 16, 16, 3))
+    watch = """
+ideal = common.ideal_denoiser
+def watched(data, *labels):
+    print("mirrored:", len(data) == 2 and bool((data[1] == data[0].flip(2)).all()))
+    return ideal(data, *labels)
+common.ideal_denoiser = watched"""
+    for flip in ("--flip", "--no-flip"):
+        done = run("--teacher", "ideal", "--dataset", "one.npy", *PLAIN, flip, "--total-steps", 1, "--out-dir", flip[2:], cwd=tmp_path,
+                   prelude=watch, code=0)
+        assert f"mirrored: {flip == '--flip'}" in done.stdout
 
 
 def test_two_processes_equal_one(trained, tmp_path):
@@ -230,6 +257,9 @@ MISTAKES = {
     "net of another's": (["--teacher", "teacher.pt", "--net", "glyphs"], "--net does not apply with --teacher FILE"),
     "discrete flag in continuous time": (["--objective", "continuous", "--mu", "0.5"], "--mu does not apply with --objective continuous"),
     "continuous flag in discrete time": (["--stop-gradient"], "--stop-gradient applies to --objective continuous only"),
+    "law of continuous times": (["--objective", "continuous", "--times", "0.5"], "--times 0.5: name a mean"),
+    "teacher in the student's folder": (["--teacher", "student/last.pt", "--out-dir", "student"], "--out-dir student holds the --teacher"),
+    "mistake about the second stage": (["--times", "1", "2", "3"], "--times 1.0 2.0 3.0: name a mean"),
     "one time point": (["--N", "1"], "--N"),
     "guidance without labels": (["--teacher", "ideal", "--dataset", "images", "--w-max", "2"], "--w-max needs labels"),
     "hidden labels without labels": (["--stage", "teacher", "--dataset", "images", "--label-dropout", "0.1"], "--label-dropout needs labels"),
