@@ -413,9 +413,9 @@ def use_checkpoint(args, run):
     elif run.main:
         print(f"{args.ckpt} is taken for " + ("a teacher" if teacher else "a consistency model; --stage teacher takes it for a teacher"))
     if teacher:
-        refuse(["sigmas", "edit", "search_times"], "to a teacher, which draws on the grid of --N")
+        refuse(["sigmas", "edit", "search_times"], f"to the teacher in {args.ckpt}, which draws on the grid of --N")
     else:
-        refuse(["churn"] + ["N"] * (not args.search_times), "to a consistency model")
+        refuse(["churn"] + ["N"] * (not args.search_times), f"to the consistency model in {args.ckpt}")
     if args.search_times:
         refuse(["sigmas", "edit"], "with --search-times")
     else:

@@ -190,7 +190,7 @@ def test_ideal_teacher_on_a_handful_of_images(tmp_path):
     images = np.stack([np.kron(g[..., None], np.ones((4, 4, 3))) for g in grid]).astype(np.uint8) * 200 + 27
     np.savez(tmp_path / "four.npz", arr_0=images, arr_1=np.array([0, 0, 1, 1]))
     run("--teacher", "ideal", "--dataset", "four.npz", "--net", "glyphs", "base=32", "mult=1", "blocks=1", "image_size=8", *PLAIN[PLAIN.index("--precision"):],
-        "--batch-size", 32, "--micro-batch", 32, "--total-steps", 600, "--lr", 3e-3, "--no-flip", "--ema-decay", 0.97, "--log-every", 50,
+        "--batch-size", 32, "--micro-batch", 32, "--total-steps", 500, "--lr", 3e-3, "--no-flip", "--ema-decay", 0.97, "--log-every", 50,
         "--out-dir", "run", cwd=tmp_path, code=0)
     run("--ckpt", "run/last.pt", "--sample", 64, "--save", "x.npz", "--device", "cpu", "--precision", "fp32", cwd=tmp_path, code=0)
     samples, data = (torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1 for x in (np.load(tmp_path / "x.npz")["arr_0"], images))
@@ -198,8 +198,10 @@ def test_ideal_teacher_on_a_handful_of_images(tmp_path):
     x_T, y = 80 * common.seeded_noise(range(64), 0)(samples), torch.arange(64) % 2
     D = common.ideal_denoiser(data, torch.tensor([0, 0, 1, 1]))
     led_to = (common.heun_sample(lambda x, t: D(x, t, y), x_T, 40)[:, None] - data).abs().mean((2, 3, 4)).argmin(1)
-    agree = (which == led_to).float().mean()
-    assert nearest.median() < 0.1 and (which // 2 == y).all() and agree > 0.8 and len(set(which.tolist())) == 4, (nearest.median(), agree)
+    margin = ((data[2 * y] - data[2 * y + 1]) * x_T / 80).sum((1, 2, 3)).abs()  # of the noise, from the border between the two images
+    decided = margin > 6
+    found = nearest.median().item(), (which // 2 == y).float().mean().item(), (which == led_to)[decided].float().mean().item()
+    assert decided.sum() > 40 and found[0] < 0.1 and found[1] > 0.95 and found[2] > 0.9 and len(set(which.tolist())) == 4, found
 
 
 # ---- sampling
