@@ -690,3 +690,14 @@ def test_half_of_the_images_are_mirrored():
     torch.manual_seed(0)
     assert torch.equal(common.to_device((images, y), CPU, flip=True)[0], flipped)  # a function of the seed
     assert torch.equal(common.to_device((images, y), CPU, flip=False)[0], plain)
+
+
+def test_imagenet_classes_are_renumbered_by_their_names(tmp_path):
+    """The official batches count classes in the order of map_clsloc.txt; released networks in the order of the names."""
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 12288), np.uint8), labels=np.array([1, 2, 3, 1]))
+    assert common.load_dataset("imagenet64", str(tmp_path), 64).labels.tolist() == [0, 1, 2, 0]
+    (tmp_path / "map_clsloc.txt").write_text("n300 1 kit_fox\nn100 3 dhole\nn200 2 dingo\n")
+    assert common.load_dataset("imagenet64", str(tmp_path), 64).labels.tolist() == [2, 1, 0, 2]
+    (tmp_path / "map_clsloc.txt").write_text("kit_fox\n")
+    with pytest.raises(common.UserError, match="map_clsloc.txt is not ImageNet's list"):
+        common.load_dataset("imagenet64", str(tmp_path), 64)
