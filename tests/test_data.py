@@ -480,7 +480,7 @@ def test_loose_files_beside_class_folders(tmp_path):
     (b'{"labels": [["a.png", 0]]}', "b.png"), (b'{"labels": []}', "a.png"), (b'{"labels": [["a.png"]]}', "dataset.json"),
     (b'{"labels": [["a.png", "0"], ["b.png", "1"]]}', "'0'"), (b'{"labels": [["a.png", 0], ["b.png", 1.5]]}', "1.5"),
     (b'{"labels": [["a.png", 0], ["b.png", true]]}', "True"), (b'{"labels": [["a.png", 0], ["b.png", [0, 1]]]}', "[0, 1]"),
-    (b'{"labels": [["a.png", 0], ["b.png", -1]]}', "-1"), (b'{"labels": {"a.png": 0, "b.png": 0}}', "dataset.json"),
+    (b'{"labels": [["a.png", 0], ["b.png", -1]]}', "none negative"), (b'{"labels": {"a.png": 0, "b.png": 0}}', "dataset.json"),
     (b'{"labels": [["a.png", 0], ["b.png", 99999999999999999999]]}', "integers")])
 def test_bad_dataset_json(tmp_path, source, text, word):
     with one_line_error(tmp_path / source, word):
