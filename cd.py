@@ -92,7 +92,7 @@ def recipe(given):
     if given.get("objective") == "continuous":
         refuse(DISCRETE, "does not apply with --objective continuous")
         settings = {key: value for key, value in settings.items() if key not in DISCRETE} | dict(times=["uniform"], stop_gradient=True)
-        settings |= CONTINUOUS[given.get("stop_gradient", True)] if dataset not in ("glyphs", "path") else {}
+        settings |= dict(lr=1e-4) if dataset in ("glyphs", "path") else CONTINUOUS[given.get("stop_gradient", True)]
     else:
         refuse({"stop_gradient"}, "applies to --objective continuous only")
     if "teacher" in given:
