@@ -1,25 +1,25 @@
 """Consistency distillation: a diffusion model made into a one-step generator. And the diffusion model.
 
-    python cd.py                                             digits: trains a teacher, then distils it, minutes on a laptop
+    python cd.py                                             digits: trains a teacher, then distils it, in minutes
     torchrun --nproc_per_node=8 cd.py --stage teacher --dataset imagenet64 --data-dir /data/imagenet64
     torchrun --nproc_per_node=8 cd.py --teacher edm_imagenet64_ema.pt --dataset imagenet64 --data-dir /data/imagenet64
-    python cd.py --teacher ideal --dataset my_images.npz     no teacher network: the exact denoiser of the images themselves
-    python cd.py --w-max 4                                   guided: one step, guidance chosen when sampling
+    python cd.py --teacher ideal --dataset my_images.npz     no teacher network: the images' exact denoiser
+    python cd.py --w-max 4 --out-dir out/guided              guided: one step, guidance chosen when sampling
 
     python cd.py --ckpt out/cd/last.pt --sample 64 --sigmas 80 1.6 --save out.png
     python cd.py --ckpt out/cd/teacher/last.pt --sample 64 --N 18 --churn 10
     python cd.py --ckpt out/cd/last.pt --edit inpaint --image photo.png --mask hole.png --labels 3
     python cd.py --ckpt out/cd/last.pt --search-times 2
 
-`--ckpt` takes what cd.py and ct.py write, and the released consistency models and EDM teachers (the latter with --stage
-teacher). The same command again resumes a run, exactly, on any number of processes.
+`--ckpt` takes what cd.py and ct.py write, and the released consistency models and EDM teachers (the latter with
+--stage teacher). The same command again resumes a run, exactly, on any number of processes.
 
-Papers: Song et al. 2023 (CM, arXiv 2303.01469v2): Algorithm 2, its continuous-time limits (App. B), editing (Algorithm 4).
-Karras et al. 2022 (EDM, arXiv 2206.00364): the teacher. Ho & Salimans 2022 (arXiv 2207.12598): guidance; distilling it into
-a consistency model whose input is the guidance weight is not in CM.
+Papers: Song et al. 2023 (CM, arXiv 2303.01469v2): Algorithm 2, its continuous-time limits (App. B), editing (Alg. 4).
+Karras et al. 2022 (EDM, arXiv 2206.00364): the teacher. Ho & Salimans 2022 (arXiv 2207.12598): guidance; distilling it
+into a consistency model whose input is the guidance weight is not in CM.
 
-Log, one JSON object a line: step; images = seen so far; loss, and loss_bins its mean where t (t_n1) is below 0.1, 1, 10 and
-above; grad_norm; lr; images_per_s; peak_gb; skipped = steps left out because their loss was not finite.
+Log, one JSON object a line: step; images = seen so far; loss, and loss_bins its mean where t (t_n1) is below 0.1, 1, 10
+and above; grad_norm; lr; images_per_s; peak_gb; skipped = steps left out because their loss was not finite.
 """
 import argparse
 import copy
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import common
 from common import UserError, bcast, consistency, denoise
 
-# Recipes. Teachers: EDM Table 7 and openai's launch file, CM App. C (LSUN); students: CM Table 3. glyphs and "path" (your
+# Recipes. Teachers: EDM's training settings, CM's for LSUN; students: CM Table 3. glyphs and "path" (your
 # own images) are ours, the former tuned on 2 cores. `sigmas`: levels of the two-step samples, CM's time points or ours.
 BIG = dict(flip=True, N=40)
 DATASETS = {
@@ -615,18 +615,12 @@ if __name__ == "__main__":
 
             if bad_in_a_row == 10:
                 bar.close()
-                raise SystemExit(f"cd.py: stopped at step {step}: the loss or its gradient was not finite 10 steps in a row (loss {loss}, "
-                                 f"gradient norm {grad_norm}); what {out_dir} holds is from before. Start anew with a lower --lr")
+                common.too_many_bad_steps(step, loss, grad_norm, out_dir)
             bar.update()
             last = stopping or step == args.total_steps
             if args.log_every and (step % args.log_every == 0 or last) and run.main:
-                now = time.perf_counter()
-                log.write(dict(step=step, images=step * args.batch_size, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(),
-                               grad_norm=grad_norm, lr=args.lr, skipped=skipped,
-                               images_per_s=(step - since[1]) * args.batch_size / (now - since[0]),
-                               peak_gb=common.peak_memory_gb(run.device)))
-                bar.set_postfix(loss=f"{loss:.4g}", **{"img/s": f"{(step - since[1]) * args.batch_size / (now - since[0]):.0f}"})
-                since = now, step
+                since = common.report(log, bar, args, step, since, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm,
+                                      skipped=skipped, peak_gb=common.peak_memory_gb(run.device))
             if (args.save_every and step % args.save_every == 0) or last:
                 save()
             if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):

@@ -1376,6 +1376,22 @@ def progress(args, run, step: int):
     return tqdm(total=args.total_steps, initial=step, unit="step", disable=not run.main, dynamic_ncols=True)
 
 
+def report(log: Log, bar, args, step: int, since: tuple[float, int], **values) -> tuple[float, int]:
+    """Write a line of the log, with the speed since `since` = (time, step), and show some of it. Returns the new `since`."""
+    now = time.perf_counter()
+    images_per_s = (step - since[1]) * args.batch_size / (now - since[0])
+    log.write(dict(step=step, images=step * args.batch_size) | values | dict(lr=args.lr, images_per_s=images_per_s))
+    shown = {"loss": f"{values['loss']:.4g}"} | ({"N": values["N"]} if "N" in values else {})
+    bar.set_postfix(**shown, **{"img/s": f"{images_per_s:.0f}"})
+    return now, step
+
+
+def too_many_bad_steps(step: int, loss: float, grad_norm: float, out_dir):
+    """Stop a run of which ten steps in a row were left out. Raises SystemExit with exit code 1."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: stopped at step {step}: the loss or its gradient was not finite 10 steps in a row (loss {loss}, "
+                     f"gradient norm {grad_norm}); what {out_dir} holds is from before. Start anew with a lower --lr")
+
+
 def finish(run, stop: StopSignal | None = None):
     """Leave: exit code 0, or 128 + the number of the signal that stopped the run, here or on another rank."""
     if run.world > 1:

@@ -253,18 +253,12 @@ if __name__ == "__main__":
 
         if bad_in_a_row == 10:
             bar.close()
-            raise SystemExit(f"ct.py: stopped at step {step}: the loss or its gradient was not finite 10 steps in a row (loss {loss}, "
-                             f"gradient norm {grad_norm}); what {out_dir} holds is from before. Start anew with a lower --lr")
+            common.too_many_bad_steps(step, loss, grad_norm, out_dir)
         bar.update()
         last = stopping or step == args.total_steps
         if args.log_every and (step % args.log_every == 0 or last) and run.main:
-            now = time.perf_counter()
-            log.write(dict(step=step, images=step * args.batch_size, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(),
-                           grad_norm=grad_norm, N=N, mu=mu, lr=args.lr, skipped=skipped,
-                           images_per_s=(step - since[1]) * args.batch_size / (now - since[0]),
-                           peak_gb=common.peak_memory_gb(run.device)))
-            bar.set_postfix(loss=f"{loss:.4g}", N=N, **{"img/s": f"{(step - since[1]) * args.batch_size / (now - since[0]):.0f}"})
-            since = now, step
+            since = common.report(log, bar, args, step, since, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm, N=N, mu=mu,
+                                  skipped=skipped, peak_gb=common.peak_memory_gb(run.device))
         if (args.save_every and step % args.save_every == 0) or last:
             save()
         if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):

@@ -8,6 +8,7 @@ import torch
 import cd
 import common
 import ct
+from test_ct import Bent
 from test_unet import reference_lpips
 from util import TINY, VECTORS, close, fill, full, gauss, gaussian_denoiser, img
 
@@ -348,18 +349,6 @@ def test_losses_vanish_at_the_exact_consistency_function(s):
     n = torch.tensor([60, 90, 130, 190])
     assert cd.loss_fn(net, net, D, s * X0, NOISE, times[n], times[n + 1], None, None, common.heun_step, common.l2,
                       common.WEIGHTS["one"]).max() < 1e-7
-
-
-class Bent(torch.nn.Module):
-    """One parameter for each image, so that backward gives the gradient image by image."""
-    dtype = torch.float32
-
-    def __init__(self, a):
-        super().__init__()
-        self.a = torch.nn.Parameter(a)
-
-    def forward(self, x, t_in, y=None, extra=None):
-        return (self.a * x + common.bcast(t_in, x) / 500).tanh() + 0.3 * self.a
 
 
 def test_continuous_training_has_the_gradient_of_continuous_distillation():

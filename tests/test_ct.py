@@ -197,6 +197,8 @@ def test_replayed_randomness_moves_on():
 
 class Bent(torch.nn.Module):
     """A network with one parameter for each image, so that backward gives the gradient image by image."""
+    dtype = torch.float32
+
     def __init__(self, a):
         super().__init__()
         self.a = torch.nn.Parameter(a)

@@ -24,15 +24,6 @@ HOLE[..., 4:12, 4:12] = 1
 KNOWN = {"inpaint": lambda x: (1 - HOLE) * x, "colorize": cd.luminance, "superres": lambda x: cd.patch_means(x, 4)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors here are too small to be shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seen_by(f):
     """f, and the list of all (x, t) it is given."""
     seen = []

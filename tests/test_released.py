@@ -33,15 +33,6 @@ def random_weights(shapes, seed=0, cheap=False):
     return state
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two that wait for each other on a busy machine are many times slower, on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- OpenAI's files: plain state dicts
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import common
-from util import ROOT, SMALL, last, run_script, torchrun
+from util import ROOT, SMALL, assert_mistake, last, run_script, torchrun
 
 RUN = [*SMALL, "--batch-size", 8, "--micro-batch", 4, "--total-steps", 6, "--dropout", 0.3, "--flip", "--log-every", 1,
        "--sample-every", 0, "--save-every", 0]
@@ -304,10 +304,6 @@ class Code:
         return os.system, ("touch ran_code",)
 
 
-def snapshot(folder):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
-
-
 MISTAKES = {
     "misspelt flag": (["--datset", "glyphs"], "did you mean --dataset?"),
     "bad value": (["--batch-size", "-3"], "--batch-size"),
@@ -367,12 +363,7 @@ def workplace(trained, tmp_path_factory):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_in_one_line(workplace, mistake):
-    flags, message = MISTAKES[mistake]
-    before = snapshot(workplace)
-    done = run_script(*flags, cwd=workplace)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("ct.py: error: ") and message in lines[0], done.stderr
-    assert snapshot(workplace) == before
+    assert_mistake(*MISTAKES[mistake], "ct.py", workplace)
 
 
 def test_a_broken_image_met_in_a_worker(tmp_path):

@@ -88,3 +88,16 @@ def torchrun(n, *more):
 
 def last(out_dir):
     return torch.load(Path(out_dir) / "last.pt", weights_only=True)
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def assert_mistake(flags, message, script, folder):
+    """The command ends with exit code 2 and one line that holds `message`, and touches nothing."""
+    before = snapshot(folder)
+    done = run_script(*flags, script=script, cwd=folder)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: ") and message in lines[0], done.stderr
+    assert snapshot(folder) == before
