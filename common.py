@@ -1045,6 +1045,9 @@ def setup(args):
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # fp32 is to mean fp32
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if world > 1:
+        # Before there is a group: imported later, as by the optimizer, its default arguments would hold the group, whose threads
+        # then outlive destroy_process_group and at times abort the process at its end.
+        from torch.distributed.nn import functional  # noqa: F401
         store, _, _ = next(torch.distributed.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node keeps its store when it restarts its workers,
             store = torch.distributed.PrefixStore(f"restart {restarts}", store)  # with the dead ones' addresses in it
