@@ -24,39 +24,19 @@ and above; grad_norm; lr; images_per_s; peak_gb; skipped = steps left out becaus
 import argparse
 import copy
 import functools
-import hashlib
 import math
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed
-import torch.nn.functional as F
 
 import common
-from common import UserError, bcast, consistency, denoise
+from common import UserError, bcast, consistency
 
-# Recipes. Teachers: EDM's training settings, CM's for LSUN; students: CM Table 3. glyphs and "path" (your
-# own images) are ours, the former tuned on 2 cores. `sigmas`: levels of the two-step samples, CM's time points or ours.
-BIG = dict(flip=True, N=40)
-DATASETS = {
-    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, N=18),
-    "path": dict(net=["cifar-small"], flip=True, micro_batch=32, N=18),
-    "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, N=18, class_cond=False),
-    "imagenet64": dict(net=["imagenet64"], micro_batch=64, class_cond=True) | BIG,
-    "bedroom256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
-    "cat256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
-}
-TEACHERS = {
-    "glyphs": dict(batch_size=32, total_steps=2600, lr=2e-3, dropout=0.0, ema_decay=0.997, times=[-0.6, 1.4]),
-    "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, dropout=0.0, ema_decay=0.9995),
-    "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, dropout=0.13, ema_decay=0.99929),
-    "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
-    "bedroom256": dict(batch_size=2048, total_steps=600_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
-    "cat256": dict(batch_size=2048, total_steps=300_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
-}
+# Recipes: CM Table 3. glyphs and "path" (your own images) are ours, the former tuned on 2 cores; the teachers' are in common.py.
+# `sigmas`: levels of the two-step samples, CM's time points or ours.
 STUDENTS = {
     "glyphs": dict(batch_size=32, total_steps=3000, lr=1e-3, mu=0.0, dist="huber", times=["uniform"], weighting="inverse",
                    ema_decay=0.997, sigmas=[80.0, 1.6]),
@@ -80,15 +60,14 @@ def recipe(given):
         for key in sorted(given.keys() & keys):
             raise UserError(f"--{key.replace('_', '-')} {why}")
 
-    dataset = given.get("dataset", "glyphs")
-    dataset = dataset if dataset in DATASETS else "path"
-    settings = {"class_cond": None} | DATASETS[dataset]
     if given.get("stage") == "teacher":
         refuse(STUDENT_ONLY, "does not apply with --stage teacher")
         refuse({"sigmas"}, "does not apply with --stage teacher: a teacher draws on the grid of --N")
-        return settings | dict(stage="teacher", out_dir="out/cd/teacher", times=[-1.2, 1.2], label_dropout=0.0) | TEACHERS[dataset]
+        return common.teacher_recipe(given)
     refuse({"label_dropout"}, "applies to --stage teacher only")
-    settings |= CD | dict(stage="distill", teacher_steps=TEACHERS[dataset]["total_steps"]) | STUDENTS[dataset]
+    dataset = common.known_dataset(given)
+    settings = dict(class_cond=None, stage="distill", teacher_steps=common.TEACHERS[dataset]["total_steps"]) | common.DATASETS[dataset] | CD
+    settings |= STUDENTS[dataset]
     if given.get("objective") == "continuous":
         refuse(DISCRETE, "does not apply with --objective continuous")
         settings = {key: value for key, value in settings.items() if key not in DISCRETE} | dict(times=["uniform"], stop_gradient=True)
@@ -136,47 +115,13 @@ def flags():
                        "EDM ImageNet-64 40)")
     group.add_argument("--search-times", type=common.number(int, 2), metavar="M", help="find the noise levels of M steps among --N "
                        "(default 40) by the quality of --sample (default 2000) images each")
-    group = parser.add_argument_group("editing")
-    group.add_argument("--edit", choices=TASKS, help="with --ckpt: what to do to the --image files, --sample results each "
-                       "(default 4; denoise 1, interpolate 10 steps)")
-    group.add_argument("--image", nargs="+", metavar="FILE", help="images to edit; interpolate needs none")
-    group.add_argument("--mask", metavar="FILE", help="inpaint: white where to paint (default: a central square of half the side)")
-    group.add_argument("--factor", type=common.number(int, 2), metavar="P", help="superres: pixels of a patch's side (default: size / 32, at "
-                       "least 2; CM 8 at 256 pixels)")
-    group.add_argument("--noise-level", type=common.number(float, common.T_MIN, common.T_MAX), metavar="T", help="denoise: standard "
-                       "deviation, in units of [-1, 1] (default 0.296)")
-    group.add_argument("--noisy", action="store_true", help="denoise: the images carry that noise already; add none")
+    common.add_edit_flags(parser)
     return parser
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The method
 # ------------------------------------------------------------------------------------------------------------
-
-def edm_loss(net, x0, noise, t, y):
-    """The denoising loss of each image, weighted by lambda(t) = 1/t^2 + 1/sigma_data^2: mean over pixels, 1 for F_x = 0 on average.
-
-    Args:    net: a UNet.  x0, noise: (B,C,H,W).  t: (B,).  y: (B,) labels or None.
-    Returns: (B,).
-    Source:  EDM Eq. 8, Table 1 (there the sum over pixels).
-    """
-    D_x = denoise(net, x0 + bcast(t, x0) * noise, t, y)
-    return (1 / t**2 + 1 / common.SIGMA_DATA**2) * common.l2(D_x, x0)
-
-
-def net_denoiser(net):
-    """D(x, t, y) of a network, whose null label stands for y = None if it has one."""
-    def D(x, t, y):
-        return denoise(net, x, t, torch.full_like(t, net.null_y, dtype=torch.int64) if y is None and net.null_y is not None else y)
-    return D
-
-
-def guide(D, y, w):
-    """D(x, t) for labels y: with guidance (1 + w) D(x, t, y) - w D(x, t, None), w (B,); without if w is None."""
-    if w is None:
-        return lambda x, t: D(x, t, y)
-    return lambda x, t: (1 + bcast(w, x)) * D(x, t, y) - bcast(w, x) * D(x, t, None)
-
 
 def c_guidance(w):
     """What the student is told of w: a scale on which its embedding tells weights apart that differ by a tenth."""
@@ -194,7 +139,7 @@ def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, solver, dist, weight):
     """
     x_tn1 = x0 + bcast(t_n1, x0) * noise
     with torch.no_grad(), common.replay_random(x0.device):
-        x_tn = solver(guide(D, y, w), x_tn1, t_n1, t_n)
+        x_tn = solver(common.guide(D, y, w), x_tn1, t_n1, t_n)
         f_target = consistency(target, x_tn, t_n, y, c_guidance(w))
     f_net = consistency(net, x_tn1, t_n1, y, c_guidance(w))
     return weight(t_n, t_n1) * dist(f_net, f_target)
@@ -204,12 +149,12 @@ def continuous_loss(net, D, x0, noise, t, y, w, stop_gradient):
     """The limit of `loss_fn` for N -> infinity, l2. Arguments as there; t: (B,). Returns (B,). Source: CM App. B, Theorems 3 and 5."""
     x_t = x0 + bcast(t, x0) * noise
     with torch.no_grad():
-        dx_dt = (x_t - guide(D, y, w)(x_t, t)) / bcast(t, x_t)  # the probability-flow ODE
+        dx_dt = (x_t - common.guide(D, y, w)(x_t, t)) / bcast(t, x_t)  # the probability-flow ODE
     return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), stop_gradient)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sampling and editing
+# Sampling and the search for time points
 # ------------------------------------------------------------------------------------------------------------
 
 def clipped(net, y, w):
@@ -222,124 +167,6 @@ def sample(net, sigmas, y, noise, shape, w=0.0):
     """Draw images (B,C,H,W) with a consistency model, in len(sigmas) network calls."""
     x_T = sigmas[0] * noise(torch.zeros(shape, device=next(net.parameters()).device))
     return common.multistep_sample(clipped(net, y, w), x_T, sigmas, noise)
-
-
-@torch.no_grad()
-def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
-    """Draw images (B,C,H,W) with a teacher: N Heun steps, 2 N - 1 calls of the denoiser; guided if w > 0, two calls for one."""
-    x_T = common.T_MAX * noise(torch.zeros(shape, device=next(net.parameters()).device))
-    D = guide(net_denoiser(net), y, x_T.new_full((len(x_T),), w) if w else None)
-    return common.heun_sample(D, x_T, N, churn, noise=noise)
-
-
-LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
-
-
-def luminance(x):
-    """The projection of each pixel's colour onto the direction of luminance: what a grey picture says."""
-    q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
-    return q * (q * x).sum(1, keepdim=True)
-
-
-def patch_means(x, factor):
-    """Each factor x factor patch replaced by its mean: what a small picture says."""
-    return F.avg_pool2d(x, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-
-
-def slerp(z1, z2, a):
-    """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). Source: CM App. D."""
-    a, psi = bcast(a, z1), bcast(F.cosine_similarity(z1.flatten(1), z2.flatten(1)).arccos(), z1)
-    return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
-
-
-GRID = common.karras_times(40).tolist()[:0:-1]  # CM App. D: every level of N = 40 but the last, whose f(x, t_min) = x
-TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442], interpolate=[common.T_MAX])
-
-
-def read_image(path, size, factor=None, flag="--image"):
-    """An image file -> (3,size,size) in [-1, 1] and whether it was whole; with `factor` one of size / factor pixels will do."""
-    from PIL import Image
-    with common.explain(f"{flag} {path} cannot be read as an image"), Image.open(path) as image:
-        image.load()
-        small = factor is not None and image.size == (size // factor, size // factor)
-        if small:
-            image = image.resize((size, size), Image.Resampling.NEAREST)
-        return torch.from_numpy(common.fit_image(image, size, f"{flag} {path}").copy()).permute(2, 0, 1) / 127.5 - 1, not small
-
-
-def read_mask(path, size):
-    """(1,1,size,size) float: 1 where the mask image is white, nearer than to black. Without one the central square."""
-    mask = torch.zeros(1, 1, size, size)
-    if path is None:
-        mask[..., size // 4:size - size // 4, size // 4:size - size // 4] = 1
-        return mask
-    image, _ = read_image(path, size, flag="--mask")
-    return (image.mean(0) > 0).float().expand_as(mask)
-
-
-def edit_images(args, run, net):
-    """`--edit`: change images with a consistency model that was never trained to, and write a picture of it.
-
-    A row of the picture: what the model is given, the results, and the original if there is one.
-    Source: CM Sec. 6.3, App. D.
-    """
-    task, size, sigmas = args.edit, net.image_size, args.sigmas or TASKS[args.edit]
-    factor = args.factor or max(2, size // 32)
-    if task == "superres" and size % factor:
-        raise UserError(f"--factor {factor} does not divide the network's {size} pixels")
-    if task == "denoise":
-        if args.noise_level and args.sigmas:
-            raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
-        sigmas = args.sigmas or [args.noise_level or sigmas[0]]
-    if (task == "interpolate") == bool(args.image):
-        raise UserError("--edit interpolate goes from noise to noise: no --image" if args.image else f"--edit {task} needs --image")
-    if args.image and net.classes and not args.labels:
-        raise UserError("this network draws classes: say with --labels which one each --image is")
-    if args.image and len(args.labels or [0]) not in (1, len(args.image)):
-        raise UserError(f"--labels names {len(args.labels)} classes for {len(args.image)} images: name one, or one for each")
-
-    path, each = common.make_save_path(args.save), args.sample or dict(interpolate=10, denoise=1).get(task, 4)
-    read = [read_image(name, size, factor if task == "superres" else None) for name in args.image or ()]
-    rows = len(read) or len(args.labels or range(min(net.classes, 8) or 4))
-    originals = torch.stack([image for image, _ in read]).to(run.device) if read else None
-    given = originals
-    if task in ("inpaint", "colorize", "superres"):
-        hole = read_mask(args.mask, size).to(run.device)
-        known = dict(inpaint=lambda x: (1 - hole) * x, colorize=luminance, superres=lambda x: patch_means(x, factor))[task]
-        given = known(originals)
-        if task == "colorize":  # to look at: the known part is tinted
-            given = (originals.new_tensor(LUMINANCE).view(3, 1, 1) * originals).sum(1, keepdim=True).expand_as(originals)
-    elif task == "denoise" and not args.noisy:
-        given = originals + sigmas[0] * common.seeded_noise(range(rows), args.seed)(originals)
-
-    @torch.no_grad()
-    def draw(y, noise, shape, indices):
-        row = indices // each
-        f = clipped(net, y, args.w)
-        if task == "interpolate":  # the ends of a row, and the noise of its further levels, are the same for all its images
-            left, right = (common.seeded_noise((2 * row + end).tolist(), args.seed) for end in (0, 1))
-            z = slerp(left(torch.zeros(shape, device=run.device)), right(torch.zeros(shape, device=run.device)),
-                      indices % each / max(each - 1, 1))
-            return common.multistep_sample(f, sigmas[0] * z, sigmas, right)
-        first = noise(torch.zeros(shape, device=run.device))  # an image's own; `given` was made with such noise
-        if task == "stroke":
-            return common.multistep_sample(f, originals[row] + sigmas[0] * first, sigmas, noise)
-        if task == "denoise":
-            return common.multistep_sample(f, given[row], sigmas, noise)
-        return common.edit(f, originals[row], known, sigmas, noise)
-
-    y = common.labels_to_draw(args, net, rows, run.device)
-    y = None if y is None else y.repeat_interleave(each)
-    results = common.draw_many(run, draw, rows * each, y, (3, size, size), args.seed)
-    if run.main:
-        panel = list(torch.from_numpy(results).unflatten(0, (rows, each)))  # (each,H,W,3) for a row
-        for i, (_, whole) in enumerate(read):
-            column = task != "stroke" and not args.noisy
-            original = [originals[i] if whole else torch.ones_like(originals[i])] * column
-            panel[i] = torch.cat([common.to_uint8(given[i:i + 1]).cpu(), panel[i], *(common.to_uint8(x[None]).cpu() for x in original)])
-        panel = torch.cat(panel) if path.suffix == ".png" else torch.from_numpy(results)
-        common.save_samples(path, panel.numpy(), y, columns=len(panel) // rows)
-        print(f"{task}: {rows} row(s), {each} result(s) each, {len(sigmas)} network call(s), EMA weights of {args.ckpt}: {args.save}")
 
 
 def ternary_search(score, low, high):
@@ -420,29 +247,25 @@ def use_checkpoint(args, run):
         refuse(["sigmas", "edit"], "with --search-times")
     else:
         refuse(["dataset", "data_dir"], "without --search-times")
-    if not args.edit:
-        refuse(["image", "mask", "factor", "noise_level", "noisy"], "without --edit")
-    for key, task in (("mask", "inpaint"), ("factor", "superres"), ("noise_level", "denoise"), ("noisy", "denoise")):
-        if getattr(args, key) and args.edit != task:
-            raise UserError(f"--{key.replace('_', '-')} applies to --edit {task} only")
+    common.check_edit_flags(args)
     if args.w > top:
         raise UserError(f"--w {args.w}: {args.ckpt} was trained for " + (f"weights up to {top}" if top else "no guidance"))
     net = common.place(net, run)
     if args.edit:
-        return edit_images(args, run, net)
+        return common.edit_images(args, run, net, lambda y: clipped(net, y, args.w))
     if args.search_times:
         return search_checkpoint(args, run, net, trained)
     args.sample = args.sample or 64
     if teacher:
         N = args.N or (18 if net.image_size <= 32 else 40)  # EDM's
-        return common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample_teacher(net, N, y, noise, shape, args.w, args.churn),
+        return common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: common.sample_teacher(net, N, y, noise, shape, args.w, args.churn),
                                         (2 * N - 1) * (2 if args.w else 1))
     sigmas = args.sigmas or [common.T_MAX]
     common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), len(sigmas))
 
 
-SAMPLING = dict(sample=None, sigmas=None, stage=None, N=None, w=0.0, churn=0.0, search_times=None, dataset=None, data_dir=None, edit=None,
-                image=None, mask=None, factor=None, noise_level=None, noisy=False)
+SAMPLING = dict(sample=None, sigmas=None, stage=None, N=None, w=0.0, churn=0.0, search_times=None, dataset=None, data_dir=None,
+                **common.EDITING_DEFAULTS)
 
 if __name__ == "__main__":
     args = common.parse_flags(flags(), recipe, SAMPLING, both=("stage", "N", "dataset", "data_dir"))
@@ -453,179 +276,129 @@ if __name__ == "__main__":
         use_checkpoint(args, run)
         common.finish(run)
 
-    # ---- stages: without a --teacher, train one by its recipe first
-    stages = [args]
-    if args.stage == "distill" and args.teacher is None:
-        first = recipe(dict(stage="teacher", dataset=args.dataset))
-        handed_on = common.SHARED_DEFAULTS.keys() | {"net", "flip"}
-        first |= {key: value for key, value in vars(args).items() if key in handed_on}
-        first |= dict(out_dir=str(Path(args.out_dir) / "teacher"), total_steps=args.teacher_steps, label_dropout=0.1 if args.w_max else 0.0,
-                      micro_batch=math.gcd(first["batch_size"], args.micro_batch))
-        args.teacher = str(Path(args.out_dir) / "teacher" / "last.pt")
-        del args.teacher_steps, args.net, args.class_cond
-        stages = [argparse.Namespace(**first), args]
-    elif args.stage == "distill" and args.teacher != "ideal" and Path(args.teacher).resolve().parent == Path(args.out_dir).resolve():
-        raise UserError(f"--out-dir {args.out_dir} holds the --teacher; choose another for the student")
-    continuous = args.stage == "distill" and args.objective == "continuous"
-    for args in stages:
-        common.check_times(args.times, common.karras_times(2 if continuous else args.N))
-    with common.main_process_first(run):  # now, not after days of the teacher's training
-        dist = None if continuous or args.stage == "teacher" else common.make_distance(args.dist, run.device)
-
+    # ---- teacher: without --teacher, one is trained first
     stop = common.StopSignal()
-    for args in stages:
-        teaching = args.stage == "teacher"
+    if args.stage == "teacher":
+        finished, _ = common.train_teacher(args, run, stop)
+        common.finish(run, None if finished else stop)
+    continuous = args.objective == "continuous"
+    common.check_times(args.times, common.karras_times(2 if continuous else args.N))
+    with common.main_process_first(run):  # now, not after days of the teacher's training
+        dist = None if continuous else common.make_distance(args.dist, run.device)
+    if args.teacher is None:
+        common.train_first_teacher(args, run, stop, label_dropout=0.1 if args.w_max else 0.0)
+    teacher, settings = common.open_teacher(args, run)
+    size = settings["image_size"]
 
-        # ---- teacher and data
-        teacher = None
-        if teaching or args.teacher == "ideal":
-            settings = common.net_settings(args.net)
-        else:
-            with common.main_process_first(run):
-                teacher, found = common.load_network(args.teacher, ("cd",))
-                with open(args.teacher, "rb") as file:
-                    args.teacher_digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-            if found["args"].get("stage", "teacher") != "teacher":
-                raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what --stage teacher writes")
-            teacher, settings = common.place(teacher, run), found["model_args"]
-        size = settings["image_size"]
-        with common.main_process_first(run):
-            dataset = common.load_dataset(args.dataset, args.data_dir, size)
-        if teacher is not None:
-            D, class_cond = net_denoiser(teacher), teacher.classes > 0
-            if class_cond and dataset.classes != teacher.classes:
-                raise UserError(f"--teacher {args.teacher} knows {teacher.classes} classes, and {args.dataset} has {dataset.classes}")
-            if args.w_max and teacher.null_y is None:
-                raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has nothing to guide with")
-        else:
-            class_cond = dataset.classes > 0 if args.class_cond is None else args.class_cond
-            if class_cond and not dataset.classes:
-                raise UserError(f"--class-cond: {args.dataset} has no labels")
-        if (args.label_dropout if teaching else args.w_max) and not class_cond:
-            raise UserError(f"{'--label-dropout' if teaching and len(stages) == 1 else '--w-max'} needs labels, and there are none")
-        if not teaching and args.teacher == "ideal":
-            if len(dataset) * 3 * size**2 > 4e9:
-                raise UserError(f"--teacher ideal goes through all images at every step, and {args.dataset} has {len(dataset)}")
-            images, labels = (part.to(run.device) for part in dataset.__getitems__(np.arange(len(dataset))))
-            D = common.ideal_denoiser(torch.cat([images, images.flip(3)]), labels.repeat(2)) if args.flip else common.ideal_denoiser(images, labels)
-        classes, null = dataset.classes if class_cond else 0, teaching and args.label_dropout > 0
+    # ---- data
+    with common.main_process_first(run):
+        dataset = common.load_dataset(args.dataset, args.data_dir, size)
+    D, classes = common.teacher_denoiser(args, run, teacher, dataset)
+    if args.w_max and not classes:
+        raise UserError("--w-max needs labels, and there are none")
+    if args.w_max and teacher is not None and teacher.null_y is None:
+        raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has nothing to guide with")
 
-        # ---- networks, optimizer, resume
-        model_args = settings | dict(classes=classes, dropout=args.dropout) | (
-            dict(null=null) if teaching else dict(extra=args.w_max > 0))
-        common.seed_everything(common.INIT, args.seed)
-        net = common.make_net(model_args)
-        if teacher is not None:  # all but the embedding of w, which adds nothing at first
-            net.load_state_dict(net.state_dict() | teacher.state_dict())
-        net = common.place(net, run)
-        mu = getattr(args, "mu", 0.0)  # a teacher and continuous time have no target
-        target = copy.deepcopy(net).requires_grad_(False) if mu > 0 else net
-        ema = copy.deepcopy(net).requires_grad_(False).eval()
-        optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
-        buffer, tail = common.flatten_gradients(net, tail=2 + 2 * common.BINS)  # what the ranks sum each step
-        loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
+    # ---- networks, optimizer, resume
+    model_args = settings | dict(classes=classes, dropout=args.dropout, extra=args.w_max > 0)
+    common.seed_everything(common.INIT, args.seed)
+    net = common.make_net(model_args)
+    if teacher is not None:  # all but the embedding of w, which adds nothing at first
+        net.load_state_dict(net.state_dict() | teacher.state_dict())
+    net = common.place(net, run)
+    mu = 0.0 if continuous else args.mu  # continuous time has no target
+    target = copy.deepcopy(net).requires_grad_(False) if mu > 0 else net
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
+    buffer, tail = common.flatten_gradients(net, tail=2 + 2 * common.BINS)  # what the ranks sum each step
+    loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
 
-        out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
-        if state := common.resume_state(args, run, "cd", model_args):
-            step, skipped = state["step"], state["skipped"]
-            for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
-                module.load_state_dict(state[key] or state["net"])
-            common.load_optimizer(optimizer, state["optimizer"])
-        del state
-        if run.compile and (teaching or not continuous or not args.dropout):  # df/dt is never compiled, and f must drop out what it drops out
-            for module in {net, target, *([teacher] if teacher is not None else [])}:
-                module.compile()  # in place: names of the weights stay as they are
-        log = common.start_run(args, run, net, step)
+    out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
+    if state := common.resume_state(args, run, "cd", model_args):
+        step, skipped = state["step"], state["skipped"]
+        for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
+            module.load_state_dict(state[key] or state["net"])
+        common.load_optimizer(optimizer, state["optimizer"])
+    del state
+    if run.compile:
+        frozen = {teacher} - {None}
+        for module in frozen if continuous and args.dropout else frozen | {net, target}:  # df/dt is never compiled, and f must drop out what it drops out
+            module.compile()  # in place: names of the weights stay as they are
+    log = common.start_run(args, run, net, step)
 
-        def save():
-            """Write last.pt, which resumes the run, and ema.pt, which other tools can load."""
-            if run.main:
-                common.save_checkpoint(out_dir / "last.pt", dict(
-                    script="cd", step=step, images=step * args.batch_size, skipped=skipped, args=vars(args), model_args=model_args,
-                    net=net.state_dict(), target=None if target is net else target.state_dict(), ema=ema.state_dict(),
-                    optimizer=optimizer.state_dict(), torch_version=str(torch.__version__)))
-                common.save_checkpoint(out_dir / "ema.pt", ema.state_dict())
+    def save():
+        """Write last.pt, which resumes the run, and ema.pt, which other tools can load."""
+        if run.main:
+            common.save_checkpoint(out_dir / "last.pt", dict(
+                script="cd", step=step, images=step * args.batch_size, skipped=skipped, args=vars(args), model_args=model_args,
+                net=net.state_dict(), target=None if target is net else target.state_dict(), ema=ema.state_dict(),
+                optimizer=optimizer.state_dict(), torch_version=str(torch.__version__)))
+            common.save_checkpoint(out_dir / "ema.pt", ema.state_dict())
 
-        def sample_grid():
-            """Write samples/STEP.png from the same noise every time: a teacher's samples, with guidance on the right if it has
-            any; a student's in one step left, in several right, or guided by 0 left and --w-max right."""
-            columns = min(classes, 10) or 8
-            y = torch.arange(8 * columns, device=run.device) % classes if class_cond else None
-            if teaching:
-                draws = [functools.partial(sample_teacher, ema, args.N, w=w) for w in ((0.0, 2.0) if null else (0.0,))]
-            elif args.w_max:
-                draws = [functools.partial(sample, ema, [common.T_MAX], w=w) for w in (0.0, args.w_max)]
+    def sample_grid():
+        """Write samples/STEP.png from the same noise every time: in one step left, in several right, or guided by 0 and by --w-max."""
+        y, columns = common.grid_labels(classes, run.device), common.grid_columns(classes)
+        ways = ([common.T_MAX], 0.0), ([common.T_MAX], args.w_max) if args.w_max else (args.sigmas, 0.0)
+        blocks = [common.draw_many(run, lambda y, noise, shape, _: sample(ema, sigmas, y, noise, shape, w), 8 * columns, y,
+                                   (3, size, size), args.seed, args.micro_batch) for sigmas, w in ways]
+        if run.main:
+            common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
+
+    # ---- training
+    micro_batches = args.batch_size // args.micro_batch
+    indices = common.index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size, args.micro_batch,
+                                   run.rank, run.world)
+    loader = common.make_loader(dataset, indices, args.workers, run.device)
+    if not continuous:
+        times, solver = common.karras_times(args.N).to(run.device), SOLVERS[args.solver]
+        p = common.interval_probabilities(times.cpu(), args.times).to(run.device)
+    bar, since = common.progress(args, run, step), (time.perf_counter(), step)
+    while step < args.total_steps and not stopping:
+        # ------------------------------------------------------------------------------------ one training step
+        buffer.zero_()
+        for m in range(run.rank, micro_batches, run.world):
+            common.seed_everything(common.STEP, args.seed, step, m)
+            x0, y = common.to_device(next(loader), run.device, args.flip)
+            y = y if classes else None
+            w = args.w_max * torch.rand(len(x0), device=run.device) if args.w_max else None
+            if continuous:
+                t = common.random_times(len(x0), args.times, run.device).clamp(common.T_MIN, common.T_MAX)
+                loss = continuous_loss(net, D, x0, torch.randn_like(x0), t, y, w, args.stop_gradient)
             else:
-                draws = [functools.partial(sample, ema, sigmas) for sigmas in ([common.T_MAX], args.sigmas)]
-            blocks = [common.draw_many(run, lambda y, noise, shape, _: draw(y, noise, shape), 8 * columns, y, (3, size, size), args.seed,
-                                       args.micro_batch) for draw in draws]
-            if run.main:
-                common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
+                n = torch.multinomial(p, len(x0), replacement=True)
+                t = times[n + 1]
+                loss = loss_fn(net, target, D, x0, torch.randn_like(x0), times[n], t, y, w, solver, dist, common.WEIGHTS[args.weighting])
+            (loss.sum() / args.batch_size).backward()
+            loss_sum += loss.detach().sum() / args.batch_size
+            common.tally(bins, t, loss.detach())
+        stop_sum.fill_(stop.number > 0)
+        if run.world > 1:
+            torch.distributed.all_reduce(buffer)
 
-        # ---- training
-        micro_batches = args.batch_size // args.micro_batch
-        indices = common.index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size, args.micro_batch,
-                                       run.rank, run.world)
-        loader = common.make_loader(dataset, indices, args.workers, run.device)
-        if dist is not None and not teaching:
-            times, solver = common.karras_times(args.N).to(run.device), SOLVERS[args.solver]
-            p = common.interval_probabilities(times.cpu(), args.times).to(run.device)
-        bar, since = common.progress(args, run, step), (time.perf_counter(), step)
-        while step < args.total_steps and not stopping:
-            # -------------------------------------------------------------------------------- one training step
-            buffer.zero_()
-            for m in range(run.rank, micro_batches, run.world):
-                common.seed_everything(common.STEP, args.seed, step, m)
-                x0, y = common.to_device(next(loader), run.device, args.flip)
-                y = y if class_cond else None
-                if teaching:
-                    t = common.random_times(len(x0), args.times, run.device)
-                    if null:
-                        y = torch.where(torch.rand(len(y), device=run.device) < args.label_dropout, net.null_y, y)
-                    loss = edm_loss(net, x0, torch.randn_like(x0), t, y)
-                else:
-                    w = args.w_max * torch.rand(len(x0), device=run.device) if args.w_max else None
-                    if continuous:
-                        t = common.random_times(len(x0), args.times, run.device).clamp(common.T_MIN, common.T_MAX)
-                        loss = continuous_loss(net, D, x0, torch.randn_like(x0), t, y, w, args.stop_gradient)
-                    else:
-                        n = torch.multinomial(p, len(x0), replacement=True)
-                        t = times[n + 1]
-                        loss = loss_fn(net, target, D, x0, torch.randn_like(x0), times[n], t, y, w, solver, dist,
-                                       common.WEIGHTS[args.weighting])
-                (loss.sum() / args.batch_size).backward()
-                loss_sum += loss.detach().sum() / args.batch_size
-                common.tally(bins, t, loss.detach())
-            stop_sum.fill_(stop.number > 0)
-            if run.world > 1:
-                torch.distributed.all_reduce(buffer)
+        loss, stopping = tail[:2].tolist()
+        grad_norm = torch.linalg.vector_norm(buffer[:-len(tail)]).item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            bad_in_a_row = 0
+            optimizer.step()
+            if target is not net:
+                common.ema_update(target, net, mu)
+            common.ema_update(ema, net, args.ema_decay)
+        else:
+            bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
+        step += 1
+        # -----------------------------------------------------------------------------------------------------
 
-            loss, stopping = tail[:2].tolist()
-            grad_norm = torch.linalg.vector_norm(buffer[:-len(tail)]).item()
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                bad_in_a_row = 0
-                optimizer.step()
-                if target is not net:
-                    common.ema_update(target, net, mu)
-                common.ema_update(ema, net, args.ema_decay)
-            else:
-                bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
-            step += 1
-            # -------------------------------------------------------------------------------------------------
-
-            if bad_in_a_row == 10:
-                bar.close()
-                common.too_many_bad_steps(step, loss, grad_norm, out_dir)
-            bar.update()
-            last = stopping or step == args.total_steps
-            if args.log_every and (step % args.log_every == 0 or last) and run.main:
-                since = common.report(log, bar, args, step, since, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm,
-                                      skipped=skipped, peak_gb=common.peak_memory_gb(run.device))
-            if (args.save_every and step % args.save_every == 0) or last:
-                save()
-            if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
-                sample_grid()
-        bar.close()
-        if stopping:
-            break
-    common.finish(run, stop if step < args.total_steps or args is not stages[-1] else None)
+        if bad_in_a_row == 10:
+            bar.close()
+            common.too_many_bad_steps(step, loss, grad_norm, out_dir)
+        bar.update()
+        last = stopping or step == args.total_steps
+        if args.log_every and (step % args.log_every == 0 or last) and run.main:
+            since = common.report(log, bar, args, step, since, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm,
+                                  skipped=skipped, peak_gb=common.peak_memory_gb(run.device))
+        if (args.save_every and step % args.save_every == 0) or last:
+            save()
+        if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
+            sample_grid()
+    bar.close()
+    common.finish(run, stop if step < args.total_steps else None)

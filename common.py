@@ -5,8 +5,8 @@ In this order, each section using only what stands above it:
     constants and errors     T_MIN T_MAX RHO SIGMA_DATA, UserError, atomic_file
     noise levels             karras_times interval_probabilities random_times
     preconditioning          edm_scalings cm_scalings denoise consistency
-    solvers and samplers     euler_step heun_step heun_sample multistep_sample edit ideal_denoiser
-    parts of losses          l1 l2 pseudo_huber LPIPS make_distance WEIGHTS replay_random
+    solvers and samplers     euler_step heun_step heun_sample multistep_sample edit ideal_denoiser guide
+    parts of losses          l1 l2 pseudo_huber LPIPS make_distance edm_loss WEIGHTS replay_random
     continuous time          consistency_jvp continuous_loss
     network                  UNet NETS make_net
     moving average           ema_update
@@ -15,6 +15,8 @@ In this order, each section using only what stands above it:
     checkpoints              save_checkpoint load_checkpoint load_network
     logs and pictures        start_run Log save_grid save_samples seeded_noise
     flags                    add_shared_flags parse_flags sample_checkpoint
+    teachers                 teacher_recipe sample_teacher train_teacher open_teacher teacher_denoiser
+    zero-shot editing        luminance patch_means slerp add_edit_flags edit_images
 
 Notation, everywhere: t is the noise level, i.e. the standard deviation of the noise (EDM's sigma), so that
 x_t = x0 + t * noise. Images x are (B, C, H, W) in [-1, 1], times t and labels y are (B,).
@@ -25,6 +27,7 @@ EDM = Karras et al. 2022, arXiv 2206.00364. ADM = Dhariwal & Nichol 2021, arXiv 
 import argparse
 import colorsys
 import contextlib
+import copy
 import datetime
 import difflib
 import functools
@@ -319,6 +322,20 @@ def ideal_denoiser(data: Tensor, labels: Tensor | None = None, chunk: int = 4096
     return D
 
 
+def net_denoiser(net):
+    """D(x, t, y) of a network, whose null label stands for y = None if it has one."""
+    def D(x, t, y):
+        return denoise(net, x, t, torch.full_like(t, net.null_y, dtype=torch.int64) if y is None and net.null_y is not None else y)
+    return D
+
+
+def guide(D, y, w):
+    """D(x, t) for labels y: with guidance (1 + w) D(x, t, y) - w D(x, t, None), w (B,); without if w is None."""
+    if w is None:
+        return lambda x, t: D(x, t, y)
+    return lambda x, t: (1 + bcast(w, x)) * D(x, t, y) - bcast(w, x) * D(x, t, None)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What losses are made of: distances d(x, y) -> (B,), one number per image, weights, and shared randomness
 # ------------------------------------------------------------------------------------------------------------
@@ -372,6 +389,17 @@ class LPIPS(nn.Module):
 def make_distance(name: str, device):
     """The distance called l1, l2, huber or lpips. LPIPS is imported and its weights sought only here."""
     return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "huber": pseudo_huber}[name]
+
+
+def edm_loss(net, x0, noise, t, y, extra=None):
+    """The denoising loss of each image, weighted by lambda(t) = 1/t^2 + 1/sigma_data^2: mean over pixels, 1 for F_x = 0 on average.
+
+    Args:    net: a UNet.  x0, noise: (B,C,H,W).  t: (B,).  y, extra: as `denoise`.
+    Returns: (B,).
+    Source:  EDM Eq. 8, Table 1 (there the sum over pixels).
+    """
+    D_x = denoise(net, x0 + bcast(t, x0) * noise, t, y, extra)
+    return (1 / t**2 + 1 / SIGMA_DATA**2) * l2(D_x, x0)
 
 
 WEIGHTS = {"one": lambda t_n, t_n1: 1.0, "inverse": lambda t_n, t_n1: 1 / (t_n1 - t_n)}  # lambda of an interval: CM, iCT
@@ -1204,15 +1232,17 @@ def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
         with contextlib.suppress(RuntimeError, KeyError, IndexError):  # no DhariwalUNet after all: fits no network
             state, theirs = from_nvidia(state), dict(time_scale=1e-3)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    classes = (*shapes.get("label_emb.weight", ()), 0)[0]
+    theirs |= dict(classes=(*shapes.get("label_emb.weight", ()), 0)[0], extra="time_embed_s.0.weight" in shapes)
+    if theirs["extra"] and "ctm" not in scripts:
+        raise UserError(f"{path}: this network has a further input. Trajectory models go to ctm.py; of a guided student name last.pt")
     for name, settings in NETS.items():
-        if theirs and (settings["head_channels"] != 64 or settings["base"] < 128):
+        if "time_scale" in theirs and (settings["head_channels"] != 64 or settings["base"] < 128):
             continue  # the shapes may fit, but NVIDIA's heads have 64 channels, and its narrow layers fewer groups
         with torch.device("meta"):
-            net = UNet(**settings | theirs, classes=classes)
+            net = UNet(**settings | theirs)
         if {key: tuple(value.shape) for key, value in net.state_dict().items()} == shapes:
             net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-            return net.requires_grad_(False).eval(), dict(script=None, args={}, model_args=settings | theirs | dict(classes=classes))
+            return net.requires_grad_(False).eval(), dict(script=None, args={}, model_args=settings | theirs)
     raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}")
 
 
@@ -1302,6 +1332,16 @@ def save_grid(path, blocks: list[np.ndarray], columns: int):
     zoom = max(1, 48 // size)
     with atomic_file(path) as file:
         picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(file, "PNG")
+
+
+def grid_columns(classes: int) -> int:
+    """Columns of the grids of samples that training writes, each of 8 rows: one a class."""
+    return min(classes, 10) or 8
+
+
+def grid_labels(classes: int, device) -> Tensor | None:
+    """The labels of such a grid: all classes in turn; None without labels."""
+    return torch.arange(8 * grid_columns(classes), device=device) % classes if classes else None
 
 
 def make_save_path(path) -> Path:
@@ -1581,3 +1621,350 @@ def sample_checkpoint(args, run, net, draw, calls: int):
         turn = turn if 0 < turn <= 16 else 1
         save_samples(path, images, y, columns=turn * max(round(side / turn), 1))  # a column, one label
         print(f"{args.sample} samples, {calls} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Teachers: denoisers, trained as in EDM, that students are distilled from
+# ------------------------------------------------------------------------------------------------------------
+
+# EDM's training settings, CM's for LSUN. glyphs and "path" (your own images) are ours, the former tuned on 2 cores.
+BIG = dict(flip=True, N=40)
+DATASETS = {  # what a teacher and the students distilled from it have in common
+    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, N=18),
+    "path": dict(net=["cifar-small"], flip=True, micro_batch=32, N=18),
+    "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, N=18, class_cond=False),
+    "imagenet64": dict(net=["imagenet64"], micro_batch=64, class_cond=True) | BIG,
+    "bedroom256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
+    "cat256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
+}
+TEACHERS = {
+    "glyphs": dict(batch_size=32, total_steps=2600, lr=2e-3, dropout=0.0, ema_decay=0.997, times=[-0.6, 1.4]),
+    "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, dropout=0.0, ema_decay=0.9995),
+    "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, dropout=0.13, ema_decay=0.99929),
+    "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
+    "bedroom256": dict(batch_size=2048, total_steps=600_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
+    "cat256": dict(batch_size=2048, total_steps=300_000, lr=1e-4, dropout=0.1, ema_decay=0.9999432),
+}
+
+
+def known_dataset(given: dict) -> str:
+    """The name under which the recipes of `--dataset` stand: "path" for your own images."""
+    dataset = given.get("dataset", "glyphs")
+    return dataset if dataset in DATASETS else "path"
+
+
+def teacher_recipe(given: dict) -> dict:
+    """The settings of a teacher for `--dataset`."""
+    dataset = known_dataset(given)
+    return dict(class_cond=None) | DATASETS[dataset] | dict(stage="teacher", out_dir="out/cd/teacher", times=[-1.2, 1.2],
+                                                            label_dropout=0.0) | TEACHERS[dataset]
+
+
+@torch.no_grad()
+def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
+    """Draw images (B,C,H,W) with a teacher: N Heun steps, 2 N - 1 calls of the denoiser; guided if w > 0, two calls for one."""
+    x_T = T_MAX * noise(torch.zeros(shape, device=next(net.parameters()).device))
+    D = guide(net_denoiser(net), y, x_T.new_full((len(x_T),), w) if w else None)
+    return heun_sample(D, x_T, N, churn, noise=noise)
+
+
+def train_first_teacher(args, run, stop: StopSignal, label_dropout: float = 0.0):
+    """Train the teacher that a script without `--teacher` begins with, in `teacher` under its own --out-dir; `args` then names it.
+
+    Stopped on the way, the process ends here.
+    """
+    first = teacher_recipe(vars(args))
+    first |= {key: value for key, value in vars(args).items() if key in SHARED_DEFAULTS.keys() | {"net", "flip", "class_cond"}}
+    first |= dict(out_dir=str(Path(args.out_dir) / "teacher"), total_steps=args.teacher_steps, label_dropout=label_dropout,
+                  micro_batch=math.gcd(first["batch_size"], args.micro_batch))
+    finished, stopped = train_teacher(argparse.Namespace(**first), run, stop)
+    if stopped or not finished:
+        finish(run, stop)
+    args.teacher = str(Path(args.out_dir) / "teacher" / "last.pt")
+    del args.teacher_steps, args.net, args.class_cond
+
+
+def choose_classes(args, dataset) -> int:
+    """How many labels the net is to know, 0 for none. Raises UserError for `--class-cond` without labels."""
+    if args.class_cond and not dataset.classes:
+        raise UserError(f"--class-cond: {args.dataset} has no labels")
+    return 0 if args.class_cond is False else dataset.classes
+
+
+def train_teacher(args, run, stop: StopSignal) -> tuple[bool, bool]:
+    """Train a denoiser as EDM does, or go on with the run found in `args.out_dir`. The loop of the scripts, with `edm_loss` in it.
+
+    Returns: whether it came to its end; and whether a signal, here or on another rank, asked to stop.
+    """
+    settings = net_settings(args.net)
+    size = settings["image_size"]
+    check_times(args.times, karras_times(args.N))
+    with main_process_first(run):
+        dataset = load_dataset(args.dataset, args.data_dir, size)
+    classes, null = choose_classes(args, dataset), args.label_dropout > 0
+    if null and not classes:
+        raise UserError("--label-dropout needs labels, and there are none; so does --w-max")
+
+    # ---- networks, optimizer, resume
+    model_args = settings | dict(classes=classes, dropout=args.dropout, null=null)
+    seed_everything(INIT, args.seed)
+    net = place(make_net(model_args), run)
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
+    buffer, tail = flatten_gradients(net, tail=2 + 2 * BINS)  # what the ranks sum each step
+    loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
+
+    out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
+    if state := resume_state(args, run, "cd", model_args):
+        step, skipped = state["step"], state["skipped"]
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        load_optimizer(optimizer, state["optimizer"])
+    del state
+    if run.compile:
+        net.compile()  # in place: names of the weights stay as they are
+    log = start_run(args, run, net, step)
+
+    def save():
+        if run.main:
+            save_checkpoint(out_dir / "last.pt", dict(
+                script="cd", step=step, images=step * args.batch_size, skipped=skipped, args=vars(args), model_args=model_args,
+                net=net.state_dict(), target=None, ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                torch_version=str(torch.__version__)))
+            save_checkpoint(out_dir / "ema.pt", ema.state_dict())
+
+    def sample_grid():
+        """Write samples/STEP.png from the same noise every time; with guidance on the right if there is any."""
+        y = grid_labels(classes, run.device)
+        blocks = [draw_many(run, lambda y, noise, shape, _: sample_teacher(ema, args.N, y, noise, shape, w), 8 * grid_columns(classes), y,
+                            (3, size, size), args.seed, args.micro_batch) for w in ((0.0, 2.0) if null else (0.0,))]
+        if run.main:
+            save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, grid_columns(classes))
+
+    # ---- training
+    indices = index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size, args.micro_batch, run.rank, run.world)
+    loader = make_loader(dataset, indices, args.workers, run.device)
+    bar, since = progress(args, run, step), (time.perf_counter(), step)
+    while step < args.total_steps and not stopping:
+        # ------------------------------------------------------------------------------------ one training step
+        buffer.zero_()
+        for m in range(run.rank, args.batch_size // args.micro_batch, run.world):
+            seed_everything(STEP, args.seed, step, m)
+            x0, y = to_device(next(loader), run.device, args.flip)
+            y = y if classes else None
+            t = random_times(len(x0), args.times, run.device)
+            if null:
+                y = torch.where(torch.rand(len(y), device=run.device) < args.label_dropout, net.null_y, y)
+            loss = edm_loss(net, x0, torch.randn_like(x0), t, y)
+            (loss.sum() / args.batch_size).backward()
+            loss_sum += loss.detach().sum() / args.batch_size
+            tally(bins, t, loss.detach())
+        stop_sum.fill_(stop.number > 0)
+        if run.world > 1:
+            torch.distributed.all_reduce(buffer)
+
+        loss, stopping = tail[:2].tolist()
+        grad_norm = torch.linalg.vector_norm(buffer[:-len(tail)]).item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            bad_in_a_row = 0
+            optimizer.step()
+            ema_update(ema, net, args.ema_decay)
+        else:
+            bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
+        step += 1
+        # -----------------------------------------------------------------------------------------------------
+
+        if bad_in_a_row == 10:
+            bar.close()
+            too_many_bad_steps(step, loss, grad_norm, out_dir)
+        bar.update()
+        last = stopping or step == args.total_steps
+        if args.log_every and (step % args.log_every == 0 or last) and run.main:
+            since = report(log, bar, args, step, since, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm,
+                           skipped=skipped, peak_gb=peak_memory_gb(run.device))
+        if (args.save_every and step % args.save_every == 0) or last:
+            save()
+        if args.sample_every and (step % args.sample_every == 0 or step == args.total_steps):
+            sample_grid()
+    bar.close()
+    return step == args.total_steps, bool(stopping)
+
+
+def open_teacher(args, run) -> tuple[UNet | None, dict]:
+    """The network of `--teacher FILE`, placed, and its model arguments; for `ideal` and `none` no network, and those of `--net`.
+
+    The file's digest is kept in `args.teacher_digest`, so that a resumed run notices another teacher.
+    Raises:  UserError if the file holds no teacher.
+    """
+    if args.teacher in ("ideal", "none"):
+        return None, net_settings(args.net)
+    if Path(args.teacher).resolve().parent == Path(args.out_dir).resolve():
+        raise UserError(f"--out-dir {args.out_dir} holds the --teacher; choose another for the student")
+    with main_process_first(run):
+        teacher, found = load_network(args.teacher, ("cd",))
+        with open(args.teacher, "rb") as file:
+            args.teacher_digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    if found["args"].get("stage", "teacher") != "teacher":
+        raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what cd.py --stage teacher writes")
+    return place(teacher, run), found["model_args"]
+
+
+def teacher_denoiser(args, run, teacher: UNet | None, dataset):
+    """What the student is distilled from.
+
+    Returns: D(x, t, y or None) -> denoised x, None for `none`; and how many labels the student is to know.
+    Raises:  UserError if teacher and data set do not fit each other, or the data set is too large for the ideal teacher.
+    """
+    if teacher is not None:
+        if teacher.classes and dataset.classes != teacher.classes:
+            raise UserError(f"--teacher {args.teacher} knows {teacher.classes} classes, and {args.dataset} has {dataset.classes}")
+        return net_denoiser(teacher), teacher.classes
+    if args.teacher == "none":
+        return None, choose_classes(args, dataset)
+    if len(dataset) * 3 * dataset.size**2 > 4e9:
+        raise UserError(f"--teacher ideal goes through all images at every step, and {args.dataset} has {len(dataset)}")
+    images, labels = (part.to(run.device) for part in dataset.__getitems__(np.arange(len(dataset))))
+    if args.flip:
+        images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
+    return ideal_denoiser(images, labels), choose_classes(args, dataset)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Zero-shot editing
+# ------------------------------------------------------------------------------------------------------------
+
+LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
+
+
+def luminance(x):
+    """The projection of each pixel's colour onto the direction of luminance: what a grey picture says."""
+    q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
+    return q * (q * x).sum(1, keepdim=True)
+
+
+def patch_means(x, factor):
+    """Each factor x factor patch replaced by its mean: what a small picture says."""
+    return F.avg_pool2d(x, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def slerp(z1, z2, a):
+    """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). Source: CM App. D."""
+    a, psi = bcast(a, z1), bcast(F.cosine_similarity(z1.flatten(1), z2.flatten(1)).arccos(), z1)
+    return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
+
+
+GRID = karras_times(40).tolist()[:0:-1]  # CM App. D: every level of N = 40 but the last, whose f(x, t_min) = x
+TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442], interpolate=[T_MAX])
+
+
+def add_edit_flags(parser):
+    group = parser.add_argument_group("editing")
+    group.add_argument("--edit", choices=TASKS, help="with --ckpt: what to do to the --image files, --sample results each "
+                       "(default 4; denoise 1, interpolate 10 steps)")
+    group.add_argument("--image", nargs="+", metavar="FILE", help="images to edit; interpolate needs none")
+    group.add_argument("--mask", metavar="FILE", help="inpaint: white where to paint (default: a central square of half the side)")
+    group.add_argument("--factor", type=number(int, 2), metavar="P", help="superres: pixels of a patch's side (default: size / 32, at "
+                       "least 2; CM 8 at 256 pixels)")
+    group.add_argument("--noise-level", type=number(float, T_MIN, T_MAX), metavar="T", help="denoise: standard "
+                       "deviation, in units of [-1, 1] (default 0.296)")
+    group.add_argument("--noisy", action="store_true", help="denoise: the images carry that noise already; add none")
+
+
+def check_edit_flags(args):
+    """Raises UserError for flags of editing that do not apply to `--edit`, or without it."""
+    for key, task in (("image", None), ("mask", "inpaint"), ("factor", "superres"), ("noise_level", "denoise"), ("noisy", "denoise")):
+        if getattr(args, key) and not args.edit:
+            raise UserError(f"--{key.replace('_', '-')} does not apply without --edit")
+        if getattr(args, key) and task and args.edit != task:
+            raise UserError(f"--{key.replace('_', '-')} applies to --edit {task} only")
+
+
+EDITING_DEFAULTS = dict(edit=None, image=None, mask=None, factor=None, noise_level=None, noisy=False)
+
+
+def read_image(path, size, factor=None, flag="--image"):
+    """An image file -> (3,size,size) in [-1, 1] and whether it was whole; with `factor` one of size / factor pixels will do."""
+    from PIL import Image
+    with explain(f"{flag} {path} cannot be read as an image"), Image.open(path) as image:
+        image.load()
+        small = factor is not None and image.size == (size // factor, size // factor)
+        if small:
+            image = image.resize((size, size), Image.Resampling.NEAREST)
+        return torch.from_numpy(fit_image(image, size, f"{flag} {path}").copy()).permute(2, 0, 1) / 127.5 - 1, not small
+
+
+def read_mask(path, size):
+    """(1,1,size,size) float: 1 where the mask image is white, nearer than to black. Without one the central square."""
+    mask = torch.zeros(1, 1, size, size)
+    if path is None:
+        mask[..., size // 4:size - size // 4, size // 4:size - size // 4] = 1
+        return mask
+    image, _ = read_image(path, size, flag="--mask")
+    return (image.mean(0) > 0).float().expand_as(mask)
+
+
+def edit_images(args, run, net, f):
+    """`--edit`: change images with a consistency model that was never trained to, and write a picture of it.
+
+    A row of the picture: what the model is given, the results, and the original if there is one.
+
+    Args:    f: y (b,) or None -> the consistency function (x, t) -> (b,C,H,W) for these labels.
+    Source:  CM Sec. 6.3, App. D.
+    """
+    task, size, sigmas = args.edit, net.image_size, args.sigmas or TASKS[args.edit]
+    factor = args.factor or max(2, size // 32)
+    if task == "superres" and size % factor:
+        raise UserError(f"--factor {factor} does not divide the network's {size} pixels")
+    if task == "denoise":
+        if args.noise_level and args.sigmas:
+            raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
+        sigmas = args.sigmas or [args.noise_level or sigmas[0]]
+    if (task == "interpolate") == bool(args.image):
+        raise UserError("--edit interpolate goes from noise to noise: no --image" if args.image else f"--edit {task} needs --image")
+    if args.image and net.classes and not args.labels:
+        raise UserError("this network draws classes: say with --labels which one each --image is")
+    if args.image and len(args.labels or [0]) not in (1, len(args.image)):
+        raise UserError(f"--labels names {len(args.labels)} classes for {len(args.image)} images: name one, or one for each")
+
+    path, each = make_save_path(args.save), args.sample or dict(interpolate=10, denoise=1).get(task, 4)
+    read = [read_image(name, size, factor if task == "superres" else None) for name in args.image or ()]
+    rows = len(read) or len(args.labels or range(min(net.classes, 8) or 4))
+    originals = torch.stack([image for image, _ in read]).to(run.device) if read else None
+    given = originals
+    if task in ("inpaint", "colorize", "superres"):
+        hole = read_mask(args.mask, size).to(run.device)
+        known = dict(inpaint=lambda x: (1 - hole) * x, colorize=luminance, superres=lambda x: patch_means(x, factor))[task]
+        given = known(originals)
+        if task == "colorize":  # to look at: the known part is tinted
+            given = (originals.new_tensor(LUMINANCE).view(3, 1, 1) * originals).sum(1, keepdim=True).expand_as(originals)
+    elif task == "denoise" and not args.noisy:
+        given = originals + sigmas[0] * seeded_noise(range(rows), args.seed)(originals)
+
+    @torch.no_grad()
+    def draw(y, noise, shape, indices):
+        row = indices // each
+        f_y = f(y)
+        if task == "interpolate":  # the ends of a row, and the noise of its further levels, are the same for all its images
+            left, right = (seeded_noise((2 * row + end).tolist(), args.seed) for end in (0, 1))
+            z = slerp(left(torch.zeros(shape, device=run.device)), right(torch.zeros(shape, device=run.device)),
+                      indices % each / max(each - 1, 1))
+            return multistep_sample(f_y, sigmas[0] * z, sigmas, right)
+        first = noise(torch.zeros(shape, device=run.device))  # an image's own; `given` was made with such noise
+        if task == "stroke":
+            return multistep_sample(f_y, originals[row] + sigmas[0] * first, sigmas, noise)
+        if task == "denoise":
+            return multistep_sample(f_y, given[row], sigmas, noise)
+        return edit(f_y, originals[row], known, sigmas, noise)
+
+    y = labels_to_draw(args, net, rows, run.device)
+    y = None if y is None else y.repeat_interleave(each)
+    results = draw_many(run, draw, rows * each, y, (3, size, size), args.seed)
+    if run.main:
+        panel = list(torch.from_numpy(results).unflatten(0, (rows, each)))  # (each,H,W,3) for a row
+        for i, (_, whole) in enumerate(read):
+            column = task != "stroke" and not args.noisy
+            original = [originals[i] if whole else torch.ones_like(originals[i])] * column
+            panel[i] = torch.cat([to_uint8(given[i:i + 1]).cpu(), panel[i], *(to_uint8(x[None]).cpu() for x in original)])
+        panel = torch.cat(panel) if path.suffix == ".png" else torch.from_numpy(results)
+        save_samples(path, panel.numpy(), y, columns=len(panel) // rows)
+        print(f"{task}: {rows} row(s), {each} result(s) each, {len(sigmas)} network call(s), EMA weights of {args.ckpt}: {args.save}")

@@ -99,7 +99,7 @@ def quality(args):
     for path in args.ckpt:
         net, trained = common.load_network(path, ("cd", "ct"))
         if trained["args"].get("stage") == "teacher":
-            ways = {f"{2 * args.N - 1} calls, Heun": functools.partial(cd.sample_teacher, net, args.N, w=args.w)}
+            ways = {f"{2 * args.N - 1} calls, Heun": functools.partial(common.sample_teacher, net, args.N, w=args.w)}
         else:
             ways = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(cd.sample, net, sigmas, w=args.w) for sigmas in
                     ([80.0], [80.0, args.mid])}
@@ -153,10 +153,10 @@ def measure(args):
     if args.mode == "compiled":
         net.compile()
         teacher.compile()
-    D, inverse = cd.net_denoiser(teacher), common.WEIGHTS["inverse"]
+    D, inverse = common.net_denoiser(teacher), common.WEIGHTS["inverse"]
     loss = dict(ct=lambda: ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, inverse),
                 cd=lambda: cd.loss_fn(net, net, D, x0, noise, t_n, t_n + 0.1, y, None, common.heun_step, common.pseudo_huber, inverse),
-                teacher=lambda: cd.edm_loss(net, x0, noise, t_n, y),
+                teacher=lambda: common.edm_loss(net, x0, noise, t_n, y),
                 continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y))[args.step]
 
     def step():

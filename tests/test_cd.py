@@ -45,7 +45,7 @@ def reference_loss(dist, weighting="one", dtype=torch.float32):
     i = torch.tensor([0, 10, 25, 38])  # the reference counts from t_max down
     close(t[i], VECTORS["cd_loss"]["t"])
     close(t[i + 1], VECTORS["cd_loss"]["t2"])
-    losses = cd.loss_fn(net, target, cd.net_denoiser(teacher), x0, noise, t[i + 1], t[i], LABELS, None, common.heun_step, dist,
+    losses = cd.loss_fn(net, target, common.net_denoiser(teacher), x0, noise, t[i + 1], t[i], LABELS, None, common.heun_step, dist,
                         common.WEIGHTS[weighting])
     return (net, target, teacher), losses, t[i], t[i + 1]
 
@@ -73,10 +73,10 @@ def test_loss_vectors(name):
 
 def test_solver_vectors():
     """One Heun step of the teacher, at all noise levels, in one batch."""
-    D = cd.net_denoiser(tiny(0.1))
+    D = common.net_denoiser(tiny(0.1))
     t = common.karras_times(40).flip(0)[torch.tensor([[0, 10, 25, 38], [1, 11, 26, 39]])]
     with torch.no_grad():
-        x = common.heun_step(cd.guide(D, LABELS, None), X0 + common.bcast(t[0], X0) * NOISE, t[0], t[1])
+        x = common.heun_step(common.guide(D, LABELS, None), X0 + common.bcast(t[0], X0) * NOISE, t[0], t[1])
     close(x.flatten(1)[:, :4], VECTORS["cd_loss"]["x_t2_per_sample_first4"], 1e-5, 1e-6)
 
 
@@ -92,7 +92,7 @@ def test_loss_by_hand(solver):
     w, t_n1, t_n = torch.tensor([0.0, 0.5, 2.0, 3.0]), torch.tensor([70.0, 5.0, 0.9, 0.1]), torch.tensor([60.0, 4.0, 0.7, 0.08])
     net, target = (tiny(offset, extra=True) for offset in (0.0, 0.05))
     teacher, null = tiny(0.1, null=True), torch.full((4,), 10)
-    found = cd.loss_fn(net, target, cd.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, w, cd.SOLVERS[solver], common.l2,
+    found = cd.loss_fn(net, target, common.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, w, cd.SOLVERS[solver], common.l2,
                        common.WEIGHTS["one"])
     column = lambda v: v.view(4, 1, 1, 1)
     with torch.no_grad():
@@ -112,16 +112,16 @@ def test_edm_loss_vectors():
     nvidia, toy = VECTORS["edm_loss"]["nvlabs"], lambda x, t_in, y, extra: torch.zeros_like(x)  # F = 0: D = c_skip x, their toy
     t = (-1.2 + 1.2 * gauss((4, 1, 1, 1), 7)).exp().flatten()
     close(t, nvidia["sigma"])
-    losses = cd.edm_loss(toy, X0, NOISE, t, None)
+    losses = common.edm_loss(toy, X0, NOISE, t, None)
     close(losses, nvidia["per_sample_mean"])
     close(losses * X0[0].numel(), nvidia["per_sample_sum"])
-    losses = cd.edm_loss(tiny(), X0, NOISE, torch.tensor([0.01, 0.3, 2.0, 40.0]), LABELS)
+    losses = common.edm_loss(tiny(), X0, NOISE, torch.tensor([0.01, 0.3, 2.0, 40.0]), LABELS)
     close(losses, VECTORS["edm_loss"]["openai"]["mse"], 1e-5)
 
 
 def test_edm_loss_gradient_by_finite_differences():
     net, t = tiny(), torch.tensor([0.05, 0.3, 2.0, 10.0])
-    loss = lambda: cd.edm_loss(net, X0, NOISE, t, LABELS).sum()
+    loss = lambda: common.edm_loss(net, X0, NOISE, t, LABELS).sum()
     loss().backward()
     p = net.out[2].bias
     for i in range(3):
@@ -145,7 +145,7 @@ def test_edm_loss_is_least_at_the_ideal_denoiser():
             c_skip, c_out, c_in = (common.bcast(c, x_in) for c in common.edm_scalings(t))
             x = x_in / c_in
             return (change(D(x, t)) - c_skip * x) / c_out
-        return cd.edm_loss(F, x0, noise, t, None).mean().item()
+        return common.edm_loss(F, x0, noise, t, None).mean().item()
     best = loss(lambda d: d)
     assert all(loss(change) > best for change in (lambda d: 1.05 * d, lambda d: 0.95 * d, lambda d: d + 0.02, lambda d: d - 0.02))
 
@@ -164,14 +164,14 @@ def test_laws_of_times():
 # ---- guidance
 
 def test_guided_denoiser():
-    D, x, t = cd.net_denoiser(tiny(0.1, null=True)), X0, torch.tensor([0.1, 0.5, 2.0, 30.0])
+    D, x, t = common.net_denoiser(tiny(0.1, null=True)), X0, torch.tensor([0.1, 0.5, 2.0, 30.0])
     with torch.no_grad():
         cond, uncond = D(x, t, LABELS), D(x, t, None)
         assert (cond - uncond).abs().max() > 0.01
-        assert torch.equal(cd.guide(D, LABELS, None)(x, t), cond) and torch.equal(cd.guide(D, LABELS, torch.zeros(4))(x, t), cond)
-        assert torch.equal(cd.guide(D, LABELS, -torch.ones(4))(x, t), uncond)
+        assert torch.equal(common.guide(D, LABELS, None)(x, t), cond) and torch.equal(common.guide(D, LABELS, torch.zeros(4))(x, t), cond)
+        assert torch.equal(common.guide(D, LABELS, -torch.ones(4))(x, t), uncond)
         w = torch.tensor([0.5, 1.0, 2.0, 3.0])
-        close(cd.guide(D, LABELS, w)(x, t), cond + common.bcast(w, x) * (cond - uncond), 1e-5, 1e-5)
+        close(common.guide(D, LABELS, w)(x, t), cond + common.bcast(w, x) * (cond - uncond), 1e-5, 1e-5)
         close(uncond, common.denoise(tiny(0.1, null=True), x, t, torch.full((4,), 10)), 1e-6)
 
 
@@ -188,7 +188,7 @@ def test_guided_mean_of_gaussian_classes():
             return of_class(common.bcast(means[y], x))
         p = torch.softmax(torch.stack([-(x - m) ** 2 / (2 * variance) for m in means]), 0)
         return p[0] * of_class(means[0]) + p[1] * of_class(means[1])
-    moved = cd.guide(D, y, w)(x, t) - D(x, t, y)
+    moved = common.guide(D, y, w)(x, t) - D(x, t, y)
     variance = s**2 + 0.49
     p = torch.sigmoid(x.flatten() * (means[1] - means[0]) / variance)  # posterior of class 1
     wanted = 1.5 * (1 - s**2 / variance) * (means[y] - (p * means[1] + (1 - p) * means[0]))
@@ -252,7 +252,7 @@ def test_jvp_through_the_math_path_of_fused_attention():
 
 def test_full_objective_and_its_gradient():
     """|df/dt|^2 along the teacher's slope, and its gradient, which goes through df/dt, from finite differences of that."""
-    net, D, (x, t) = double(slim()), cd.net_denoiser(double(slim(0.1)).requires_grad_(False)), (value.double() for value in paths())
+    net, D, (x, t) = double(slim()), common.net_denoiser(double(slim(0.1)).requires_grad_(False)), (value.double() for value in paths())
     loss = lambda: cd.continuous_loss(net, D, X0.double(), NOISE.double(), t, LABELS, None, stop_gradient=False)
     v = (x - D(x, t, LABELS)) / common.bcast(t, x)
     _, df = common.consistency_jvp(net, x, t, v, LABELS)
@@ -270,7 +270,7 @@ def test_full_objective_and_its_gradient():
 
 def test_pseudo_objective_has_the_papers_gradient():
     """2 f . sg(df/dt), the paper's formula, has another value than ours but the same gradient; the full objective has not."""
-    net, (x, t), D = slim(), paths(), cd.net_denoiser(slim(0.1).requires_grad_(False))
+    net, (x, t), D = slim(), paths(), common.net_denoiser(slim(0.1).requires_grad_(False))
     with torch.no_grad():
         v = (x - D(x, t, LABELS)) / common.bcast(t, x)
         _, df = common.consistency_jvp(net, x, t, v, LABELS)
@@ -373,7 +373,7 @@ def test_gradient_reaches_the_net_alone():
     for frozen in (False, True):
         net = tiny()
         target = tiny() if frozen else net
-        cd.loss_fn(net, target, cd.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, None, common.heun_step, common.pseudo_huber,
+        cd.loss_fn(net, target, common.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, None, common.heun_step, common.pseudo_huber,
                    common.WEIGHTS["inverse"]).sum().backward()
         grads.append(gradient(net))
         assert all(p.grad is None for p in teacher.parameters()) and (not frozen or all(p.grad is None for p in target.parameters()))
@@ -383,7 +383,7 @@ def test_gradient_reaches_the_net_alone():
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_no_gradient_reaches_the_teacher_in_continuous_time(stop_gradient):
     net, teacher = slim(), slim(0.1)
-    cd.continuous_loss(net, cd.net_denoiser(teacher), X0, NOISE, paths()[1], LABELS, None, stop_gradient).sum().backward()
+    cd.continuous_loss(net, common.net_denoiser(teacher), X0, NOISE, paths()[1], LABELS, None, stop_gradient).sum().backward()
     assert gradient(net).norm() > 0 and all(p.grad is None for p in teacher.parameters())
 
 
@@ -438,9 +438,9 @@ def test_a_loaded_teacher_drops_nothing_out(tmp_path):
     settings = TINY | dict(mult=(1,), dropout=0.5)
     torch.save(dict(script="cd", args={}, model_args=settings, ema=fill(common.UNet(**settings)).state_dict()), tmp_path / "teacher.pt")
     teacher, _ = common.load_network(tmp_path / "teacher.pt", ("cd",))
-    D, t = cd.net_denoiser(teacher), torch.tensor([0.5, 1.0, 2.0, 3.0])
+    D, t = common.net_denoiser(teacher), torch.tensor([0.5, 1.0, 2.0, 3.0])
     assert torch.equal(D(X0, t, None), D(X0, t, None)) and not D(X0, t, None).requires_grad
-    assert not torch.equal(cd.net_denoiser(teacher.train())(X0, t, None), D(X0, t, None))
+    assert not torch.equal(common.net_denoiser(teacher.train())(X0, t, None), D(X0, t, None))
 
 
 # ---- training to the exact solution

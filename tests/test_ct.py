@@ -8,7 +8,7 @@ import torch
 import common
 import ct
 from test_unet import reference_lpips
-from util import TINY, VECTORS, close, fill, full, gauss, img
+from util import TINY, VECTORS, close, fill, gauss, img
 
 IMAGENET64, LSUN, CIFAR10 = (800_000, 2, 200), (1_000_000, 2, 150), (800_000, 2, 150)  # K, s0, s1
 

@@ -21,7 +21,7 @@ SHAPE = (2, 3, 16, 16)
 CPU = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), dtype=torch.float32)
 HOLE = torch.zeros(1, 1, 16, 16)
 HOLE[..., 4:12, 4:12] = 1
-KNOWN = {"inpaint": lambda x: (1 - HOLE) * x, "colorize": cd.luminance, "superres": lambda x: cd.patch_means(x, 4)}
+KNOWN = {"inpaint": lambda x: (1 - HOLE) * x, "colorize": common.luminance, "superres": lambda x: common.patch_means(x, 4)}
 
 
 def seen_by(f):
@@ -36,7 +36,7 @@ def statistics(x):
     return [x.mean(), x.abs().mean(), x.std(unbiased=False), *x.flatten()[:8]]
 
 
-@pytest.mark.parametrize("name, known", [("colorization", cd.luminance), ("superres", lambda x: cd.patch_means(x, 8))])
+@pytest.mark.parametrize("name, known", [("colorization", common.luminance), ("superres", lambda x: common.patch_means(x, 8))])
 def test_vectors(name, known):
     """The reference is given its first noisy input; ours makes it of the reference image and unit noise."""
     y, later = img(SHAPE, 0.7, 0.8), numbered_noise()
@@ -62,7 +62,7 @@ def transform(task):
     """A, its inverse and the mask Omega, 1 where the model draws, as the paper writes them."""
     if task == "inpaint":
         return (lambda x: x), (lambda x: x), HOLE.double()
-    Q = orthogonal(cd.LUMINANCE if task == "colorize" else np.ones(16))
+    Q = orthogonal(common.LUMINANCE if task == "colorize" else np.ones(16))
     omega = torch.ones(len(Q), dtype=torch.float64)
     omega[0] = 0
     if task == "colorize":
@@ -100,7 +100,7 @@ def test_what_is_known_holds_after_every_step(task):
     known, y, given, drawn = KNOWN[task], img(SHAPE, 0.7, 0.8), [], []
     wild = lambda x, t: drawn.append((17 * x + t[0]).sin()) or drawn[-1]
     source = common.seeded_noise(range(2), 0)
-    x = common.edit(wild, y, known, cd.GRID, lambda x: given.append(x) or source(x))
+    x = common.edit(wild, y, known, common.GRID, lambda x: given.append(x) or source(x))
     steps = [*given[1:], x]  # noise is added to what the step before left
     assert len(drawn) == len(steps) == 39
     for x, f_x in zip(steps, drawn):
@@ -110,7 +110,7 @@ def test_what_is_known_holds_after_every_step(task):
         close(x - known(x), f_x - known(f_x), 0, 1e-6)
 
 
-@pytest.mark.parametrize("project, size", [(cd.luminance, 16), *((lambda x, p=p: cd.patch_means(x, p), 2 * p) for p in (2, 3, 8, 41, 47, 83))],
+@pytest.mark.parametrize("project, size", [(common.luminance, 16), *((lambda x, p=p: common.patch_means(x, p), 2 * p) for p in (2, 3, 8, 41, 47, 83))],
                          ids=["colorize", "2", "3", "8", "41", "47", "83"])
 def test_projections_are_orthogonal(project, size):
     """In float32: 1 / 41 is rounded there so that an interpolation by 41 puts the first pixel of a patch into the patch before."""
@@ -122,20 +122,20 @@ def test_projections_are_orthogonal(project, size):
 
 def test_projections_keep_what_they_are_named_after():
     x = img(SHAPE)
-    weights = torch.tensor(cd.LUMINANCE).view(1, 3, 1, 1)
-    close((weights * cd.luminance(x)).sum(1), (weights * x).sum(1), 0, 1e-6)
-    close(F.avg_pool2d(cd.patch_means(x, 4), 4), F.avg_pool2d(x, 4), 0, 1e-6)
-    close(cd.patch_means(x, 4)[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), cd.patch_means(x, 4))
+    weights = torch.tensor(common.LUMINANCE).view(1, 3, 1, 1)
+    close((weights * common.luminance(x)).sum(1), (weights * x).sum(1), 0, 1e-6)
+    close(F.avg_pool2d(common.patch_means(x, 4), 4), F.avg_pool2d(x, 4), 0, 1e-6)
+    close(common.patch_means(x, 4)[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), common.patch_means(x, 4))
 
 
 def test_levels_are_the_papers():
     """Every level of N = 40 but t_min, where f(x, t) = x; strokes at its indices 16 and 20; EDM's 18 levels for denoising."""
     times = common.karras_times(40).flip(0)
-    close(cd.GRID, times[:39])
-    assert all(cd.TASKS[task] is cd.GRID for task in KNOWN)
-    close(cd.TASKS["stroke"], times[[16, 20]], 0, 5e-3)
-    close(cd.TASKS["denoise"], common.karras_times(18)[5:6])
-    assert cd.TASKS["interpolate"] == [80]
+    close(common.GRID, times[:39])
+    assert all(common.TASKS[task] is common.GRID for task in KNOWN)
+    close(common.TASKS["stroke"], times[[16, 20]], 0, 5e-3)
+    close(common.TASKS["denoise"], common.karras_times(18)[5:6])
+    assert common.TASKS["interpolate"] == [80]
 
 
 # ---- with the exact consistency function of a few images the answers are known
@@ -192,9 +192,9 @@ FILES = [f"{i}.png" for i in range(5)]
 
 
 def edit(net, task, save="out.npz", **flags):
-    """cd.edit_images as the command line calls it. Returns the results (rows, each, H, W, 3)."""
+    """common.edit_images as the command line calls it. Returns the results (rows, each, H, W, 3)."""
     args = argparse.Namespace(**common.SAMPLING_DEFAULTS | cd.SAMPLING | dict(ckpt="it", edit=task, save=save) | flags)
-    cd.edit_images(args, CPU, net)
+    common.edit_images(args, CPU, net, lambda y: cd.clipped(net, y, args.w))
     if save.endswith(".npz"):
         images = np.load(save)["arr_0"]
         return images.reshape(len(flags.get("image", range(4))), -1, *images.shape[1:])
@@ -208,7 +208,7 @@ def assert_found(results, images, tolerance=2):
 def test_edits_of_images_of_the_set_return_them(desk, task, flags):
     net = exact()
     assert_found(edit(net, task, image=FILES, sample=2, **flags), toys())
-    close([t[0] for _, t in net.seen], cd.GRID, 1e-5)
+    close([t[0] for _, t in net.seen], common.GRID, 1e-5)
     close((net.seen[0][0] - KNOWN[task](as_x(toys())).repeat_interleave(2, 0)).std(), 80, 0.03)
     y = KNOWN[task](as_x(toys())).repeat_interleave(2, 0)
     close(np.mean([(KNOWN[task](x) - y).std().item() ** 2 / t[0].item() ** 2 for x, t in net.seen[1:-5]]) ** 0.5,
@@ -323,9 +323,9 @@ def test_sixteen_bit_and_palette_images_may_be_small_too(desk):
     grey = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4000
     Image.fromarray(grey).save("deep.png")
     Image.fromarray(toys()[0, ::4, ::4]).quantize(16).save("palette.png")
-    deep, whole = cd.read_image("deep.png", 16, 4)
+    deep, whole = common.read_image("deep.png", 16, 4)
     assert not whole and (deep[0, ::4, ::4] - (torch.tensor(grey / 65535.0) * 2 - 1)).abs().max() < 0.01
-    palette, _ = cd.read_image("palette.png", 16, 4)
+    palette, _ = common.read_image("palette.png", 16, 4)
     close(palette, as_x(np.asarray(Image.open("palette.png").convert("RGB"))[None].repeat(4, 1).repeat(4, 2)))
 
 
@@ -343,13 +343,13 @@ def test_pictures_show_what_was_given_the_results_and_the_original(desk):
 
 
 def test_masks(desk):
-    assert torch.equal(cd.read_mask(None, 16), HOLE)
+    assert torch.equal(common.read_mask(None, 16), HOLE)
     grey = np.zeros((32, 32), np.uint8)
     grey[:, 16:] = 129
     Image.fromarray(grey).save("mask.png")
     wanted = torch.zeros(1, 1, 16, 16)
     wanted[..., 8:] = 1
-    assert torch.equal(cd.read_mask("mask.png", 16), wanted)
+    assert torch.equal(common.read_mask("mask.png", 16), wanted)
 
 
 # ---- interpolation
@@ -361,7 +361,7 @@ def test_slerp():
     z2 = torch.stack([torch.randn(3, 16, 16), 0.9 * z1[1] + 0.1 * torch.randn(3, 16, 16), -0.8 * z1[2] + 0.2 * torch.randn(3, 16, 16)])
     length = z1.flatten(1).norm(dim=1)
     z2 = z2 * common.bcast(length / z2.flatten(1).norm(dim=1), z2)
-    frames = torch.stack([cd.slerp(z1, z2, torch.full((3,), a / 8)) for a in range(9)])
+    frames = torch.stack([common.slerp(z1, z2, torch.full((3,), a / 8)) for a in range(9)])
     close(frames[[0, 8]], torch.stack([z1, z2]), 0, 1e-5)
     flat = frames.flatten(2)
     close(flat.norm(dim=2), length.expand(9, 3), 1e-4)
@@ -369,7 +369,7 @@ def test_slerp():
     psi = F.cosine_similarity(z1.flatten(1), z2.flatten(1)).arccos()
     close(steps, (psi / 8).expand(8, 3), 1e-2)
     assert psi[1] < 0.5 < 1 < psi[0] < 2 < psi[2]
-    mixed = cd.slerp(z1, z2, torch.tensor([0.0, 0.5, 1.0]))
+    mixed = common.slerp(z1, z2, torch.tensor([0.0, 0.5, 1.0]))
     close(mixed, torch.stack([frames[0, 0], frames[4, 1], frames[8, 2]]), 0, 1e-5)
 
 
@@ -580,7 +580,7 @@ def test_command_line(done, name):
     words, (columns, rows) = EDITS[name]
     for kind in ("png", "npz"):
         code, out, err = runs[f"{name} {kind}"]
-        calls = len(words.split("--sigmas ")[1].split()) if "--sigmas" in words else len(cd.TASKS[words.split()[1]])
+        calls = len(words.split("--sigmas ")[1].split()) if "--sigmas" in words else len(common.TASKS[words.split()[1]])
         assert code == 0 and not err and out.count("\n") == 1 and f"{name}.{kind}" in out, out + err
         assert out.startswith(f"{words.split()[1]}: {rows} row(s), ") and f" {calls} network call(s)" in out
     assert Image.open(folder / f"{name}.png").size == (48 * columns, 48 * rows)
@@ -606,7 +606,7 @@ def test_known_parts_hold_to_rounding(done, name, known, rounding):
         patch = lambda x: x.reshape(len(x), -1, 8 // known, known, 8 // known, known).mean((3, 5))
         difference, whole = patch(results - images), patch(whole) == 1
     elif known is None:
-        weights = np.array(cd.LUMINANCE) / np.linalg.norm(cd.LUMINANCE)
+        weights = np.array(common.LUMINANCE) / np.linalg.norm(common.LUMINANCE)
         difference = np.einsum("c,nchw->nhw", weights, results - images)[:, None]
     else:
         difference, whole = known * (results - images), np.ones_like(whole)
