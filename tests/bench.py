@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import cd  # noqa: E402
 import common  # noqa: E402
 import ct  # noqa: E402
+import ctm  # noqa: E402
 
 
 class Classifier(nn.Module):
@@ -97,9 +98,13 @@ def quality(args):
           f"{frechet(classifier, real[:5000], real[5000:]):.3f}")
     y = torch.arange(args.n) % 10
     for path in args.ckpt:
-        net, trained = common.load_network(path, ("cd", "ct"))
+        net, trained = common.load_network(path, ("cd", "ct", "ctm"))
         if trained["args"].get("stage") == "teacher":
             ways = {f"{2 * args.N - 1} calls, Heun": functools.partial(common.sample_teacher, net, args.N, w=args.w)}
+        elif trained["script"] == "ctm":
+            ways = {f"{n} call(s), gamma {gamma}": functools.partial(ctm.sample, net, ctm.step_levels(n), gamma)
+                    for n in args.steps for gamma in args.gamma if n > 1 or gamma == args.gamma[0]}  # one step knows no gamma
+            ways |= {f"{2 * args.N - 1} calls, Heun on g": functools.partial(ctm.sample_heun, net, args.N)}
         else:
             ways = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(cd.sample, net, sigmas, w=args.w) for sigmas in
                     ([80.0], [80.0, args.mid])}
@@ -134,7 +139,8 @@ def measure(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     torch.manual_seed(0)
-    net = common.UNet(**common.NETS[args.net], classes=1000 if args.net == "imagenet64" else 10)
+    classes = 1000 if args.net == "imagenet64" else 10
+    net, teacher = (common.UNet(**common.NETS[args.net], classes=classes, extra=extra) for extra in (args.step == "ctm", False))
     size = net.image_size
     x0, noise = (torch.randn(args.batch, 3, size, size, device=device) for _ in range(2))
     y, t_n = torch.randint(net.classes, (args.batch,), device=device), torch.rand(args.batch, device=device) + 0.1
@@ -142,28 +148,40 @@ def measure(args):
         meta = common.UNet(**common.NETS[args.net], classes=net.classes)
         with FlopCounterMode(display=False) as counter:
             meta(x0[:1].to("meta"), t_n[:1].to("meta"), y[:1].to("meta"))
-    passes = dict(ct=4, cd=6, teacher=3, continuous=4)  # forward 1, backward 2; a forward derivative counted as 1, though it costs more
+    # Forward 1, backward 2, or 1 where the weights are frozen; a forward derivative counted as 1, though it costs more. ctm: two solver steps.
+    passes = dict(ct=4, cd=6, teacher=3, continuous=4, ctm=4 + 4 + 3 + 3)
     flops = passes[args.step] * counter.get_total_flops()
 
     net = common.place(net, argparse.Namespace(device=device, dtype=dtype))
     net.to(memory_format=torch.channels_last if args.layout == "channels_last" else torch.contiguous_format)
-    ema, teacher = copy.deepcopy(net), copy.deepcopy(net).requires_grad_(False).eval()
+    teacher = common.place(teacher, argparse.Namespace(device=device, dtype=dtype)).requires_grad_(False).eval()
+    ema, target = copy.deepcopy(net), copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.RAdam(net.parameters(), 1e-4, foreach=True)
     buffer, _ = common.flatten_gradients(net, 0)
     if args.mode == "compiled":
-        net.compile()
-        teacher.compile()
-    D, inverse = common.net_denoiser(teacher), common.WEIGHTS["inverse"]
-    loss = dict(ct=lambda: ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, inverse),
-                cd=lambda: cd.loss_fn(net, net, D, x0, noise, t_n, t_n + 0.1, y, None, common.heun_step, common.pseudo_huber, inverse),
-                teacher=lambda: common.edm_loss(net, x0, noise, t_n, y),
-                continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y))[args.step]
+        for module in (net, target, teacher):
+            module.compile()
+    D, inverse, times = common.net_denoiser(teacher), common.WEIGHTS["inverse"], common.karras_times(18).to(device)
+    i, j = ctm.draw_indices(args.batch, 18, 2, device)
+
+    def ctm_gradients():
+        loss, _ = ctm.loss_fn(net, target, functools.partial(ctm.heun_solve, D, times), x0, noise, times, i, j, 2, y, common.pseudo_huber, "soft")
+        ctm.add_gradients(net, loss.mean(), common.edm_loss(net, x0, noise, t_n, y, common.c_noise(t_n)).mean(), None, 0.0, 1.0)
+
+    gradients = dict(
+        ct=lambda: ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, inverse).mean().backward(),
+        cd=lambda: cd.loss_fn(net, net, D, x0, noise, t_n, t_n + 0.1, y, None, common.heun_step, common.pseudo_huber, inverse).mean().backward(),
+        teacher=lambda: common.edm_loss(net, x0, noise, t_n, y).mean().backward(),
+        continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y).mean().backward(),
+        ctm=ctm_gradients)[args.step]
 
     def step():
         buffer.zero_()
-        loss().mean().backward()
+        gradients()
         optimizer.step()
         common.ema_update(ema, net, 0.999)
+        if args.step == "ctm":
+            common.ema_update(target, net, 0.999)
 
     rate = gemm_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
     for _ in range(3):
@@ -188,6 +206,8 @@ def speed(args):
                 print(f"| {step} | {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
 
 
+STEPS = ["ct", "cd", "teacher", "continuous", "ctm"]
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -197,10 +217,12 @@ if __name__ == "__main__":
     command.add_argument("--mid", type=float, default=1.6, help="the second noise level of the two-step samples")
     command.add_argument("--N", type=int, default=18, help="Heun steps of a teacher's samples")
     command.add_argument("--w", type=float, default=0.0, help="guidance weight")
+    command.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="jumps of a trajectory model's samples")
+    command.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.3, 1.0], help="noise put back between its jumps")
     command.add_argument("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=quality)
     command = commands.add_parser("speed", help="how fast the training steps are, in all variants")
-    command.add_argument("--step", nargs="+", choices=("ct", "cd", "teacher", "continuous"), default=["ct", "cd", "teacher", "continuous"])
+    command.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
     command.add_argument("--net", nargs="+", choices=common.NETS, default=["glyphs", "cifar-small"]
                          + ["imagenet64"] * torch.cuda.is_available())
     command.add_argument("--mode", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"],

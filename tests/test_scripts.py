@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 import common
-from util import ROOT, SMALL, assert_mistake, last, run_script, torchrun
+from util import ROOT, SMALL, assert_mistake, free_port, last, run_script, torchrun
 
 RUN = [*SMALL, "--batch-size", 8, "--micro-batch", 4, "--total-steps", 6, "--dropout", 0.3, "--flip", "--log-every", 1,
        "--sample-every", 0, "--save-every", 0]
@@ -136,15 +135,9 @@ def test_the_loop_by_hand(trained):
     assert not torch.equal(last(trained)["target"]["out.2.bias"], last(trained)["ema"]["out.2.bias"])
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def test_two_nodes(trained, tmp_path):
     port = free_port()
-    nodes = [subprocess.Popen([*torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"),
+    nodes = [subprocess.Popen([*torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", port=port),
                                str(ROOT / "ct.py"), *map(str, RUN), "--mu0", "0.9", "--out-dir", str(tmp_path / "nodes")],
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
              for rank in range(2)]
@@ -169,12 +162,24 @@ common.seed_everything = seed_or_die
 sys.argv[0] = {str(ROOT / 'ct.py')!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
-    done = subprocess.run([*torchrun(2, "--max-restarts=2", f"--master_port={free_port()}"), str(wrapper),
+    done = subprocess.run([*torchrun(2, "--max-restarts=2"), str(wrapper),
                            *map(str, RUN), "--mu0", "0.9", "--save-every", "1", "--overwrite", "--out-dir", str(tmp_path / "run")],
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed at step 4" in done.stdout  # --overwrite did not make the restart begin anew
     assert_same(last(tmp_path / "run"), last(trained), 1e-6)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the threads of a process, which takes /proc")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """One that does may want the interpreter when that is gone, and then aborts the process, now and then."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import atexit, os, pathlib
+if "RANK" in os.environ:
+    atexit.register(lambda: print("left:", [p.read_text() for p in pathlib.Path("/proc/self/task").glob("*/comm")], flush=True))
+""")
+    done = run_script(*RUN, "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), env=dict(PYTHONPATH=str(tmp_path)), code=0)
+    assert done.stdout.count("left: ") == 2 and "gloo" not in done.stdout, done.stdout
 
 
 def test_kill_9_leaves_a_loadable_checkpoint(tmp_path):
@@ -394,7 +399,7 @@ def test_nodes_that_do_not_share_the_folder(trained, tmp_path):
     (tmp_path / "0").mkdir()
     shutil.copytree(trained, tmp_path / "0" / "run")
     (tmp_path / "1").mkdir()
-    nodes = [subprocess.Popen([*torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"),
+    nodes = [subprocess.Popen([*torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", port=port),
                                str(ROOT / "ct.py"), *map(str, RUN), "--mu0", "0.9", "--out-dir", "run"], cwd=tmp_path / str(rank),
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
              for rank in range(2)]

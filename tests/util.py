@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,8 +83,14 @@ def run_script(*flags, script="ct.py", cwd, launcher=(), env=None, code=None, ti
     return done
 
 
-def torchrun(n, *more):
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *more]
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(n, *more, port=None):
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port or free_port()}", *more]
 
 
 def last(out_dir):
