@@ -129,7 +129,7 @@ def G(net, x, t, s, y=None):
 
     Args:    net: a UNet with `extra`.  x: (B,C,H,W) at noise level t.  t >= s > 0: (B,).  y: (B,) labels or None.
     Returns: (B,C,H,W) float32.
-    Source:  CTM Sec. 3; the input is scaled by c_in(t) as in EDM, which the paper leaves unsaid.
+    Source:  CTM, parametrisation of G; the input is scaled by c_in(t) as in EDM (code), which depends on t alone.
     """
     keep = bcast(s / t, x)
     return keep * x + (1 - keep) * g(net, x, t, s, y)
@@ -150,7 +150,7 @@ def draw_indices(B, N, k, device):
 
 
 def dsm_times(B, law, device):
-    """Noise levels of the denoising loss (B,): the first half from `law`, the rest high, from 80 down to 0.318. Source: CTM App. C, code."""
+    """Noise levels of the denoising loss (B,): the first half from `law`, the rest high, from 80 down to 0.318. Source: CTM, training details; code."""
     first = common.random_times(B // 2, law, device)
     low, high = common.T_MIN ** (1 / common.RHO), common.T_MAX ** (1 / common.RHO)
     return torch.cat([first, (high + 0.7 * torch.rand(B - B // 2, device=device) * (low - high)) ** common.RHO])
@@ -178,7 +178,7 @@ def loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist, matching):
              x0, noise: (B,C,H,W).  times: (N,) ascending.  i, j: (B,) indices of t and s.  k: solver steps.  y: (B,) labels or None.
              dist: (x, y) -> (B,).  matching: soft, local (k is 1) or global (s is u, so that the solver's x_u is the inner target itself).
     Returns: two: (B,), (B,C,H,W). Gradient flows through net(x_t) alone.
-    Source:  CTM Eq. 10 and Alg. 1. As in the code the inner target is the net's, without gradient, and both outer jumps are theta^-'s.
+    Source:  CTM, soft consistency matching. As in the code the inner target is the net's, without gradient, and both outer jumps are theta^-'s.
     """
     if matching == "global":
         j = i - k
@@ -191,7 +191,7 @@ def loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist, matching):
 
 
 def adaptive_weight(gradient, other):
-    """The factor that makes a loss as strong as the CTM loss, by their gradients in the last layer. Source: CTM Eq. 13."""
+    """The factor that makes a loss as strong as the CTM loss, by their gradients in the last layer. Source: CTM, adaptive weighting."""
     return (gradient.norm() / (other.norm() + 1e-4)).clamp(0, 1e4)
 
 
@@ -205,7 +205,7 @@ def add_gradients(net, ctm, dsm, gan, disc_weight, share):
 
     Args:    ctm, dsm, gan: losses, numbers; gan may be None.  share: of the batch.
     Returns: lambda_dsm, lambda_gan (0 without gan).
-    Source:  CTM Sec. 4, Eq. 13; lambda_gan is kept within 0.01 and 10, as in the code.
+    Source:  CTM's total loss; lambda_gan is kept within 0.01 and 10, as in the code.
     """
     parameters, lambda_gan = list(net.parameters()), torch.zeros(())
     last = next(number for number, p in enumerate(parameters) if p is last_layer(net))
@@ -237,18 +237,15 @@ def augment(x, brightness, saturation, contrast, shift, hole):
     Args:    x: (B,C,H,H).  brightness, added, saturation and contrast, factors around the mean: (B,).  shift: (B,2) int, rows and
              columns by which the content moves up and left, zeros moving in.  hole: (B,2) int, the centre's row and column.
     """
-    size, image = x.shape[-1], torch.arange(len(x), device=x.device)[:, None, None]
+    size = x.shape[-1]
     x = x + bcast(brightness, x)
     x = x.mean(1, keepdim=True).lerp(x, bcast(saturation, x))
     x = x.mean((1, 2, 3), keepdim=True).lerp(x, bcast(contrast, x))
     where = torch.arange(size, device=x.device)
-    rows, columns = (where + shift[:, i:i + 1] for i in (0, 1))  # (B,H): output pixel -> input pixel
-    x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # a border of zeros, for whatever lies outside
-    x = x[image, (rows + 1).clamp(0, size + 1)[:, :, None], (columns + 1).clamp(0, size + 1)[:, None, :]].permute(0, 3, 1, 2)
+    rows, columns = ((where[:, None] + shift[:, i, None, None] == where).to(x).unsqueeze(1) for i in (0, 1))  # output, input pixel
     side = int(0.2 * size + 0.5)
-    first = hole - side // 2
-    cut = [(where >= first[:, i:i + 1]) & (where < first[:, i:i + 1] + side) for i in (0, 1)]
-    return x * ~(cut[0][:, None, :, None] & cut[1][:, None, None, :])
+    cut = [((where - hole[:, i:i + 1] + side // 2) // side == 0) for i in (0, 1)]  # (B,H)
+    return (rows @ x @ columns.mT) * ~(cut[0][:, None, :, None] & cut[1][:, None, None, :])
 
 
 def random_augment(x):
@@ -289,23 +286,26 @@ class Projector(nn.Module):
     Raises:  UserError in one line if timm is missing or the weights cannot be had.
     Source:  Projected GAN; the taps, sizes and random layers are those of CTM's code.
     """
-    TAPS = {"tf_efficientnet_lite0": ((1, 2, 3, 4), (24, 40, 112, 320), 0.5, 0.5),
-            "deit_base_distilled_patch16_224": ((2, 5, 8, 11), (96, 192, 384, 768), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+    TAPS = {"tf_efficientnet_lite0": ((1, 2, 3, 4), (24, 40, 112, 320)),
+            "deit_base_distilled_patch16_224": ((2, 5, 8, 11), (96, 192, 384, 768))}
 
     def __init__(self, name, pretrained=True):
         super().__init__()
         try:
             import timm
-        except ImportError as error:
-            raise UserError("--disc projected needs the package timm: pip install timm") from error
-        taps, widths, mean, std = self.TAPS[name]
-        try:
-            features = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=taps)
+        except (ImportError, RuntimeError) as error:  # a torchvision built for another torch fails with RuntimeError
+            raise UserError(f"--disc projected needs timm (pip install timm), and a torchvision built for torch {torch.__version__}: "
+                            f"{common.first_line(error)}") from error
+        (taps, widths), about = self.TAPS[name], timm.get_pretrained_cfg(name)
+        try:  # without hf_hub_id: from torch.hub, which does not try again for a minute and reads files put there by hand
+            features = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=taps,
+                                         pretrained_cfg_overlay=dict(hf_hub_id=None))
         except Exception as error:  # whatever a download may fail with
-            raise UserError(f"--disc projected could not get the weights of {name} ({common.first_line(error)}); choose another --disc") from error
+            raise UserError(f"--disc projected could not get the weights of {name} ({common.first_line(error)}). Put "
+                            f"{about.url} into {torch.hub.get_dir()}/checkpoints, or choose another --disc") from error
         self.features = (features.eval().requires_grad_(False),)  # in a tuple: no part of the state that is saved
-        self.register_buffer("mean", torch.tensor(mean).expand(3).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).expand(3).reshape(3, 1, 1), persistent=False)
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(getattr(about, key)).view(3, 1, 1), persistent=False)
         self.reassemble = nn.ModuleList(nn.Identity() for _ in range(4))
         if name.startswith("deit"):  # its taps are all (B,768,14,14)
             resample = (nn.ConvTranspose2d(96, 96, 4, 4), nn.ConvTranspose2d(192, 192, 2, 2), nn.Identity(), nn.Conv2d(768, 768, 3, 2, 1))
@@ -320,10 +320,7 @@ class Projector(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, x):
-        x = (x + 1) / 2
-        x = (x - self.mean) / self.std
-        if x.shape[-1] < 256:
-            x = F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False)
+        x = F.interpolate(((x + 1) / 2 - self.mean) / self.std, (224, 224), mode="bilinear")  # larger ones too: DeiT takes no others
         taps, outputs, coarse = self.features[0](x), [], 0.0
         for i in (3, 2, 1, 0):
             mixed = coarse + self.channels[i](self.reassemble[i](taps[i]))
@@ -370,7 +367,7 @@ def gamma_sample(jump, x_T, levels, gamma, noise=torch.randn_like):
              first, one jump from each, the last to t_min.  gamma: 0 deterministic, 1 multistep consistency sampling.  noise: x -> unit
              noise shaped like x.
     Returns: (B,C,H,W). NFE = len(levels).
-    Source:  CTM Alg. 3, in the code's form: offset by t_min, so that no jump goes below it and the noise restores the level exactly.
+    Source:  CTM, gamma-sampling, in the code's form: offset by t_min, so that no jump goes below it and the noise restores the level exactly.
     """
     x, t_min = x_T, common.T_MIN
     for t, t_next in zip(levels, (*levels[1:], t_min)):
@@ -465,15 +462,14 @@ if __name__ == "__main__":
     net = common.place(net, run)
     target = copy.deepcopy(net).requires_grad_(False)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
-    players = [(net, optimizer, *common.flatten_gradients(net, tail=6 + 2 * common.BINS))]  # whose gradients the ranks sum in turn
-    critic = None
+    optimizers = [torch.optim.RAdam(net.parameters(), args.lr, foreach=True)]
+    buffers, critic = [common.flatten_gradients(net, tail=6 + 2 * common.BINS)], None  # what the ranks sum each step
     if args.disc != "none":
         common.seed_everything(common.INIT, args.seed, 1)
         with common.main_process_first(run):
-            critic = CRITICS[args.disc](size).to(run.device).eval()  # its random projections are part of its state
-        players.append((critic, torch.optim.RAdam(critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True),
-                        *common.flatten_gradients(critic.heads, tail=6 + 2 * common.BINS)))
+            critic = CRITICS[args.disc](size).to(run.device).eval()
+        optimizers.append(torch.optim.RAdam(critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True))
+        buffers.append(common.flatten_gradients(critic.heads, tail=6 + 2 * common.BINS))
 
     out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
     if state := common.resume_state(args, run, "ctm", model_args):
@@ -481,13 +477,15 @@ if __name__ == "__main__":
         for module, key in ((net, "net"), (target, "target"), (ema, "ema"), (critic, "critic")):
             if module is not None:
                 module.load_state_dict(state[key])
-        for player, key in zip(players, ("optimizer", "critic_optimizer")):
-            common.load_optimizer(player[1], state[key])
+        for optimizer, key in zip(optimizers, ("optimizer", "critic_optimizer")):
+            common.load_optimizer(optimizer, state[key])
     del state
     if run.compile:
         for module in {net, target, teacher} - {None}:
             module.compile()  # in place: names of the weights stay as they are
-        torch._functorch.config.donated_buffer = critic is None  # two gradients of one graph, if there is a critic
+        if critic is not None:
+            import torch._functorch.config
+            torch._functorch.config.donated_buffer = False  # the CTM and the adversarial gradient go through one graph
     log = common.start_run(args, run, net, step)
 
     def save():
@@ -495,8 +493,8 @@ if __name__ == "__main__":
         if run.main:
             common.save_checkpoint(out_dir / "last.pt", dict(
                 script="ctm", step=step, images=step * args.batch_size, skipped=skipped, args=vars(args), model_args=model_args,
-                net=net.state_dict(), target=target.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                critic=critic and critic.state_dict(), critic_optimizer=critic and players[1][1].state_dict(),
+                net=net.state_dict(), target=target.state_dict(), ema=ema.state_dict(), optimizer=optimizers[0].state_dict(),
+                critic=critic and critic.state_dict(), critic_optimizer=critic and optimizers[1].state_dict(),
                 torch_version=str(torch.__version__)))
             common.save_checkpoint(out_dir / "ema.pt", ema.state_dict())
 
@@ -524,13 +522,12 @@ if __name__ == "__main__":
         k = 1 + int(np.random.default_rng((common.STEP, args.seed, step)).choice(args.max_steps, p=step_probabilities(args.max_steps)))
         adversarial = critic is not None and step >= args.disc_start
         critics_turn = adversarial and (step - args.disc_start) % 2 == 1
-        _, optimizer, buffer, tail = players[critics_turn]
+        buffer, tail = buffers[critics_turn]
         buffer.zero_()
         if adversarial:
             critic.heads.requires_grad_(critics_turn)
         if critics_turn:
             renew_norms(critic)
-
         for m in range(run.rank, micro_batches, run.world):
             common.seed_everything(common.STEP, args.seed, step, m)
             x0, y = common.to_device(next(loader), run.device, args.flip)
@@ -560,7 +557,7 @@ if __name__ == "__main__":
         grad_norm = torch.linalg.vector_norm(buffer[:-len(tail)]).item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             bad_in_a_row = 0
-            optimizer.step()
+            optimizers[critics_turn].step()
             if not critics_turn:
                 common.ema_update(target, net, args.mu)
                 common.ema_update(ema, net, args.ema_decay)
