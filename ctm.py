@@ -171,17 +171,15 @@ def estimate(net, target, x_t, t, s, t_min, y):
     return G(target, G(net, x_t, t, s, y), s, t_min, y)
 
 
-def loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist, matching):
+def loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist):
     """The CTM loss of each image, and the estimate x_est that the critic judges.
 
     Args:    net: theta.  target: theta^-, its moving average, frozen.  solve: (x_t, i, k, y) -> x_u, from times[i] to times[i - k].
              x0, noise: (B,C,H,W).  times: (N,) ascending.  i, j: (B,) indices of t and s.  k: solver steps.  y: (B,) labels or None.
-             dist: (x, y) -> (B,).  matching: soft, local (k is 1) or global (s is u, so that the solver's x_u is the inner target itself).
+             dist: (x, y) -> (B,). Where s = u, always in global matching, the solver's x_u is the inner target itself.
     Returns: two: (B,), (B,C,H,W). Gradient flows through net(x_t) alone.
     Source:  CTM, soft consistency matching. As in the code the inner target is the net's, without gradient, and both outer jumps are theta^-'s.
     """
-    if matching == "global":
-        j = i - k
     t, u, s, t_min = times[i], times[i - k], times[j], times[0].expand(len(x0))
     x_t = x0 + bcast(t, x0) * noise
     x_est = estimate(net, target, x_t, t, s, t_min, y)
@@ -533,6 +531,8 @@ if __name__ == "__main__":
             x0, y = common.to_device(next(loader), run.device, args.flip)
             y, noise, share = y if classes else None, torch.randn_like(x0), len(x0) / args.batch_size
             i, j = draw_indices(len(x0), args.N, k, run.device)
+            if args.matching == "global":
+                j = i - k  # s = u
             if critics_turn:
                 with torch.no_grad():
                     fake = estimate(net, target, x0 + bcast(times[i], x0) * noise, times[i], times[j], times[0].expand(len(x0)), y)
@@ -540,7 +540,7 @@ if __name__ == "__main__":
                 (share * loss).backward()
                 tail[0] += share * loss.detach()
             else:
-                ctm, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist, args.matching)
+                ctm, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
                 t = dsm_times(len(x0), args.times, run.device)
                 dsm = common.edm_loss(net, x0, torch.randn_like(x0), t, y, common.c_noise(t)).mean()
                 gan = -critic(x_est).mean() if adversarial else None

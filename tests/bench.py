@@ -165,7 +165,7 @@ def measure(args):
     i, j = ctm.draw_indices(args.batch, 18, 2, device)
 
     def ctm_gradients():
-        loss, _ = ctm.loss_fn(net, target, functools.partial(ctm.heun_solve, D, times), x0, noise, times, i, j, 2, y, common.pseudo_huber, "soft")
+        loss, _ = ctm.loss_fn(net, target, functools.partial(ctm.heun_solve, D, times), x0, noise, times, i, j, 2, y, common.pseudo_huber)
         ctm.add_gradients(net, loss.mean(), common.edm_loss(net, x0, noise, t_n, y, common.c_noise(t_n)).mean(), None, 0.0, 1.0)
 
     gradients = dict(
