@@ -286,7 +286,7 @@ if __name__ == "__main__":
     with common.main_process_first(run):  # now, not after days of the teacher's training
         dist = None if continuous else common.make_distance(args.dist, run.device)
     if args.teacher is None:
-        common.train_first_teacher(args, run, stop, label_dropout=0.1 if args.w_max else 0.0)
+        common.train_first_teacher(args, run, stop, "cd", 0.1 if args.w_max else 0.0)
     teacher, settings = common.open_teacher(args, run)
     size = settings["image_size"]
 

@@ -1232,8 +1232,8 @@ def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
         with contextlib.suppress(RuntimeError, KeyError, IndexError):  # no DhariwalUNet after all: fits no network
             state, theirs = from_nvidia(state), dict(time_scale=1e-3)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    theirs |= dict(classes=(*shapes.get("label_emb.weight", ()), 0)[0], extra="time_embed_s.0.weight" in shapes)
-    if theirs["extra"] and "ctm" not in scripts:
+    theirs |= dict(classes=(*shapes.get("label_emb.weight", ()), 0)[0]) | (dict(extra=True) if "time_embed_s.0.weight" in shapes else {})
+    if "extra" in theirs and "ctm" not in scripts:
         raise UserError(f"{path}: this network has a further input. Trajectory models go to ctm.py; of a guided student name last.pt")
     for name, settings in NETS.items():
         if "time_scale" in theirs and (settings["head_channels"] != 64 or settings["base"] < 128):
@@ -1424,7 +1424,7 @@ def report(log: Log, bar, args, step: int, since: tuple[float, int], **values) -
     now = time.perf_counter()
     images_per_s = (step - since[1]) * args.batch_size / (now - since[0])
     log.write(dict(step=step, images=step * args.batch_size) | values | dict(lr=args.lr, images_per_s=images_per_s))
-    shown = {"loss": f"{values['loss']:.4g}"} | ({"N": values["N"]} if "N" in values else {})
+    shown = {key: f"{values[key]:.4g}" for key in ("loss", "N") if key in values}
     bar.set_postfix(**shown, **{"img/s": f"{images_per_s:.0f}"})
     return now, step
 
@@ -1438,6 +1438,7 @@ def too_many_bad_steps(step: int, loss: float, grad_norm: float, out_dir):
 def finish(run, stop: StopSignal | None = None):
     """Leave: exit code 0, or 128 + the number of the signal that stopped the run, here or on another rank."""
     if run.world > 1:
+        torch.distributed.barrier()  # or torchrun, seeing one process stopped, would interrupt the saving of another
         torch.distributed.destroy_process_group()
     raise SystemExit(128 + (stop.number or signal.SIGTERM) if stop else 0)
 
@@ -1668,11 +1669,14 @@ def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
     return heun_sample(D, x_T, N, churn, noise=noise)
 
 
-def train_first_teacher(args, run, stop: StopSignal, label_dropout: float = 0.0):
-    """Train the teacher that a script without `--teacher` begins with, in `teacher` under its own --out-dir; `args` then names it.
+def train_first_teacher(args, run, stop: StopSignal, script: str, label_dropout: float = 0.0):
+    """Train the teacher that a `script` without `--teacher` begins with, in `teacher` under its own --out-dir; `args` then names it.
 
     Stopped on the way, the process ends here.
     """
+    last = Path(args.out_dir) / "last.pt"  # now, not after days of the teacher's training
+    if last.exists() and not args.overwrite and (other := load_checkpoint(last).get("script")) != script:
+        raise UserError(f"--out-dir {args.out_dir} holds a run of {other}.py; choose another, or --overwrite it")
     first = teacher_recipe(vars(args))
     first |= {key: value for key, value in vars(args).items() if key in SHARED_DEFAULTS.keys() | {"net", "flip", "class_cond"}}
     first |= dict(out_dir=str(Path(args.out_dir) / "teacher"), total_steps=args.teacher_steps, label_dropout=label_dropout,

@@ -1,7 +1,7 @@
 """Consistency trajectory models: one network that jumps from any noise level t to any s <= t, in one step or in many.
 
     python ctm.py                                            digits: trains a teacher, then distils it, in minutes
-    python ctm.py --teacher none --out-dir out/scratch       from scratch: the model's own jumps take the teacher's place
+    python ctm.py --teacher none --out-dir out/scratch       from scratch: its own jumps take the teacher's place
     python ctm.py --disc conv --disc-start 800 --out-dir out/gan
     torchrun --nproc_per_node=8 ctm.py --teacher edm_imagenet64_ema.pt --dataset imagenet64 --data-dir /data/imagenet64
 
@@ -10,17 +10,17 @@
     python ctm.py --ckpt out/ctm/last.pt --sample 64 --heun 18
     python ctm.py --ckpt out/ctm/last.pt --edit inpaint --image photo.png --mask hole.png --labels 3
 
-`--ckpt` takes what this script writes, and the released ImageNet-64 model. The same command again resumes a run, exactly,
-on any number of processes.
+`--ckpt` takes what this script writes, and the released ImageNet-64 model. The same command again resumes a run,
+exactly, on any number of processes.
 
-Paper: Kim et al. 2023 (CTM, arXiv 2310.02279). Where it and the authors' code (sony/ctm) disagree the code is followed, and
-the place is marked: the published results are the code's. Projected critic: Sauer et al. 2021 (arXiv 2111.01007).
-DiffAugment: Zhao et al. 2020 (arXiv 2006.10738).
+Paper: Kim et al. 2023 (CTM, arXiv 2310.02279). Where it and the authors' code (sony/ctm) disagree the code is
+followed, and the place is marked: the published results are the code's. Projected critic: Sauer et al. 2021
+(arXiv 2111.01007). DiffAugment: Zhao et al. 2020 (arXiv 2006.10738).
 
-Log, one JSON object a line: step (generator's and critic's, in turn, once there is a critic); images = seen so far; loss =
-the CTM term, and loss_bins its mean where t is below 0.1, 1, 10 and above; loss_dsm; lambda_dsm = its adaptive weight; with a
-critic loss_gan, lambda_gan and loss_disc; k = solver steps of this batch; grad_norm; lr; images_per_s; peak_gb; skipped =
-steps left out because their loss was not finite.
+Log, one JSON object a line: step (generator's and critic's, in turn, once there is a critic); images = seen so far;
+loss = the CTM term, and loss_bins its mean where t is below 0.1, 1, 10 and above; loss_dsm; lambda_dsm = its adaptive
+weight; with a critic loss_gan, lambda_gan and loss_disc; k = solver steps of this batch; grad_norm; lr; images_per_s;
+peak_gb; skipped = steps left out because their loss was not finite.
 """
 import copy
 import functools
@@ -60,6 +60,7 @@ def recipe(given):
     dataset, teacher = common.known_dataset(given), given.get("teacher")
     settings = dict(class_cond=None, teacher_steps=common.TEACHERS[dataset]["total_steps"]) | common.DATASETS[dataset] | CTM
     settings |= STUDENTS.get(dataset, STUDENTS["imagenet64"])
+    refuse({"sigmas"}, "applies to sampling only: name a checkpoint with --ckpt")
     if teacher is not None:
         refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
         del settings["teacher_steps"]
@@ -437,8 +438,10 @@ if __name__ == "__main__":
     common.check_times(args.times, common.karras_times(args.N))
     with common.main_process_first(run):  # now, not after days of the teacher's training
         dist = common.make_distance(args.dist, run.device)
+        if args.disc != "none":
+            CRITICS[args.disc](64)  # whether it can be had
     if args.teacher is None:
-        common.train_first_teacher(args, run, stop)
+        common.train_first_teacher(args, run, stop, "ctm")
     teacher, settings = common.open_teacher(args, run)
     size = settings["image_size"]
 
