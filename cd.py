@@ -75,6 +75,8 @@ def recipe(given):
     else:
         refuse({"stop_gradient"}, "applies to --objective continuous only")
     if "teacher" in given:
+        if given["teacher"] == "none":
+            raise UserError("--teacher none: a student needs a teacher; ct.py and ctm.py train from scratch")
         refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
         del settings["teacher_steps"]
         if given["teacher"] != "ideal":

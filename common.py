@@ -5,7 +5,8 @@ In this order, each section using only what stands above it:
     constants and errors     T_MIN T_MAX RHO SIGMA_DATA, UserError, atomic_file
     noise levels             karras_times interval_probabilities random_times
     preconditioning          edm_scalings cm_scalings denoise consistency
-    solvers and samplers     euler_step heun_step heun_sample multistep_sample edit ideal_denoiser guide
+    solvers and samplers     euler_step heun_step heun_sample multistep_sample edit ideal_denoiser
+                             net_denoiser guide
     parts of losses          l1 l2 pseudo_huber LPIPS make_distance edm_loss WEIGHTS replay_random
     continuous time          consistency_jvp continuous_loss
     network                  UNet NETS make_net
@@ -391,7 +392,7 @@ def make_distance(name: str, device):
     return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "huber": pseudo_huber}[name]
 
 
-def edm_loss(net, x0, noise, t, y, extra=None):
+def edm_loss(net, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, extra: Tensor | None = None) -> Tensor:
     """The denoising loss of each image, weighted by lambda(t) = 1/t^2 + 1/sigma_data^2: mean over pixels, 1 for F_x = 0 on average.
 
     Args:    net: a UNet.  x0, noise: (B,C,H,W).  t: (B,).  y, extra: as `denoise`.
@@ -1109,7 +1110,7 @@ def place(net: UNet, run) -> UNet:
     return net.to(run.device, memory_format=torch.channels_last if run.device.type == "cuda" else torch.contiguous_format)
 
 
-INIT, STEP, SAMPLE = 1, 2, 3  # what a seed is for stands first in its key, so that no two uses share a stream
+INIT, STEP, SAMPLE, SOLVER = 1, 2, 3, 4  # what a seed is for stands first in its key, so that no two uses share a stream
 
 
 def seed_everything(*key: int):
@@ -1221,8 +1222,8 @@ def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
         state = load_checkpoint(path)
     if "model_args" in state:
         if state.get("script") not in scripts:
-            raise UserError(f"{path} was written by {state.get('script', 'another tool')}"
-                            + ".py: give it to that script" * ("script" in state))
+            raise UserError(f"{path} was written by {state.get('script', 'another tool')}" + ".py" * ("script" in state)
+                            + f"; what is asked for here is written by {' or '.join(script + '.py' for script in scripts)}")
         with explain(f"{path} holds no network of this version"):
             net = UNet(**state["model_args"])
             net.load_state_dict(state["ema"])
@@ -1232,9 +1233,12 @@ def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
         with contextlib.suppress(RuntimeError, KeyError, IndexError):  # no DhariwalUNet after all: fits no network
             state, theirs = from_nvidia(state), dict(time_scale=1e-3)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    theirs |= dict(classes=(*shapes.get("label_emb.weight", ()), 0)[0]) | (dict(extra=True) if "time_embed_s.0.weight" in shapes else {})
-    if "extra" in theirs and "ctm" not in scripts:
-        raise UserError(f"{path}: this network has a further input. Trajectory models go to ctm.py; of a guided student name last.pt")
+    theirs["classes"] = (*shapes.get("label_emb.weight", ()), 0)[0]
+    if "time_embed_s.0.weight" in shapes:
+        if "ctm" not in scripts:
+            raise UserError(f"{path}: this network has a further input, as trajectory models have, which go to ctm.py --ckpt, and guided "
+                            "students, of which name last.pt")
+        theirs["extra"] = True
     for name, settings in NETS.items():
         if "time_scale" in theirs and (settings["head_channels"] != 64 or settings["base"] < 128):
             continue  # the shapes may fit, but NVIDIA's heads have 64 channels, and its narrow layers fewer groups
@@ -1662,7 +1666,7 @@ def teacher_recipe(given: dict) -> dict:
 
 
 @torch.no_grad()
-def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
+def sample_teacher(net, N: int, y: Tensor | None, noise, shape, w: float = 0.0, churn: float = 0.0) -> Tensor:
     """Draw images (B,C,H,W) with a teacher: N Heun steps, 2 N - 1 calls of the denoiser; guided if w > 0, two calls for one."""
     x_T = T_MAX * noise(torch.zeros(shape, device=next(net.parameters()).device))
     D = guide(net_denoiser(net), y, x_T.new_full((len(x_T),), w) if w else None)
@@ -1678,7 +1682,7 @@ def train_first_teacher(args, run, stop: StopSignal, script: str, label_dropout:
     if last.exists() and not args.overwrite and (other := load_checkpoint(last).get("script")) != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {other}.py; choose another, or --overwrite it")
     first = teacher_recipe(vars(args))
-    first |= {key: value for key, value in vars(args).items() if key in SHARED_DEFAULTS.keys() | {"net", "flip", "class_cond"}}
+    first |= {key: value for key, value in vars(args).items() if key in SHARED_DEFAULTS.keys() | {"net", "flip"}}
     first |= dict(out_dir=str(Path(args.out_dir) / "teacher"), total_steps=args.teacher_steps, label_dropout=label_dropout,
                   micro_batch=math.gcd(first["batch_size"], args.micro_batch))
     finished, stopped = train_teacher(argparse.Namespace(**first), run, stop)
@@ -1840,18 +1844,18 @@ def teacher_denoiser(args, run, teacher: UNet | None, dataset):
 LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
 
 
-def luminance(x):
+def luminance(x: Tensor) -> Tensor:
     """The projection of each pixel's colour onto the direction of luminance: what a grey picture says."""
     q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
     return q * (q * x).sum(1, keepdim=True)
 
 
-def patch_means(x, factor):
+def patch_means(x: Tensor, factor: int) -> Tensor:
     """Each factor x factor patch replaced by its mean: what a small picture says."""
     return F.avg_pool2d(x, factor).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def slerp(z1, z2, a):
+def slerp(z1: Tensor, z2: Tensor, a: Tensor) -> Tensor:
     """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). Source: CM App. D."""
     a, psi = bcast(a, z1), bcast(F.cosine_similarity(z1.flatten(1), z2.flatten(1)).arccos(), z1)
     return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
@@ -1886,7 +1890,7 @@ def check_edit_flags(args):
 EDITING_DEFAULTS = dict(edit=None, image=None, mask=None, factor=None, noise_level=None, noisy=False)
 
 
-def read_image(path, size, factor=None, flag="--image"):
+def read_image(path, size: int, factor: int | None = None, flag: str = "--image") -> tuple[Tensor, bool]:
     """An image file -> (3,size,size) in [-1, 1] and whether it was whole; with `factor` one of size / factor pixels will do."""
     from PIL import Image
     with explain(f"{flag} {path} cannot be read as an image"), Image.open(path) as image:
@@ -1897,7 +1901,7 @@ def read_image(path, size, factor=None, flag="--image"):
         return torch.from_numpy(fit_image(image, size, f"{flag} {path}").copy()).permute(2, 0, 1) / 127.5 - 1, not small
 
 
-def read_mask(path, size):
+def read_mask(path, size: int) -> Tensor:
     """(1,1,size,size) float: 1 where the mask image is white, nearer than to black. Without one the central square."""
     mask = torch.zeros(1, 1, size, size)
     if path is None:

@@ -19,8 +19,9 @@ followed, and the place is marked: the published results are the code's. Project
 
 Log, one JSON object a line: step (generator's and critic's, in turn, once there is a critic); images = seen so far;
 loss = the CTM term, and loss_bins its mean where t is below 0.1, 1, 10 and above; loss_dsm; lambda_dsm = its adaptive
-weight; with a critic loss_gan, lambda_gan and loss_disc; k = solver steps of this batch; grad_norm; lr; images_per_s;
-peak_gb; skipped = steps left out because their loss was not finite.
+weight; with a critic (disc, in the flags) loss_gan, lambda_gan and loss_disc; k = solver steps of this batch;
+grad_norm; lr; images_per_s; peak_gb; skipped = steps left out because their loss or its gradient was not finite. What
+a step does not have is that of the step before.
 """
 import copy
 import functools
@@ -41,14 +42,16 @@ from common import UserError, bcast
 # Recipes: the paper's, and where it says nothing the authors' commands. glyphs and "path" (your own images) are ours, the former
 # tuned on 2 cores; the teachers' are in common.py. Nothing was published for LSUN: ImageNet's settings stand in.
 CTM = dict(teacher=None, matching="soft", solver="heun", dist="lpips", mu=0.999, s_init="published", times=[-1.2, 1.2], dropout=0.0,
-           ema_decay=0.999, disc="none", disc_start=0, disc_weight=1.0, disc_lr=2e-3)
+           ema_decay=0.999, disc="none", disc_weight=1.0, disc_lr=2e-3)
 STUDENTS = {
-    "glyphs": dict(batch_size=32, total_steps=1300, lr=1e-3, max_steps=3, dist="huber", mu=0.99, ema_decay=0.997, times=[-0.6, 1.4]),
-    "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, max_steps=8, dist="huber"),
+    "glyphs": dict(batch_size=32, total_steps=1300, lr=1e-3, max_steps=3, dist="huber", mu=0.99, ema_decay=0.997, times=[-0.6, 1.4],
+                   disc_start=800),
+    "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, max_steps=8, dist="huber", disc_start=50_000),
     "cifar10": dict(batch_size=256, total_steps=100_000, lr=4e-4, max_steps=17, mu=0.9999, dropout=0.13, disc="projected", disc_start=50_000),
     "imagenet64": dict(batch_size=2048, total_steps=30_000, lr=8e-6, max_steps=20, disc="projected", disc_start=10_000),
 }
-CRITIC_ONLY = {"disc_start", "disc_weight", "disc_lr"}
+SCRATCH = {"glyphs": dict(total_steps=2400, lr=2e-3, mu=0.9)}  # what --teacher none has otherwise
+TERMS = ("loss", "loss_dsm", "lambda_dsm", "loss_gan", "lambda_gan")  # of the generator's steps, as the log has them
 
 
 def recipe(given):
@@ -65,7 +68,7 @@ def recipe(given):
         refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
         del settings["teacher_steps"]
     if teacher == "none":
-        settings["solver"] = "jump"
+        settings |= dict(solver="jump") | SCRATCH.get(dataset, {})  # code; the paper takes heun steps of the model's own denoiser
     elif given.get("solver") == "jump":
         raise UserError("--solver jump applies to --teacher none only: a teacher's step is heun")
     elif teacher not in (None, "ideal"):
@@ -74,9 +77,17 @@ def recipe(given):
     if given.get("matching") == "local":
         refuse({"max_steps"}, "does not apply with --matching local: that is one solver step")
         settings["max_steps"] = 1
-    if given.get("disc", settings["disc"]) == "none":
-        refuse(CRITIC_ONLY, "does not apply without a --disc")
-        settings = {key: value for key, value in settings.items() if key not in CRITIC_ONLY}
+    if given.get("matching") == "global":  # the solver alone has to get from t to s
+        settings["max_steps"] = given.get("N", settings["N"]) - 1
+        if given.get("solver", settings["solver"]) == "jump":
+            raise UserError("--matching global needs --solver heun: the model's own jump would be its own target")
+    settings |= given
+    if settings["disc"] == "none":
+        refuse({"disc_start", "disc_weight", "disc_lr"}, "does not apply without a --disc")
+    elif settings["disc_start"] >= settings["total_steps"]:
+        raise UserError(f"--disc-start {settings['disc_start']}: with --total-steps {settings['total_steps']} the critic never has its turn")
+    if settings["times"] == ["uniform"]:
+        raise UserError("--times uniform: the denoising loss draws from MEAN STD")
     return settings
 
 
@@ -88,7 +99,7 @@ def flags():
     group.add_argument("--teacher-steps", type=common.positive, metavar="K", help="optimizer steps of the teacher that is trained first")
     group.add_argument("--N", type=common.number(int, 2), metavar="N", help="noise levels of the grid (CTM 18 or 40)")
     group.add_argument("--max-steps", type=common.positive, metavar="M", help="most solver steps from t to u; k of them with probability "
-                       "~ k, k = 1 .. M (CTM 17 of N = 18, 20 of N = 40)")
+                       "~ k, k = 1 .. M (CTM 17 of N = 18, 20 of N = 40; global N - 1)")
     group.add_argument("--matching", choices=("soft", "local", "global"), help="where the target's jump begins: at any u from t down to s "
                        "(soft, CTM), one step below t (local), at s (global: the solver's result is the target)")
     group.add_argument("--solver", choices=("heun", "jump"), help="from t to u: Heun steps of the teacher or, from scratch, of the model's "
@@ -146,7 +157,7 @@ def draw_indices(B, N, k, device):
     t_min to u, both ends included. Two (B,) int64. Source: the code's order, t, u, then s; the paper draws s before u.
     """
     i = k + torch.randint(N - k, (B,), device=device)
-    j = torch.randint(2**62, (B,), device=device) % (i - k + 1)
+    j = (torch.rand(B, device=device) * (i - k + 1)).long()  # the largest number below 1 does not round up here
     return i, j
 
 
@@ -162,6 +173,11 @@ def heun_solve(D, times, x, i, k, y):
     for done in range(k):
         x = common.heun_step(lambda x, t: D(x, t, y), x, times[i - done], times[i - done - 1])
     return x
+
+
+def jump_solve(target, times, x, i, k, y):
+    """The same in one jump of the target network: what stands in for a teacher."""
+    return G(target, x, times[i], times[i - k], y)
 
 
 def estimate(net, target, x_t, t, s, t_min, y):
@@ -195,7 +211,7 @@ def adaptive_weight(gradient, other):
 
 
 def last_layer(net):
-    """The weight whose gradients are compared: the second convolution of the last residual block (code)."""
+    """The weight whose gradients are compared: the second convolution of the last residual block (code, ImageNet; CIFAR-10's net has another)."""
     return net.output_blocks[-1][0].out_layers[3].weight
 
 
@@ -405,15 +421,17 @@ def use_checkpoint(args, run):
     ways = [f"--{key}" for key in ("sigmas", "steps", "heun", "edit") if getattr(args, key) is not None]
     if len(ways) > 1 and ways != ["--sigmas", "--edit"]:
         raise UserError(f"{ways[0]} and {ways[1]} do not apply together")
+    levels = step_levels(args.steps) if args.steps else args.sigmas or [common.T_MAX]
     if args.gamma is not None and (args.heun or args.edit):
         raise UserError(f"--gamma does not apply with {ways[-1]}")
+    if args.gamma is not None and len(levels) == 1:
+        raise UserError("--gamma says what happens between jumps: name several with --steps or --sigmas")
     net = common.place(net, run)
     if args.edit:
         def f(y):
             return lambda x, t: G(net, x, t, torch.full_like(t, common.T_MIN), y).clamp(-1, 1)
         return common.edit_images(args, run, net, f)
     args.sample = args.sample or 64
-    levels = step_levels(args.steps) if args.steps else args.sigmas or [common.T_MAX]
     draw, calls = functools.partial(sample, net, levels, args.gamma or 0.0), len(levels)
     if args.heun:
         draw, calls = functools.partial(sample_heun, net, args.heun), 2 * args.heun - 1
@@ -438,8 +456,8 @@ if __name__ == "__main__":
     common.check_times(args.times, common.karras_times(args.N))
     with common.main_process_first(run):  # now, not after days of the teacher's training
         dist = common.make_distance(args.dist, run.device)
-        if args.disc != "none":
-            CRITICS[args.disc](64)  # whether it can be had
+        if args.teacher is None and args.disc == "projected":
+            ProjectedCritic(64)  # whether its networks can be had
     if args.teacher is None:
         common.train_first_teacher(args, run, stop, "ctm")
     teacher, settings = common.open_teacher(args, run)
@@ -461,18 +479,19 @@ if __name__ == "__main__":
     if teacher is not None:  # all but the embedding of s
         net.load_state_dict(net.state_dict() | teacher.state_dict())
     net = common.place(net, run)
-    target = copy.deepcopy(net).requires_grad_(False)
+    target = copy.deepcopy(net).requires_grad_(False)  # in training mode: it drops out too, by masks of its own (code)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizers = [torch.optim.RAdam(net.parameters(), args.lr, foreach=True)]
-    buffers, critic = [common.flatten_gradients(net, tail=6 + 2 * common.BINS)], None  # what the ranks sum each step
+    numbers = len(TERMS) + 1 + 2 * common.BINS  # beside the gradients
+    buffers, critic = [common.flatten_gradients(net, numbers)], None  # what the ranks sum each step
     if args.disc != "none":
         common.seed_everything(common.INIT, args.seed, 1)
         with common.main_process_first(run):
             critic = CRITICS[args.disc](size).to(run.device).eval()
         optimizers.append(torch.optim.RAdam(critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True))
-        buffers.append(common.flatten_gradients(critic.heads, tail=6 + 2 * common.BINS))
+        buffers.append(common.flatten_gradients(critic.heads, numbers))
 
-    out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
+    out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, [0, 0], False
     if state := common.resume_state(args, run, "ctm", model_args):
         step, skipped = state["step"], state["skipped"]
         for module, key in ((net, "net"), (target, "target"), (ema, "ema"), (critic, "critic")):
@@ -514,16 +533,18 @@ if __name__ == "__main__":
     loader = common.make_loader(dataset, indices, args.workers, run.device)
     times = common.karras_times(args.N).to(run.device)
     if args.solver == "jump":
-        solve = lambda x, i, k, y: G(target, x, times[i], times[i - k], y)  # noqa: E731
+        solve = functools.partial(jump_solve, target, times)
     else:
         solve = functools.partial(heun_solve, D or (lambda x, t, y: g(target, x, t, t, y)), times)
     bar, since, record = common.progress(args, run, step), (time.perf_counter(), step), {}
     while step < args.total_steps and not stopping:
         # ------------------------------------------------------------------------------------ one training step
-        k = 1 + int(np.random.default_rng((common.STEP, args.seed, step)).choice(args.max_steps, p=step_probabilities(args.max_steps)))
+        k = 1 + int(np.random.default_rng((common.SOLVER, args.seed, step)).choice(args.max_steps, p=step_probabilities(args.max_steps)))
         adversarial = critic is not None and step >= args.disc_start
         critics_turn = adversarial and (step - args.disc_start) % 2 == 1
+        terms = TERMS if adversarial else TERMS[:3]
         buffer, tail = buffers[critics_turn]
+        sums, stop_sum, bins = tail[:len(TERMS)], tail[len(TERMS)], tail[len(TERMS) + 1:].view(2, -1)  # bins: of the losses, of the images
         buffer.zero_()
         if adversarial:
             critic.heads.requires_grad_(critics_turn)
@@ -541,43 +562,41 @@ if __name__ == "__main__":
                     fake = estimate(net, target, x0 + bcast(times[i], x0) * noise, times[i], times[j], times[0].expand(len(x0)), y)
                 loss = hinge_loss(critic, x0, fake)
                 (share * loss).backward()
-                tail[0] += share * loss.detach()
+                sums[0] += share * loss.detach()
             else:
-                ctm, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
-                t = dsm_times(len(x0), args.times, run.device)
+                losses, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
+                t, ctm = dsm_times(len(x0), args.times, run.device), losses.mean()
                 dsm = common.edm_loss(net, x0, torch.randn_like(x0), t, y, common.c_noise(t)).mean()
                 gan = -critic(x_est).mean() if adversarial else None
-                weights = add_gradients(net, ctm.mean(), dsm, gan, getattr(args, "disc_weight", 0.0), share)
-                for place, value in enumerate((ctm.mean(), None, dsm, weights[0], gan, weights[1])):
-                    if value is not None:
-                        tail[place] += share * value.detach()
-                common.tally(tail[6:].view(2, -1), times[i], ctm.detach())
-        tail[1] = stop.number > 0
+                lambda_dsm, lambda_gan = add_gradients(net, ctm, dsm, gan, args.disc_weight, share)
+                for number, value in zip(range(len(terms)), (ctm, dsm, lambda_dsm, gan, lambda_gan)):
+                    sums[number] += share * value.detach()
+                common.tally(bins, times[i], losses.detach())
+        stop_sum.fill_(stop.number > 0)
         if run.world > 1:
             torch.distributed.all_reduce(buffer)
 
-        loss, stopping, *more = tail[:6].tolist()
+        loss, stopping = sums[0].item(), stop_sum.item() > 0
         grad_norm = torch.linalg.vector_norm(buffer[:-len(tail)]).item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            bad_in_a_row = 0
+            bad_in_a_row[critics_turn] = 0
             optimizers[critics_turn].step()
             if not critics_turn:
                 common.ema_update(target, net, args.mu)
                 common.ema_update(ema, net, args.ema_decay)
         else:
-            bad_in_a_row, skipped = bad_in_a_row + 1, skipped + 1
+            bad_in_a_row[critics_turn] += 1
+            skipped += 1
         step += 1
         # -----------------------------------------------------------------------------------------------------
 
-        if bad_in_a_row == 10:
+        if bad_in_a_row[critics_turn] == 10:
             bar.close()
             common.too_many_bad_steps(step, loss, grad_norm, out_dir)
         bar.update()
         last = stopping or step == args.total_steps
-        bins = tail[6:].view(2, -1)
-        record |= dict(loss_disc=loss) if critics_turn else dict(
-            loss=loss, loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm, k=k, loss_dsm=more[0], lambda_dsm=more[1],
-            **dict(loss_gan=more[2], lambda_gan=more[3]) if adversarial else {})
+        record |= dict(loss_disc=loss) if critics_turn else dict(zip(terms, sums.tolist())) | dict(
+            loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm, k=k)
         if args.log_every and (step % args.log_every == 0 or last) and run.main:
             since = common.report(log, bar, args, step, since, **record, skipped=skipped, peak_gb=common.peak_memory_gb(run.device))
         if (args.save_every and step % args.save_every == 0) or last:

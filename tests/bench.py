@@ -101,7 +101,7 @@ def quality(args):
         net, trained = common.load_network(path, ("cd", "ct", "ctm"))
         if trained["args"].get("stage") == "teacher":
             ways = {f"{2 * args.N - 1} calls, Heun": functools.partial(common.sample_teacher, net, args.N, w=args.w)}
-        elif trained["script"] == "ctm":
+        elif net.extra and trained["script"] != "cd":
             ways = {f"{n} call(s), gamma {gamma}": functools.partial(ctm.sample, net, ctm.step_levels(n), gamma)
                     for n in args.steps for gamma in args.gamma if n > 1 or gamma == args.gamma[0]}  # one step knows no gamma
             ways |= {f"{2 * args.N - 1} calls, Heun on g": functools.partial(ctm.sample_heun, net, args.N)}

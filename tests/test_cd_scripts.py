@@ -266,6 +266,7 @@ MISTAKES = {
     "guidance without labels": (["--teacher", "ideal", "--dataset", "images", "--w-max", "2"], "--w-max needs labels"),
     "hidden labels without labels": (["--stage", "teacher", "--dataset", "images", "--label-dropout", "0.1"], "--label-dropout needs labels"),
     "a student as teacher": (["--teacher", "student.pt"], "--teacher student.pt holds a student"),
+    "no teacher": (["--teacher", "none"], "--teacher none: a student needs a teacher"),
     "missing teacher": (["--teacher", "nowhere.pt"], "nowhere.pt: No such file"),
     "levels for a teacher": (["--ckpt", "teacher.pt", "--sigmas", "80"], "--sigmas does not apply"),
     "too much guidance": (["--ckpt", "student.pt", "--w", "3.5"], "--w 3.5: student.pt was trained for weights up to 3"),
