@@ -4,6 +4,7 @@
     python guided_distill.py --sampler S --teacher out/guided_distill/teacher/last.pt --out-dir out/stochastic
     python guided_distill.py --w-max 0 --out-dir out/plain   progressive distillation alone: no guidance, or no labels
     torchrun --nproc_per_node=8 guided_distill.py --dataset imagenet64 --data-dir /data/imagenet64
+    torchrun --nproc_per_node=8 guided_distill.py --teacher diffusers:stable-diffusion-2-1/ --dataset latents.npz   latents and text
 
     python guided_distill.py --ckpt out/guided_distill/N0004.pt --sample 64 --w 1 --save out.png
     python guided_distill.py --ckpt out/guided_distill/stage1.pt --sample 64 --N 32 --w 4
@@ -22,10 +23,14 @@ steps left out because their loss was not finite.
 """
 import copy
 import functools
+import hashlib
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed
 
@@ -41,6 +46,9 @@ STUDENTS = {
     "cifar10": dict(batch_size=128, lr=5e-5, ema_decay=0.999, start=1024, stage1_steps=100_000, round_steps=50_000, last_steps=100_000),
     "imagenet64": dict(batch_size=2048, lr=1e-4, ema_decay=0.999, start=1024, stage1_steps=50_000, round_steps=50_000, last_steps=100_000),
 }
+# GD's for text; it starts from a teacher fine-tuned to v. Learning rate and EMA are ours.
+LATENT = dict(batch_size=512, micro_batch=8, flip=False, lr=1e-5, ema_decay=0.999, start=512, stage1_steps=3000, round_steps=2000,
+              last_steps=20_000, w_min=2.0, w_max=14.0)
 PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc", stage1_steps=0)  # PD: of a teacher without guidance there is nothing to distil first
 LAST_N = {True: 4, False: 2}  # rounds that take --last-steps, guided (GD) or not (PD)
 STUDENT_ONLY = {"teacher", "teacher_steps", "sampler", "w_min", "w_max", "start", "end", "stage1_steps", "round_steps", "last_steps",
@@ -64,6 +72,13 @@ def recipe(given):
     settings = dict(class_cond=None, stage="distill", teacher_steps=common.TEACHERS[dataset]["total_steps"]) | common.DATASETS[dataset] | GD
     settings |= STUDENTS.get(dataset, STUDENTS["imagenet64"])
     del settings["N"]
+    if str(teacher).startswith("diffusers:"):
+        refuse({"flip", "dropout"}, "does not apply with --teacher diffusers:PATH")
+        if "dataset" not in given or given.get("sampler") == "encoder":
+            raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see the README), and has no --sampler encoder")
+        settings |= LATENT
+        if given.get("w_max", 14) < 2:
+            settings |= dict(w_min=0.0)
     guided = given.get("w_max", 0.0 if given.get("sampler") == "encoder" or dataset in ("bedroom256", "cat256") else 4.0) > 0
     if not guided:
         refuse({"w_min"}, "does not apply without --w-max")
@@ -99,7 +114,7 @@ def flags():
     group.add_argument("--stage", choices=("teacher", "distill"), help="train a teacher, or distil one (default; without --teacher one is "
                        "trained first, by its recipe)")
     group.add_argument("--teacher", metavar="FILE", help="a teacher written by --stage teacher or cd.py's, released EDM weights "
-                       "(--w-max 0), or the word ideal: the exact denoiser of the training images")
+                       "(--w-max 0), ideal: the exact denoiser of the training images, or diffusers:PATH: a latent diffusion model")
     group.add_argument("--teacher-steps", type=common.positive, metavar="K", help="optimizer steps of the teacher that is trained first")
     group.add_argument("--label-dropout", type=common.number(float, 0, 1), metavar="P", help="teacher: share of labels hidden, for "
                        "guidance (default 0.1)")
@@ -230,7 +245,7 @@ def loss_fn(student, target, angle, x0, noise, tau, weight):
 
 
 def plan(settings):
-    """The rounds: (N, optimizer steps) each, stage 1 first with N = 0. The first student has half its teacher's steps, a stochastic one as many."""
+    """The rounds: (N, optimizer steps) each, stage 1 first with N = 0. The first student has half its teacher's steps, an S one as many."""
     rounds = [(0, settings["stage1_steps"])] if settings["stage1_steps"] else []
     N, last = settings["start"] // (1 if settings["sampler"] == "S" else 2), LAST_N[settings["w_max"] > 0]
     while N >= settings["end"]:
@@ -271,11 +286,11 @@ def sample(v, angle, N, sampler, z, noise=torch.randn_like, start=None, paste=No
 
 
 @torch.no_grad()
-def draw(v, angle, N, sampler, w, y, noise, shape, device):
+def draw(v, angle, N, sampler, w, y, noise, shape, device, decode=lambda z: z.clamp(-1, 1)):
     """Draw images (B,C,H,W) in N calls of v: (z, tau, y, w)."""
     z = noise(torch.zeros(shape, device=device))
     w = None if w is None else z.new_full((len(z),), w)
-    return sample(lambda z, tau: v(z, tau, y, w), angle, N, sampler, z, noise).clamp(-1, 1)
+    return decode(sample(lambda z, tau: v(z, tau, y, w), angle, N, sampler, z, noise))
 
 
 def open_student(path, run, encoder=False):
@@ -301,20 +316,167 @@ def open_student(path, run, encoder=False):
     return lambda z, tau, y, w: common.guide(D, y, w if w.any() else None)(z, tau), angle, *found, net
 
 
-def use_checkpoint(args, run):
-    """`--ckpt`: sample or edit. Raises UserError for what the student was not trained for."""
-    v, angle, N, sampler, w_min, w_max, net = open_student(args.ckpt, run)
+# ------------------------------------------------------------------------------------------------------------
+# Latent diffusion models, read by the package diffusers
+# ------------------------------------------------------------------------------------------------------------
+
+class Latents:
+    """Encoded images (n,C,h,w) as the UNet sees them, and what they are conditioned on: embeddings (n,L,D) or labels (n,). An .npz."""
+    def __init__(self, path):
+        with common.explain(f"--dataset {path} holds no latents"):
+            with np.load(path) as file:
+                keys = set(file)
+            self.latents = common.map_array(Path(path), "latents")
+            key = "embeddings" if "embeddings" in keys else "labels"
+            self.conditions, self.text = common.map_array(Path(path), key), key == "embeddings"
+            self.null = torch.from_numpy(common.map_array(Path(path), "null").astype(np.float32)) if self.text else None  # (L,D)
+            if len(self.latents) != len(self.conditions):
+                raise UserError(f"--dataset {path}: {len(self.latents)} latents, {len(self.conditions)} {key}")
+
+    def __len__(self):
+        return len(self.latents)
+
+    def __getitems__(self, indices):
+        latents, conditions = (torch.from_numpy(np.array(part[indices])) for part in (self.latents, self.conditions))
+        return latents.float(), conditions.float() if self.text else conditions.long()
+
+
+class LatentModel:
+    """A UNet2DConditionModel, class- or text-conditional, predicting noise, v or x, in the folder of a pipeline."""
+    def __init__(self, path, run):
+        try:
+            import diffusers
+            self.library, _ = diffusers, (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"--teacher diffusers:PATH needs the package diffusers: {common.first_line(error)}") from error
+        self.path, self.run = Path(path), run
+        with common.explain(f"--teacher diffusers:{path} cannot be read"):
+            unet = diffusers.UNet2DConditionModel.from_pretrained(path, subfolder="unet")
+            self.teacher = unet.requires_grad_(False).eval().to(run.device)
+            scheduler = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text())
+            self.digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted((self.path / "unet").iterdir()))).hexdigest()[:12]
+        # What a student of N steps is sampled with: from the top, to alpha = 1, unclipped.
+        self.scheduler = diffusers.DDIMScheduler.from_config(scheduler, timestep_spacing="trailing", clip_sample=False,
+                                                             set_alpha_to_one=True)
+        self.prediction, self.steps = self.scheduler.config.prediction_type, self.scheduler.config.num_train_timesteps
+        alpha = self.scheduler.alphas_cumprod.double().sqrt()
+        if self.prediction == "epsilon" and alpha[-1] < 1e-3:
+            raise UserError(f"--teacher diffusers:{path}: predicting noise, it says nothing about x at zero SNR; fine-tune it to v first")
+        self.angles = torch.cat([torch.zeros(1, dtype=torch.float64), alpha.acos()])
+        config = self.teacher.config
+        self.shape = config.in_channels, config.sample_size, config.sample_size
+
+    def index(self, tau):
+        """tau in [0, 1] -> 0 .. steps; the network's timestep is one less, and at 0 there is no noise. Grids of N nest for any N."""
+        return (tau * self.steps).round().long()
+
+    def angle(self, tau):
+        return self.angles[self.index(tau)]
+
+    def student(self, guided):
+        """The teacher's copy; with room for w, added to the time's sinusoid before the MLP, and zero at first."""
+        config = dict(self.teacher.config) | (dict(time_cond_proj_dim=256) if guided else {})
+        net = self.library.UNet2DConditionModel.from_config(config)
+        net.load_state_dict(self.teacher.state_dict(), strict=False)
+        if guided:
+            torch.nn.init.zeros_(net.time_embedding.cond_proj.weight)
+        return net.to(self.run.device).eval()  # no dropout
+
+    def v(self, net, null=None):
+        """v(z, tau, c, w) of a UNet: c (B,L,D) or labels (B,), None for none; w (B,) or None, told as diffusers' pipelines tell it."""
+        def v(z, tau, c, w=None):
+            phi = self.angle(tau)
+            alpha, sigma = on(phi.cos(), z), on(phi.sin(), z)
+            if c is None:
+                c = torch.full((len(z),), net.config.num_class_embeds - 1, device=z.device) if null is None else \
+                    null.to(z.device).expand(len(z), -1, -1)
+            text = dict(encoder_hidden_states=c) if c.ndim == 3 else dict(encoder_hidden_states=None, class_labels=c)
+            w = None if w is None else w_features(w, net.config.time_cond_proj_dim)
+            with torch.autocast(z.device.type, self.run.dtype, enabled=self.run.dtype != torch.float32):
+                out = net(z, (self.index(tau) - 1).to(z.device), timestep_cond=w, **text).sample
+            out = out.float()
+            if self.prediction == "epsilon":
+                return (out - sigma * z) / alpha  # alpha >= 0.068 for Stable Diffusion
+            return out if self.prediction == "v_prediction" else (alpha * z - out) / sigma
+        return v
+
+    @functools.cached_property
+    def vae(self):
+        return self.library.AutoencoderKL.from_pretrained(self.path, subfolder="vae").requires_grad_(False).eval().to(self.run.device)
+
+    def decode(self, z):
+        return self.vae.decode(z / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    def export(self, net, path):
+        """A folder that diffusers' pipelines load: that of the teacher, with this UNet and the scheduler of its steps."""
+        shutil.copytree(self.path, path, dirs_exist_ok=True, ignore=lambda folder, names: {"unet", "scheduler"} & set(names))
+        net.save_pretrained(path / "unet")
+        self.scheduler.save_pretrained(path / "scheduler")
+        if (path / "model_index.json").exists():
+            index = json.loads((path / "model_index.json").read_text()) | dict(scheduler=["diffusers", "DDIMScheduler"])
+            (path / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def w_features(w, dim):
+    """(B,) -> (B, dim), diffusers' embedding of guidance_scale - 1 = w. In float32: half of it would round 1000 w."""
+    half = dim // 2
+    angles = 1000 * w[:, None] * torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=w.device))
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def sample_latents(args, run, state):
+    """`--ckpt` of a latent student: draw, conditioned on the first of the data set or on --labels, and decode."""
+    given = state["args"]
+    check_student(args, args.ckpt, state["N"], given["sampler"] if state["N"] else None, given["w_min"], given["w_max"])
+    for key in ("edit", "image", "strength", "mask", "encoder", "from_labels"):
+        if getattr(args, key) is not None:
+            raise UserError(f"--{key.replace('_', '-')} does not apply to latent models: the pipelines of diffusers edit with them")
+    model, dataset = LatentModel(given["teacher"].removeprefix("diffusers:"), run), Latents(given["dataset"])
+    net = model.student(given["w_max"] > 0).requires_grad_(False)
+    net.load_state_dict(state["ema"])
+    if args.labels and dataset.text:
+        raise UserError("--labels: this network is told texts, those of its data set in turn")
+    conditions = torch.tensor(args.labels) if args.labels else dataset.__getitems__(np.arange(min(len(dataset), args.sample or 64)))[1]
+    n, path, N = args.sample or 64, common.make_save_path(args.save), state["N"] or args.N or 64
+    w = None if not given["w_max"] else given["w_min"] if args.w is None else args.w
+    sampler = (given["sampler"] if state["N"] else args.sampler) or "D"
+
+    def draw_part(y, noise, shape, indices):
+        c = conditions[indices.cpu() % len(conditions)].to(run.device)
+        return draw(model.v(net), model.angle, N, sampler, w, c, noise, (len(indices), *model.shape), run.device, model.decode)
+    with torch.no_grad():
+        image = model.decode(torch.zeros(1, *model.shape, device=run.device))[0].shape
+    images = common.draw_many(run, draw_part, n, None, image, args.seed, 8)
+    if run.main:
+        common.save_samples(path, images, None, math.isqrt(n - 1) + 1)
+        print(f"{n} samples, {N} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling and editing with a checkpoint
+# ------------------------------------------------------------------------------------------------------------
+
+def check_student(args, path, N, sampler, w_min, w_max):
+    """Raises UserError for what a student was not trained for. N: its steps, 0 for any; sampler: None for any."""
     if args.sigmas or args.stage:
         raise UserError(f"--{'sigmas' if args.sigmas else 'stage'} does not apply with --ckpt: a student draws on its own grid")
     if N and args.N not in (None, N):
-        raise UserError(f"--N {args.N}: {args.ckpt} was trained for {N} step(s); each round's student is in a file of its own")
+        raise UserError(f"--N {args.N}: {path} was trained for {N} step(s); each round's student is in a file of its own")
     if sampler and args.sampler not in (None, sampler):
-        raise UserError(f"--sampler {args.sampler}: {args.ckpt} was trained for sampler {sampler}")
+        raise UserError(f"--sampler {args.sampler}: {path} was trained for sampler {sampler}")
     if args.sampler == "encoder":
         raise UserError("--sampler encoder applies to training only")
+    if not w_min <= (w_min if args.w is None else args.w) <= w_max:
+        raise UserError(f"--w {args.w:g}: {path} was trained for " + (f"weights from {w_min:g} to {w_max:g}" if w_max else "no guidance"))
+
+
+def use_checkpoint(args, run):
+    """`--ckpt`: sample or edit. Raises UserError for what the student was not trained for."""
+    if str((state := common.load_checkpoint(args.ckpt)).get("args", {}).get("teacher")).startswith("diffusers:"):
+        return sample_latents(args, run, state)
+    v, angle, N, sampler, w_min, w_max, net = open_student(args.ckpt, run)
+    check_student(args, args.ckpt, N, sampler, w_min, w_max)
     w = w_min if args.w is None else args.w
-    if not w_min <= w <= w_max:
-        raise UserError(f"--w {w}: {args.ckpt} was trained for " + (f"weights from {w_min} to {w_max}" if w_max else "no guidance"))
     N, sampler = N or args.N or 64, sampler or args.sampler or "D"
     if args.edit:
         return edit_images(args, run, net, v, angle, N, sampler, w)
@@ -393,25 +555,38 @@ if __name__ == "__main__":
         common.finish(run, None if finished else stop)
     if args.teacher is None:
         common.train_first_teacher(args, run, stop, label_dropout=0.1 if args.w_max else 0.0)
-    teacher, settings = common.open_teacher(args, run)
-    size = settings["image_size"]
 
-    # ---- data
-    with common.main_process_first(run):
-        dataset = common.load_dataset(args.dataset, args.data_dir, size)
-    D, classes = common.teacher_denoiser(args, run, teacher, dataset)
-    if args.w_max and not classes:
-        raise UserError("--w-max needs labels, and there are none: --w-max 0 distils without guidance")
-    if args.w_max and teacher is not None and teacher.null_y is None:
-        raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has nothing to guide with")
-
-    # ---- networks, optimizer, resume
-    model_args = settings | dict(classes=classes, dropout=args.dropout, extra=args.w_max > 0)
-    common.seed_everything(common.INIT, args.seed)
-    net = common.make_net(model_args)
-    if teacher is not None:  # all but the embedding of w, which adds nothing at first
-        net.load_state_dict(net.state_dict() | teacher.state_dict())
-    net = common.place(net, run)
+    # ---- teacher, data, networks
+    angle, classes = functools.partial(edm_angle, bottom=BOTTOM) if args.sampler == "encoder" else edm_angle, 0
+    latent = args.teacher.startswith("diffusers:")
+    if latent:
+        with common.main_process_first(run):
+            model, dataset = LatentModel(args.teacher.removeprefix("diffusers:"), run), Latents(args.dataset)
+        args.teacher_digest, teacher, angle, model_args = model.digest, model.teacher, model.angle, dict(extra=args.w_max > 0)
+        if dataset.latents.shape[1:] != model.shape or dataset.text == bool(teacher.config.num_class_embeds):
+            raise UserError(f"--dataset {args.dataset}: the teacher takes latents {model.shape} and "
+                            + ("labels" if teacher.config.num_class_embeds else "embeddings"))
+        if args.start > model.steps:
+            raise UserError(f"--start {args.start}: the teacher knows {model.steps} times")
+        net, v_teacher = model.student(args.w_max > 0), model.v(teacher, dataset.null)
+        fetch = lambda batch: tuple(part.to(run.device, non_blocking=True) for part in batch)  # noqa: E731
+    else:
+        teacher, settings = common.open_teacher(args, run)
+        size = settings["image_size"]
+        with common.main_process_first(run):
+            dataset = common.load_dataset(args.dataset, args.data_dir, size)
+        D, classes = common.teacher_denoiser(args, run, teacher, dataset)
+        if args.w_max and not classes:
+            raise UserError("--w-max needs labels, and there are none: --w-max 0 distils without guidance")
+        if args.w_max and teacher is not None and teacher.null_y is None:
+            raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has nothing to guide with")
+        model_args = settings | dict(classes=classes, dropout=args.dropout, extra=args.w_max > 0)
+        common.seed_everything(common.INIT, args.seed)
+        net = common.make_net(model_args)
+        if teacher is not None:  # all but the embedding of w, which adds nothing at first
+            net.load_state_dict(net.state_dict() | teacher.state_dict())
+        net, v_teacher = common.place(net, run), edm_v(D, angle)
+        fetch = lambda batch: common.to_device(batch, run.device, args.flip)  # noqa: E731
     before = copy.deepcopy(net).requires_grad_(False).eval()  # the student of the round before: stage 2's teacher
     ema = copy.deepcopy(before)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, foreach=True)
@@ -435,8 +610,7 @@ if __name__ == "__main__":
         for module in {teacher, before, net} - {None}:
             module.compile()  # in place: names of the weights stay as they are
     log = common.start_run(args, run, net, step)
-    angle = functools.partial(edm_angle, bottom=BOTTOM) if args.sampler == "encoder" else edm_angle
-    v_net, v_before, v_ema, v_teacher = net_v(net, angle), net_v(before, angle), net_v(ema, angle), edm_v(D, angle)
+    v_net, v_before, v_ema = (model.v(module) if latent else net_v(module, angle) for module in (net, before, ema))
 
     def save(*more):
         """Write last.pt, which resumes the run, and ema.pt, which other tools can load; and at the end of a round its student."""
@@ -444,7 +618,9 @@ if __name__ == "__main__":
             student = dict(script="guided_distill", step=step, images=step * args.batch_size, N=N, args=vars(args), model_args=model_args,
                            ema=ema.state_dict(), torch_version=str(torch.__version__))
             for name in more:
-                common.save_checkpoint(out_dir / name, student)
+                common.save_checkpoint(out_dir / f"{name}.pt", student)
+                if latent:
+                    model.export(ema, out_dir / name)
             common.save_checkpoint(out_dir / "last.pt", student | dict(
                 skipped=skipped, net=net.state_dict(), before=before.state_dict(), optimizer=optimizer.state_dict()))
             common.save_checkpoint(out_dir / "ema.pt", ema.state_dict())
@@ -453,9 +629,11 @@ if __name__ == "__main__":
         """Write samples/STEP_N.png from the same noise every time: guided by the least weight, a quarter of the way up, and the largest."""
         y, columns = common.grid_labels(classes, run.device), common.grid_columns(classes)
         ways = [args.w_min + share * (args.w_max - args.w_min) for share in (0, 0.25, 1)] if args.w_max else [None]
-        blocks = [common.draw_many(run, lambda y, noise, shape, _: draw(v_ema, angle, N or 16, args.sampler, w, y, noise, shape,  # noqa: B023
-                                                                        run.device),
-                                   8 * columns, y, (3, size, size), args.seed, args.micro_batch) for w in ways]
+        blocks = []
+        for w in ways:
+            def block(y, noise, shape, _):
+                return draw(v_ema, angle, N or 16, args.sampler, w, y, noise, shape, run.device)  # noqa: B023
+            blocks.append(common.draw_many(run, block, 8 * columns, y, (3, size, size), args.seed, args.micro_batch))
         if run.main:
             common.save_grid(out_dir / "samples" / f"{step:06d}_{f'N{N:04d}' if N else 'stage1'}.png", blocks, columns)
 
@@ -479,11 +657,12 @@ if __name__ == "__main__":
         buffer.zero_()
         for m in range(run.rank, micro_batches, run.world):
             common.seed_everything(common.STEP, args.seed, step, m)
-            x0, y = common.to_device(next(loader), run.device, args.flip)
-            y = y if classes else None
+            x0, y = fetch(next(loader))
+            y = y if classes or latent else None
             w = args.w_min + (args.w_max - args.w_min) * torch.rand(len(x0), device=run.device) if args.w_max else None
             if N == 0:  # stage 1
                 tau, target = torch.rand(len(x0), dtype=torch.float64), common.guide(v_teacher, y, w)
+                tau = (tau * model.steps).ceil().clamp(min=1) / model.steps if latent else tau  # times that its teacher knows
             else:
                 tau, tau_mid, tau_end = times_of(torch.randint(1, N + 1, (len(x0),)).double(), N, args.sampler)
                 target = lambda z, tau: two_steps(lambda z, tau: v_before(z, tau, y, w), angle, z, tau, tau_mid, tau_end)  # noqa: B023,E731
@@ -516,8 +695,8 @@ if __name__ == "__main__":
             since = common.report(log, bar, args, step, since, N=N, loss=loss, loss_bins=(bins[0] / bins[1]).tolist(), grad_norm=grad_norm,
                                   lr=lr, skipped=skipped, peak_gb=common.peak_memory_gb(run.device))
         if (args.save_every and step % args.save_every == 0) or last or ended:
-            save(*[f"N{N:04d}.pt" if N else "stage1.pt"] * ended)
-        if args.sample_every and (step % args.sample_every == 0 or ended) and args.sampler != "encoder":
+            save(*[f"N{N:04d}" if N else "stage1"] * ended)
+        if args.sample_every and (step % args.sample_every == 0 or ended) and args.sampler != "encoder" and not latent:
             sample_grid()
     bar.close()
     common.finish(run, stop if step < args.total_steps else None)

@@ -1,6 +1,7 @@
 """Benchmarks: how readable the digits are, and how fast the training step is. No test depends on a number printed here.
 
     python tests/bench.py quality --ckpt out/cd/last.pt out/cd/teacher/last.pt     share of generated glyphs that are the digit asked for
+    python tests/bench.py guided --dir out/guided_distill    the same of every round's student, against N and w, and of their teacher
     python tests/bench.py speed                              images/s of the training steps, share of the GEMM rate, memory
 """
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import cd  # noqa: E402
 import common  # noqa: E402
 import ct  # noqa: E402
+import guided_distill  # noqa: E402
 
 
 class Classifier(nn.Module):
@@ -110,6 +112,28 @@ def quality(args):
                   f"Frechet distance {frechet(classifier, images, real):.3f}", flush=True)
 
 
+@torch.no_grad()
+def guided(args):
+    """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and for each round; a column a weight."""
+    classifier, (real, _) = train_classifier(*load_glyphs(30000, seed=1)), load_glyphs(10000, seed=2)
+    run, y = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False), torch.arange(args.n) % 10
+    folder = Path(args.dir)
+    trained = common.load_checkpoint(sorted(folder.glob("N????.pt"))[0])["args"]
+    rows = [("teacher", args.teacher or trained["teacher"], args.N)] + [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
+    rows += [("student", path, None) for path in sorted(folder.glob("N????.pt"), reverse=True)]
+    print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}\n| | N | "
+          + " | ".join(f"w = {w:g}" for w in args.w) + " |\n|---|---|" + "---|" * len(args.w))
+    for name, path, N in rows:
+        v, angle, own, sampler, *_ = guided_distill.open_student(path, run)
+        N, cells = own or N, []
+        for w in args.w:
+            parts = (range(i, i + 250) for i in range(0, args.n, 250))
+            images = torch.cat([guided_distill.draw(v, angle, N, sampler or args.sampler, w, y[part], common.seeded_noise(part, args.seed),
+                                                    (250, 3, 16, 16), run.device) for part in parts])
+            cells.append(f"{read(classifier, images, y):.1%}, {frechet(classifier, images, real):.2f}")
+        print(f"| {name} | {N} {sampler or args.sampler} | " + " | ".join(cells) + " |", flush=True)
+
+
 # ---- speed
 
 def gemm_rate(device, dtype, size):
@@ -142,7 +166,7 @@ def measure(args):
         meta = common.UNet(**common.NETS[args.net], classes=net.classes)
         with FlopCounterMode(display=False) as counter:
             meta(x0[:1].to("meta"), t_n[:1].to("meta"), y[:1].to("meta"))
-    passes = dict(ct=4, cd=6, teacher=3, continuous=4)  # forward 1, backward 2; a forward derivative counted as 1, though it costs more
+    passes = dict(ct=4, cd=6, teacher=3, continuous=4, guided=5, rounds=5)  # forward 1, backward 2; a forward derivative counted as 1, though it costs more
     flops = passes[args.step] * counter.get_total_flops()
 
     net = common.place(net, argparse.Namespace(device=device, dtype=dtype))
@@ -157,7 +181,17 @@ def measure(args):
     loss = dict(ct=lambda: ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, inverse),
                 cd=lambda: cd.loss_fn(net, net, D, x0, noise, t_n, t_n + 0.1, y, None, common.heun_step, common.pseudo_huber, inverse),
                 teacher=lambda: common.edm_loss(net, x0, noise, t_n, y),
-                continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y))[args.step]
+                continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y),
+                guided=lambda: guided_loss(common.guide(v, y, w)),
+                rounds=lambda: guided_loss(lambda z, tau: guided_distill.two_steps(lambda z, tau: v(z, tau, y), angle, z, tau, tau - 1 / 8, tau - 1 / 4)),
+                )[args.step]
+
+    angle = guided_distill.edm_angle
+    v, tau, w = guided_distill.edm_v(D, angle), torch.randint(1, 5, (args.batch,)).double() / 4, 4 * torch.rand(args.batch, device=device)
+
+    def guided_loss(target):  # without the embedding of w, as if --w-max were 0
+        return guided_distill.loss_fn(lambda z, tau: guided_distill.net_v(net, angle)(z, tau, y, None), target, angle, x0, noise, tau,
+                                      torch.ones_like)
 
     def step():
         buffer.zero_()
@@ -199,8 +233,20 @@ if __name__ == "__main__":
     command.add_argument("--w", type=float, default=0.0, help="guidance weight")
     command.add_argument("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=quality)
+    command = commands.add_parser("guided", help="table of guided_distill.py: readability and Frechet distance against N and w")
+    command.add_argument("--dir", default="out/guided_distill", help="its --out-dir")
+    command.add_argument("--teacher", help="default: the one that the students name")
+    command.add_argument("--n", type=int, default=2000, help="samples, a multiple of 250")
+    command.add_argument("--N", type=int, default=64, help="DDIM steps of the teacher")
+    command.add_argument("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")
+    command.add_argument("--w", type=float, nargs="+", default=[0.0, 1.0, 4.0], help="guidance weights")
+    command.add_argument("--sampler", choices=("D", "S"), default="D", help="of teacher and stage 1; a student has its own")
+    command.add_argument("--fp32", action="store_true", help="instead of bf16")
+    command.add_argument("--seed", type=int, default=1, help="of the samples")
+    command.set_defaults(run=guided)
     command = commands.add_parser("speed", help="how fast the training steps are, in all variants")
-    command.add_argument("--step", nargs="+", choices=("ct", "cd", "teacher", "continuous"), default=["ct", "cd", "teacher", "continuous"])
+    command.add_argument("--step", nargs="+", choices=("ct", "cd", "teacher", "continuous", "guided", "rounds"),
+                         default=["ct", "cd", "teacher", "continuous", "guided", "rounds"])
     command.add_argument("--net", nargs="+", choices=common.NETS, default=["glyphs", "cifar-small"]
                          + ["imagenet64"] * torch.cuda.is_available())
     command.add_argument("--mode", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"],
