@@ -37,21 +37,22 @@ import torch.distributed
 import common
 from common import UserError, bcast
 
-# Recipes: PD's distillation, whose numbers GD's pixel models are taken to share; `start`: DDIM steps of the first teacher. glyphs and
+# Recipes: PD's distillation, whose numbers GD's pixel models are taken to share; `start_N`: DDIM steps of the first teacher. glyphs and
 # "path" (your own images) are ours, the former tuned on 2 cores; the teachers' are in common.py.
-GD = dict(teacher=None, sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1", dropout=0.0, end=1)
+GD = dict(teacher=None, sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1", dropout=0.0, end_N=1)
 STUDENTS = {
-    "glyphs": dict(batch_size=32, lr=1e-3, ema_decay=0.98, start=64, stage1_steps=1000, round_steps=300, last_steps=900),
-    "path": dict(batch_size=128, lr=2e-4, ema_decay=0.999, start=256, stage1_steps=20_000, round_steps=5_000, last_steps=25_000),
-    "cifar10": dict(batch_size=128, lr=5e-5, ema_decay=0.999, start=1024, stage1_steps=100_000, round_steps=50_000, last_steps=100_000),
-    "imagenet64": dict(batch_size=2048, lr=1e-4, ema_decay=0.999, start=1024, stage1_steps=50_000, round_steps=50_000, last_steps=100_000),
+    "glyphs": dict(batch_size=32, lr=1e-3, ema_decay=0.98, start_N=64, stage1_steps=1000, round_steps=300, last_steps=900),
+    "path": dict(batch_size=128, lr=2e-4, ema_decay=0.999, start_N=256, stage1_steps=20_000, round_steps=5_000, last_steps=25_000),
+    "cifar10": dict(batch_size=128, lr=5e-5, ema_decay=0.999, start_N=1024, stage1_steps=100_000, round_steps=50_000, last_steps=100_000),
+    "imagenet64": dict(batch_size=2048, lr=1e-4, ema_decay=0.999, start_N=1024, stage1_steps=50_000, round_steps=50_000,
+                       last_steps=100_000),
 }
 # GD's for text; it starts from a teacher fine-tuned to v. Learning rate and EMA are ours.
-LATENT = dict(batch_size=512, micro_batch=8, flip=False, lr=1e-5, ema_decay=0.999, start=512, stage1_steps=3000, round_steps=2000,
+LATENT = dict(batch_size=512, micro_batch=8, flip=False, lr=1e-5, ema_decay=0.999, start_N=512, stage1_steps=3000, round_steps=2000,
               last_steps=20_000, w_min=2.0, w_max=14.0)
 PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc", stage1_steps=0)  # PD: of a teacher without guidance there is nothing to distil first
 LAST_N = {True: 4, False: 2}  # rounds that take --last-steps, guided (GD) or not (PD)
-STUDENT_ONLY = {"teacher", "teacher_steps", "sampler", "w_min", "w_max", "start", "end", "stage1_steps", "round_steps", "last_steps",
+STUDENT_ONLY = {"teacher", "teacher_steps", "sampler", "w_min", "w_max", "start_N", "end_N", "stage1_steps", "round_steps", "last_steps",
                 "weighting"}
 
 
@@ -67,7 +68,7 @@ def recipe(given):
         refuse(STUDENT_ONLY, "does not apply with --stage teacher")
         return common.teacher_recipe(given) | dict(out_dir="out/guided_distill/teacher", label_dropout=0.1)
     refuse({"label_dropout"}, "applies to --stage teacher only")
-    refuse({"N"}, "does not apply: the rounds go from half of --start down to --end")
+    refuse({"N"}, "does not apply: the rounds go from half of --start-N down to --end-N")
     refuse({"total_steps"}, "does not apply: name --stage1-steps, --round-steps and --last-steps")
     settings = dict(class_cond=None, stage="distill", teacher_steps=common.TEACHERS[dataset]["total_steps"]) | common.DATASETS[dataset] | GD
     settings |= STUDENTS.get(dataset, STUDENTS["imagenet64"])
@@ -82,7 +83,7 @@ def recipe(given):
     guided = given.get("w_max", 0.0 if given.get("sampler") == "encoder" or dataset in ("bedroom256", "cat256") else 4.0) > 0
     if not guided:
         refuse({"w_min"}, "does not apply without --w-max")
-        settings |= PLAIN | (dict(start=8192) if dataset == "cifar10" else {})
+        settings |= PLAIN | (dict(start_N=8192) if dataset == "cifar10" else {})
         if teacher == "ideal":
             settings["stage1_steps"] = STUDENTS[dataset]["stage1_steps"]  # first of all a network of it
         else:
@@ -98,11 +99,11 @@ def recipe(given):
             refuse({"net", "class_cond"}, "does not apply with --teacher FILE: the student is built like its teacher")
             del settings["net"], settings["class_cond"]
     both = settings | given
-    for key in ("start", "end"):
+    for key in ("start_N", "end_N"):
         if both[key] & both[key] - 1:
-            raise UserError(f"--{key} {both[key]}: steps are halved, so name a power of two")
-    if both["end"] > both["start"] // (1 if both["sampler"] == "S" else 2):
-        raise UserError(f"--end {both['end']}: the first round of --start {both['start']} has fewer steps")
+            raise UserError(f"--{key.replace('_', '-')} {both[key]}: steps are halved, so name a power of two")
+    if both["end_N"] > both["start_N"] // (1 if both["sampler"] == "S" else 2):
+        raise UserError(f"--end-N {both['end_N']}: the first round of --start-N {both['start_N']} has fewer steps")
     if both["w_min"] > both["w_max"]:
         raise UserError(f"--w-min {both['w_min']} is above --w-max {both['w_max']}")
     return settings | dict(total_steps=sum(steps for _, steps in plan(both)))
@@ -124,9 +125,9 @@ def flags():
                        "(1 + w) cond - w uncond, w = 0 is the conditional model (GD 0; text 2)")
     group.add_argument("--w-max", type=common.number(float, 0), metavar="W", help="largest guidance weight (GD 4; latents 14); 0: plain "
                        "progressive distillation, of conditional or unconditional models")
-    group.add_argument("--start", type=common.number(int, 2), metavar="N", help="DDIM steps of the teacher at the beginning of stage 2, a "
-                       "power of two (GD 1024; PD 8192 for CIFAR-10)")
-    group.add_argument("--end", type=common.positive, metavar="N", help="steps of the last round's student (default 1)")
+    group.add_argument("--start-N", type=common.number(int, 2), metavar="N", help="DDIM steps of the teacher when stage 2 begins, a power of "
+                       "two (GD 1024; PD 8192 for CIFAR-10)")
+    group.add_argument("--end-N", type=common.positive, metavar="N", help="steps of the last round's student (default 1)")
     group.add_argument("--stage1-steps", type=common.positive, metavar="K", help="optimizer steps of stage 1")
     group.add_argument("--round-steps", type=common.positive, metavar="K", help="optimizer steps of a round of stage 2 (PD 50,000)")
     group.add_argument("--last-steps", type=common.positive, metavar="K", help="the same for the last rounds: N <= 4 (GD: ten times as "
@@ -247,8 +248,8 @@ def loss_fn(student, target, angle, x0, noise, tau, weight):
 def plan(settings):
     """The rounds: (N, optimizer steps) each, stage 1 first with N = 0. The first student has half its teacher's steps, an S one as many."""
     rounds = [(0, settings["stage1_steps"])] if settings["stage1_steps"] else []
-    N, last = settings["start"] // (1 if settings["sampler"] == "S" else 2), LAST_N[settings["w_max"] > 0]
-    while N >= settings["end"]:
+    N, last = settings["start_N"] // (1 if settings["sampler"] == "S" else 2), LAST_N[settings["w_max"] > 0]
+    while N >= settings["end_N"]:
         rounds.append((N, settings["last_steps" if N <= last else "round_steps"]))
         N //= 2
     return rounds
@@ -566,8 +567,8 @@ if __name__ == "__main__":
         if dataset.latents.shape[1:] != model.shape or dataset.text == bool(teacher.config.num_class_embeds):
             raise UserError(f"--dataset {args.dataset}: the teacher takes latents {model.shape} and "
                             + ("labels" if teacher.config.num_class_embeds else "embeddings"))
-        if args.start > model.steps:
-            raise UserError(f"--start {args.start}: the teacher knows {model.steps} times")
+        if args.start_N > model.steps:
+            raise UserError(f"--start-N {args.start_N}: the teacher knows {model.steps} times")
         net, v_teacher = model.student(args.w_max > 0), model.v(teacher, dataset.null)
         fetch = lambda batch: tuple(part.to(run.device, non_blocking=True) for part in batch)  # noqa: E731
     else:

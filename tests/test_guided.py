@@ -193,7 +193,7 @@ def test_a_student_begins_as_its_conditional_teacher():
 @pytest.mark.parametrize("angle", ANGLES.values(), ids=ANGLES)
 @pytest.mark.parametrize("sampler", ["D", "S", "encoder"])
 def test_target_lands_where_the_teacher_does(angle, sampler):
-    """8.2: one DDIM step of the target is two of the teacher; and the paper's, the angle and the convex forms agree, where they are defined."""
+    """8.2: one DDIM step of the target is two of the teacher; the paper's, the angle and the convex forms agree where they are defined."""
     angle = functools.partial(angle, bottom=gd.BOTTOM) if sampler == "encoder" and angle is gd.edm_angle else angle
     v, N = gaussian_v(0.6, 0.3, angle), 8
     for i in range(1, N + 1):
@@ -427,17 +427,17 @@ def gauss_like(z):
 # ---- the rounds
 
 def test_plans():
-    settings = dict(stage1_steps=10, round_steps=2, last_steps=5, start=32, end=1, w_max=4.0, sampler="D")
+    settings = dict(stage1_steps=10, round_steps=2, last_steps=5, start_N=32, end_N=1, w_max=4.0, sampler="D")
     assert gd.plan(settings) == [(0, 10), (16, 2), (8, 2), (4, 5), (2, 5), (1, 5)]
     assert gd.plan(settings | dict(sampler="S")) == [(0, 10), (32, 2), (16, 2), (8, 2), (4, 5), (2, 5), (1, 5)]
-    assert gd.plan(settings | dict(w_max=0.0, stage1_steps=0, end=2)) == [(16, 2), (8, 2), (4, 2), (2, 5)]
+    assert gd.plan(settings | dict(w_max=0.0, stage1_steps=0, end_N=2)) == [(16, 2), (8, 2), (4, 2), (2, 5)]
 
 
 def test_recipes():
     """PD's published numbers without guidance; what each stage refuses is tested in test_guided_scripts.py."""
     plain = gd.recipe(dict(dataset="cifar10", w_max=0.0))
-    assert (plain["start"], plain["batch_size"], plain["lr"], plain["round_steps"], plain["last_steps"], plain["weighting"]) == (
+    assert (plain["start_N"], plain["batch_size"], plain["lr"], plain["round_steps"], plain["last_steps"], plain["weighting"]) == (
         8192, 128, 5e-5, 50_000, 100_000, "trunc") and plain["stage1_steps"] == 0 and plain["total_steps"] == 11 * 50_000 + 2 * 100_000
     imagenet = gd.recipe(dict(dataset="imagenet64", w_max=0.0))
-    assert (imagenet["start"], imagenet["batch_size"], imagenet["lr"], imagenet["total_steps"]) == (1024, 2048, 1e-4, 600_000)
+    assert (imagenet["start_N"], imagenet["batch_size"], imagenet["lr"], imagenet["total_steps"]) == (1024, 2048, 1e-4, 600_000)
     assert gd.recipe(dict(dataset="cifar10"))["class_cond"] and gd.recipe({})["w_max"] == 4
