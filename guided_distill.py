@@ -125,8 +125,8 @@ def flags():
                        "(1 + w) cond - w uncond, w = 0 is the conditional model (GD 0; text 2)")
     group.add_argument("--w-max", type=common.number(float, 0), metavar="W", help="largest guidance weight (GD 4; latents 14); 0: plain "
                        "progressive distillation, of conditional or unconditional models")
-    group.add_argument("--start-N", type=common.number(int, 2), metavar="N", help="DDIM steps of the teacher when stage 2 begins, a power of "
-                       "two (GD 1024; PD 8192 for CIFAR-10)")
+    group.add_argument("--start-N", type=common.number(int, 2), metavar="N", help="DDIM steps of the teacher when stage 2 begins, a power "
+                       "of two (GD 1024; PD 8192 for CIFAR-10)")
     group.add_argument("--end-N", type=common.positive, metavar="N", help="steps of the last round's student (default 1)")
     group.add_argument("--stage1-steps", type=common.positive, metavar="K", help="optimizer steps of stage 1")
     group.add_argument("--round-steps", type=common.positive, metavar="K", help="optimizer steps of a round of stage 2 (PD 50,000)")
@@ -351,6 +351,8 @@ class LatentModel:
         except (ImportError, RuntimeError) as error:
             raise UserError(f"--teacher diffusers:PATH needs the package diffusers: {common.first_line(error)}") from error
         self.path, self.run = Path(path), run
+        if not (self.path / "unet").is_dir():  # what is not there, diffusers would look for on its hub
+            raise UserError(f"--teacher diffusers:{path}: there is no folder {self.path / 'unet'}")
         with common.explain(f"--teacher diffusers:{path} cannot be read"):
             unet = diffusers.UNet2DConditionModel.from_pretrained(path, subfolder="unet")
             self.teacher = unet.requires_grad_(False).eval().to(run.device)

@@ -112,12 +112,11 @@ def quality(args):
                   f"Frechet distance {frechet(classifier, images, real):.3f}", flush=True)
 
 
-@torch.no_grad()
 def guided(args):
     """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and for each round; a column a weight."""
     classifier, (real, _) = train_classifier(*load_glyphs(30000, seed=1)), load_glyphs(10000, seed=2)
-    run, y = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False), torch.arange(args.n) % 10
-    folder = Path(args.dir)
+    run = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False)
+    y, folder = torch.arange(args.n) % 10, Path(args.dir)
     trained = common.load_checkpoint(sorted(folder.glob("N????.pt"))[0])["args"]
     rows = [("teacher", args.teacher or trained["teacher"], args.N)] + [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
     rows += [("student", path, None) for path in sorted(folder.glob("N????.pt"), reverse=True)]
@@ -166,7 +165,7 @@ def measure(args):
         meta = common.UNet(**common.NETS[args.net], classes=net.classes)
         with FlopCounterMode(display=False) as counter:
             meta(x0[:1].to("meta"), t_n[:1].to("meta"), y[:1].to("meta"))
-    passes = dict(ct=4, cd=6, teacher=3, continuous=4, guided=5, rounds=5)  # forward 1, backward 2; a forward derivative counted as 1, though it costs more
+    passes = dict(ct=4, cd=6, teacher=3, continuous=4, guided=5, rounds=5)  # forward 1, backward 2; a forward derivative 1, if it costs more
     flops = passes[args.step] * counter.get_total_flops()
 
     net = common.place(net, argparse.Namespace(device=device, dtype=dtype))
@@ -183,8 +182,8 @@ def measure(args):
                 teacher=lambda: common.edm_loss(net, x0, noise, t_n, y),
                 continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y),
                 guided=lambda: guided_loss(common.guide(v, y, w)),
-                rounds=lambda: guided_loss(lambda z, tau: guided_distill.two_steps(lambda z, tau: v(z, tau, y), angle, z, tau, tau - 1 / 8, tau - 1 / 4)),
-                )[args.step]
+                rounds=lambda: guided_loss(lambda z, tau: guided_distill.two_steps(lambda z, tau: v(z, tau, y), angle, z, tau, tau - 1 / 8,
+                                                                                   tau - 1 / 4)))[args.step]
 
     angle = guided_distill.edm_angle
     v, tau, w = guided_distill.edm_v(D, angle), torch.randint(1, 5, (args.batch,)).double() / 4, 4 * torch.rand(args.batch, device=device)

@@ -69,8 +69,12 @@ def test_stopped_and_resumed_is_the_same_run(trained, tmp_path, step):
 
 
 def test_two_processes_equal_one(trained, tmp_path):
-    run(*RUN, "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), code=0)
-    assert_same(last(tmp_path / "run"), last(trained), 1e-5)
+    """With the same teacher: Adam's first steps are little more than signs, and would make much of a last bit in it."""
+    flags = [*RUN[RUN.index("--precision"):]]
+    del flags[flags.index("--teacher-steps"):flags.index("--teacher-steps") + 2]
+    run(*flags, "--teacher", trained / "teacher" / "last.pt", "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), code=0)
+    for name in ("net", "before", "ema"):
+        assert_same(last(tmp_path / "run")[name], last(trained)[name], 1e-5)
     assert_same(load(tmp_path / "run" / "N0004.pt")["ema"], load(trained / "N0004.pt")["ema"], 1e-5)
 
 
@@ -148,7 +152,7 @@ def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
     run(*more, "--out-dir", "a", cwd=tmp_path, code=0)
     run(*more, "--out-dir", "b", cwd=tmp_path, code=0)
     assert_same(last(tmp_path / "a"), last(tmp_path / "b"))
-    assert sorted(p.stem for p in (tmp_path / "b").glob("*.pt") if p.stem not in ("last", "ema")) == kept
+    assert sorted(p.stem for p in (tmp_path / "b").glob("*.pt") if p.stem not in ("last", "ema")) == sorted(kept)
     assert last(tmp_path / "b")["model_args"]["extra"] == ("stage1" in kept)
     assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "b"))
 
@@ -222,7 +226,8 @@ def test_editing(trained, tmp_path):
 
 def test_style_transfer(trained, tmp_path):
     """Encoded by one network and decoded by another: the formulas, with the labels of each."""
-    flags = [*FP32, *STEPS, "--start-N", 8, "--end-N", 4, "--round-steps", 2, "--last-steps", 2, "--teacher", trained / "teacher" / "last.pt"]
+    flags = [*FP32, *STEPS, "--start-N", 8, "--end-N", 4, "--round-steps", 2, "--last-steps", 2, "--teacher",
+             trained / "teacher" / "last.pt"]
     run(*flags, "--sampler", "encoder", "--out-dir", "up", cwd=tmp_path, code=0)
     image = common.load_dataset("glyphs", None, 16).__getitems__([0])[0]
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
@@ -393,7 +398,7 @@ def test_mistakes_end_in_one_line(workplace, mistake):
 
 def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
-    for flag in ("stage teacher teacher-steps label-dropout sampler w-min w-max start-N end-N stage1-steps round-steps last-steps weighting "
-                 "w N edit image strength mask encoder from-labels ckpt sample").split():
+    for flag in ("stage teacher teacher-steps label-dropout sampler w-min w-max start-N end-N stage1-steps round-steps last-steps "
+                 "weighting w N edit image strength mask encoder from-labels ckpt sample").split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
