@@ -118,7 +118,7 @@ def guided(args):
     run = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False)
     y, folder = torch.arange(args.n) % 10, Path(args.dir)
     trained = common.load_checkpoint(sorted(folder.glob("N????.pt"))[0])["args"]
-    rows = [("teacher", args.teacher or trained["teacher"], args.N)] + [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
+    rows = [("teacher", args.teacher or trained["teacher"], n) for n in args.N] + [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
     rows += [("student", path, None) for path in sorted(folder.glob("N????.pt"), reverse=True)]
     print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}\n| | N | "
           + " | ".join(f"w = {w:g}" for w in args.w) + " |\n|---|---|" + "---|" * len(args.w))
@@ -236,7 +236,7 @@ if __name__ == "__main__":
     command.add_argument("--dir", default="out/guided_distill", help="its --out-dir")
     command.add_argument("--teacher", help="default: the one that the students name")
     command.add_argument("--n", type=int, default=2000, help="samples, a multiple of 250")
-    command.add_argument("--N", type=int, default=64, help="DDIM steps of the teacher")
+    command.add_argument("--N", type=int, nargs="+", default=[64, 4, 2, 1], help="DDIM steps of the teacher, two calls each")
     command.add_argument("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")
     command.add_argument("--w", type=float, nargs="+", default=[0.0, 1.0, 4.0], help="guidance weights")
     command.add_argument("--sampler", choices=("D", "S"), default="D", help="of teacher and stage 1; a student has its own")
