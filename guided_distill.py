@@ -347,7 +347,7 @@ class LatentModel:
     def __init__(self, path, run):
         try:
             import diffusers
-            self.library, _ = diffusers, (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
+            self.library, _ = diffusers, (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)  # naming them imports them
         except (ImportError, RuntimeError) as error:
             raise UserError(f"--teacher diffusers:PATH needs the package diffusers: {common.first_line(error)}") from error
         self.path, self.run = Path(path), run
@@ -412,11 +412,13 @@ class LatentModel:
 
     def export(self, net, path):
         """A folder that diffusers' pipelines load: that of the teacher, with this UNet and the scheduler of its steps."""
-        shutil.copytree(self.path, path, dirs_exist_ok=True, ignore=lambda folder, names: {"unet", "scheduler"} & set(names))
+        for part in self.path.iterdir():  # VAE, tokenizer, text encoder; not a checkpoint of the whole that may lie beside them
+            if part.is_dir() and part.name not in ("unet", "scheduler"):
+                shutil.copytree(part, path / part.name, dirs_exist_ok=True)
         net.save_pretrained(path / "unet")
         self.scheduler.save_pretrained(path / "scheduler")
-        if (path / "model_index.json").exists():
-            index = json.loads((path / "model_index.json").read_text()) | dict(scheduler=["diffusers", "DDIMScheduler"])
+        if (self.path / "model_index.json").exists():
+            index = json.loads((self.path / "model_index.json").read_text()) | dict(scheduler=["diffusers", "DDIMScheduler"])
             (path / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

@@ -157,7 +157,7 @@ def measure(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     torch.manual_seed(0)
-    net = common.UNet(**common.NETS[args.net], classes=1000 if args.net == "imagenet64" else 10)
+    net = common.UNet(**common.NETS[args.net], classes=1000 if args.net == "imagenet64" else 10, null=args.step == "guided")
     size = net.image_size
     x0, noise = (torch.randn(args.batch, 3, size, size, device=device) for _ in range(2))
     y, t_n = torch.randint(net.classes, (args.batch,), device=device), torch.rand(args.batch, device=device) + 0.1
