@@ -436,7 +436,7 @@ def gauss_like(z):
 def test_plans():
     settings = dict(stage1_steps=10, round_steps=2, last_steps=5, start_N=32, end_N=1, w_max=4.0, sampler="D")
     assert gd.plan(settings) == [(0, 10), (16, 2), (8, 2), (4, 5), (2, 5), (1, 5)]
-    assert gd.plan(settings | dict(sampler="S")) == [(0, 10), (32, 2), (16, 2), (8, 2), (4, 5), (2, 5), (1, 5)]
+    assert gd.plan(settings | dict(sampler="S")) == [(0, 10), (32, 2), (16, 2), (8, 2), (4, 5), (2, 5), (1, 1)]
     assert gd.plan(settings | dict(w_max=0.0, stage1_steps=0, end_N=2)) == [(16, 2), (8, 2), (4, 2), (2, 5)]
 
 

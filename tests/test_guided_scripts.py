@@ -246,7 +246,7 @@ def test_style_transfer(trained, tmp_path):
 # ---- latent models
 
 IMPORTABLE = f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest"  # see there: a torchvision of another build
-LATENT = [*FP32, *STEPS, *ROUNDS, "--w-max", 14, "--ema-decay", 0.5]
+LATENT = [*FP32, *STEPS[:-1], 0.03, *ROUNDS, "--w-max", 14, "--ema-decay", 0.5]  # nine steps, after which w is to be heard
 
 
 def pipeline(folder, prediction="epsilon", labels=False):
@@ -305,7 +305,7 @@ def test_a_text_pipeline_is_distilled_and_drawn_with_diffusers_alone(tmp_path, p
         assert f"{N} network call(s)" in done.stdout
         assert ours.shape == (2, 16, 16, 3) and ours.std() > 5 and np.abs(ours - (255 * alone).round()).max() <= 1, name
     other, _ = drawn(tmp_path, "--ckpt", "run/stage1.pt", "--w", 2, "--N", 8, "--sample", 2, prelude=IMPORTABLE)
-    assert np.abs(other - ours).max() > 1  # w is heard
+    assert np.abs(other - ours).max() > (10 if prediction == "v_prediction" else 0)
     assert "was trained for 2 step(s)" in run("--ckpt", "run/N0002.pt", "--N", 4, cwd=tmp_path, code=2).stderr
     run(*flags, "--out-dir", "again", cwd=tmp_path, prelude=f"{IMPORTABLE}\n{stop_after(5)}", code=128 + signal.SIGTERM)
     run(*flags, "--out-dir", "again", cwd=tmp_path, prelude=IMPORTABLE, code=0)
