@@ -1427,7 +1427,7 @@ def report(log: Log, bar, args, step: int, since: tuple[float, int], **values) -
     """Write a line of the log, with the speed since `since` = (time, step), and show some of it. Returns the new `since`."""
     now = time.perf_counter()
     images_per_s = (step - since[1]) * args.batch_size / (now - since[0])
-    log.write(dict(step=step, images=step * args.batch_size) | values | dict(lr=args.lr, images_per_s=images_per_s))
+    log.write(dict(step=step, images=step * args.batch_size) | values | dict(lr=values.get("lr", args.lr), images_per_s=images_per_s))
     shown = {key: f"{values[key]:.4g}" for key in ("loss", "N") if key in values}
     bar.set_postfix(**shown, **{"img/s": f"{images_per_s:.0f}"})
     return now, step
@@ -1526,7 +1526,8 @@ def add_shared_flags(parser):
     train.add_argument("--batch-size", type=positive, metavar="B", help="images a step, over all processes")
     train.add_argument("--micro-batch", type=positive, metavar="B", help="images a pass through the network; divides --batch-size. "
                        "Lower it if memory runs out")
-    train.add_argument("--lr", type=number(float, 0), metavar="LR", help="learning rate of RAdam, constant")
+    train.add_argument("--lr", type=number(float, 0), metavar="LR", help="learning rate of RAdam, constant; guided_distill.py: of Adam, "
+                       "falling to 0 in each round")
     train.add_argument("--ema-decay", type=number(float, 0, 1), metavar="D", help="decay, a step, of the average used for sampling")
     train.add_argument("--seed", type=count, metavar="S", help="seed of everything random (default 0)")
     train.add_argument("--log-every", type=count, metavar="K", help="steps between lines of log.jsonl; 0 = never (default 50)")

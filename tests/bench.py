@@ -1,6 +1,7 @@
 """Benchmarks: how readable the digits are, and how fast the training step is. No test depends on a number printed here.
 
     python tests/bench.py quality --ckpt out/cd/last.pt out/cd/teacher/last.pt     share of generated glyphs that are the digit asked for
+    python tests/bench.py guided --dir out/guided_distill    the same of every round's student, against N and w, and of their teacher
     python tests/bench.py speed                              images/s of the training steps, share of the GEMM rate, memory
 """
 import argparse
@@ -22,6 +23,7 @@ import cd  # noqa: E402
 import common  # noqa: E402
 import ct  # noqa: E402
 import ctm  # noqa: E402
+import guided_distill  # noqa: E402
 
 
 class Classifier(nn.Module):
@@ -115,6 +117,27 @@ def quality(args):
                   f"Frechet distance {frechet(classifier, images, real):.3f}", flush=True)
 
 
+def guided(args):
+    """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and for each round; a column a weight."""
+    classifier, (real, _) = train_classifier(*load_glyphs(30000, seed=1)), load_glyphs(10000, seed=2)
+    run = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False)
+    y, folder = torch.arange(args.n) % 10, Path(args.dir)
+    trained = common.load_checkpoint(sorted(folder.glob("N????.pt"))[0])["args"]
+    rows = [("teacher", args.teacher or trained["teacher"], n) for n in args.N] + [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
+    rows += [("student", path, None) for path in sorted(folder.glob("N????.pt"), reverse=True)]
+    print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}\n| | N | "
+          + " | ".join(f"w = {w:g}" for w in args.w) + " |\n|---|---|" + "---|" * len(args.w))
+    for name, path, N in rows:
+        v, angle, own, sampler, *_ = guided_distill.open_student(path, run)
+        N, cells = own or N, []
+        for w in args.w:
+            parts = (range(i, i + 250) for i in range(0, args.n, 250))
+            images = torch.cat([guided_distill.draw(v, angle, N, sampler or args.sampler, w, y[part], common.seeded_noise(part, args.seed),
+                                                    (250, 3, 16, 16), run.device) for part in parts])
+            cells.append(f"{read(classifier, images, y):.1%}, {frechet(classifier, images, real):.2f}")
+        print(f"| {name} | {N} {sampler or args.sampler} | " + " | ".join(cells) + " |", flush=True)
+
+
 # ---- speed
 
 def gemm_rate(device, dtype, size):
@@ -140,7 +163,8 @@ def measure(args):
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     torch.manual_seed(0)
     classes = 1000 if args.net == "imagenet64" else 10
-    net, teacher = (common.UNet(**common.NETS[args.net], classes=classes, extra=extra) for extra in (args.step == "ctm", False))
+    net, teacher = (common.UNet(**common.NETS[args.net], classes=classes, **more) for more in (dict(extra=args.step == "ctm"),
+                                                                                              dict(null=args.step == "guided")))
     size = net.image_size
     x0, noise = (torch.randn(args.batch, 3, size, size, device=device) for _ in range(2))
     y, t_n = torch.randint(net.classes, (args.batch,), device=device), torch.rand(args.batch, device=device) + 0.1
@@ -149,7 +173,7 @@ def measure(args):
         with FlopCounterMode(display=False) as counter:
             meta(x0[:1].to("meta"), t_n[:1].to("meta"), y[:1].to("meta"))
     # Forward 1, backward 2, or 1 where the weights are frozen; a forward derivative counted as 1, though it costs more. ctm: two solver steps.
-    passes = dict(ct=4, cd=6, teacher=3, continuous=4, ctm=4 + 4 + 3 + 3)
+    passes = dict(ct=4, cd=6, teacher=3, continuous=4, ctm=4 + 4 + 3 + 3, guided=5, rounds=5)
     flops = passes[args.step] * counter.get_total_flops()
 
     net = common.place(net, argparse.Namespace(device=device, dtype=dtype))
@@ -168,12 +192,22 @@ def measure(args):
         loss, _ = ctm.loss_fn(net, target, functools.partial(ctm.heun_solve, D, times), x0, noise, times, i, j, 2, y, common.pseudo_huber)
         ctm.add_gradients(net, loss.mean(), common.edm_loss(net, x0, noise, t_n, y, common.c_noise(t_n)).mean(), None, 0.0, 1.0)
 
+    angle = guided_distill.edm_angle
+    v, tau, w = guided_distill.edm_v(D, angle), torch.randint(1, 5, (args.batch,)).double() / 4, 4 * torch.rand(args.batch, device=device)
+
+    def guided_gradients(target):  # without the embedding of w, as if --w-max were 0
+        guided_distill.loss_fn(lambda z, tau: guided_distill.net_v(net, angle)(z, tau, y, None), target, angle, x0, noise, tau,
+                               torch.ones_like).mean().backward()
+
     gradients = dict(
         ct=lambda: ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, inverse).mean().backward(),
         cd=lambda: cd.loss_fn(net, net, D, x0, noise, t_n, t_n + 0.1, y, None, common.heun_step, common.pseudo_huber, inverse).mean().backward(),
         teacher=lambda: common.edm_loss(net, x0, noise, t_n, y).mean().backward(),
         continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y).mean().backward(),
-        ctm=ctm_gradients)[args.step]
+        ctm=ctm_gradients,
+        guided=lambda: guided_gradients(common.guide(v, y, w)),
+        rounds=lambda: guided_gradients(lambda z, tau: guided_distill.two_steps(lambda z, tau: v(z, tau, y), angle, z, tau, tau - 1 / 8,
+                                                                                tau - 1 / 4)))[args.step]
 
     def step():
         buffer.zero_()
@@ -206,7 +240,7 @@ def speed(args):
                 print(f"| {step} | {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
 
 
-STEPS = ["ct", "cd", "teacher", "continuous", "ctm"]
+STEPS = ["ct", "cd", "teacher", "continuous", "ctm", "guided", "rounds"]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,6 +255,17 @@ if __name__ == "__main__":
     command.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.3, 1.0], help="noise put back between its jumps")
     command.add_argument("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=quality)
+    command = commands.add_parser("guided", help="table of guided_distill.py: readability and Frechet distance against N and w")
+    command.add_argument("--dir", default="out/guided_distill", help="its --out-dir")
+    command.add_argument("--teacher", help="default: the one that the students name")
+    command.add_argument("--n", type=int, default=2000, help="samples, a multiple of 250")
+    command.add_argument("--N", type=int, nargs="+", default=[64, 4, 2, 1], help="DDIM steps of the teacher, two calls each")
+    command.add_argument("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")
+    command.add_argument("--w", type=float, nargs="+", default=[0.0, 1.0, 4.0], help="guidance weights")
+    command.add_argument("--sampler", choices=("D", "S"), default="D", help="of teacher and stage 1; a student has its own")
+    command.add_argument("--fp32", action="store_true", help="instead of bf16")
+    command.add_argument("--seed", type=int, default=1, help="of the samples")
+    command.set_defaults(run=guided)
     command = commands.add_parser("speed", help="how fast the training steps are, in all variants")
     command.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
     command.add_argument("--net", nargs="+", choices=common.NETS, default=["glyphs", "cifar-small"]
