@@ -4,22 +4,23 @@
     python guided_distill.py --sampler S --teacher out/guided_distill/teacher/last.pt --out-dir out/stochastic
     python guided_distill.py --w-max 0 --out-dir out/plain   progressive distillation alone: no guidance, or no labels
     torchrun --nproc_per_node=8 guided_distill.py --dataset imagenet64 --data-dir /data/imagenet64
-    torchrun --nproc_per_node=8 guided_distill.py --teacher diffusers:stable-diffusion-2-1/ --dataset latents.npz   latents and text
+    torchrun --nproc_per_node=8 guided_distill.py --teacher diffusers:stable-diffusion-2-1/ --dataset latents.npz
 
     python guided_distill.py --ckpt out/guided_distill/N0004.pt --sample 64 --w 1 --save out.png
     python guided_distill.py --ckpt out/guided_distill/stage1.pt --sample 64 --N 32 --w 4
     python guided_distill.py --ckpt out/guided_distill/teacher/last.pt --sample 64 --N 256 --w 4
 
-Stage 1 leaves stage1.pt, which draws in any number of steps, each at half the teacher's cost; every round of stage 2 leaves N0032.pt
-.. N0001.pt, each of which draws in its own number of steps. The same command again resumes a run, exactly, on any number of processes.
+Stage 1 leaves stage1.pt, which draws in any number of steps, each at half the teacher's cost; every round of stage 2
+leaves N0032.pt .. N0001.pt, each of which draws in its own number of steps. The same command again resumes a run,
+exactly, on any number of processes.
 
-Papers: Meng et al. 2022 (GD, arXiv 2210.03142): both stages. Salimans & Ho 2022 (PD, arXiv 2202.00512): the halving. The models are
-VP: z = alpha x + sigma noise, alpha^2 + sigma^2 = 1, time tau in [0, 1]. With the angle phi, alpha = cos phi and sigma = sin phi,
-every formula here is free of divisions by what may vanish.
+Papers: Meng et al. 2022 (GD, arXiv 2210.03142): both stages. Salimans & Ho 2022 (PD, arXiv 2202.00512): the halving.
+The models are VP: z = alpha x + sigma noise, alpha^2 + sigma^2 = 1, time tau in [0, 1]. With the angle phi, alpha = cos phi
+and sigma = sin phi, every formula here is free of divisions by what may vanish.
 
-Log, one JSON object a line: step, over all rounds; N = steps of the student in training, 0 in stage 1; loss, and loss_bins its mean
-where the noise level tan phi is below 0.1, 1, 10 and above; grad_norm, before it is clipped; lr; images_per_s; peak_gb; skipped =
-steps left out because their loss was not finite.
+Log, one JSON object a line: step, over all rounds; N = steps of the student in training, 0 in stage 1; loss, and loss_bins
+its mean where the noise level tan phi is below 0.1, 1, 10 and above; grad_norm, before it is clipped; lr; images_per_s;
+peak_gb; skipped = steps left out because their loss was not finite.
 """
 import copy
 import functools
