@@ -93,7 +93,7 @@ def test_a_denoiser_read_as_v():
 
 @pytest.mark.parametrize("name", ANGLES)
 def test_ddim_of_gaussian_data(name):
-    """18.1: one step is a gain; onto phi = 0 it is the denoised image; N steps keep the mean and give the known deviations."""
+    """One step is a gain; onto phi = 0 it is the denoised image; N steps keep the mean and give the known deviations."""
     angle, s, m = ANGLES[name], 0.6, 0.3
     v = gaussian_v(s, m, angle)
     for tau, end in ((1.0, 0.5), (0.7, 0.6), (0.3, 0.0), (0.2, 0.5)):
@@ -123,7 +123,7 @@ def test_deviation_after_n_steps(s):
 # ---- weights
 
 def test_weights_are_those_of_x():
-    """Section 4: the factor on the v error, times sigma^2 for the x error, is the named function of the SNR."""
+    """The factor on the v error, times sigma^2 for the x error, is the named function of the SNR."""
     phi = gd.edm_angle(torch.linspace(0.01, 1, 50, dtype=torch.float64))
     snr = phi.tan() ** -2
     for name, wanted in (("snr+1", snr + 1), ("trunc", snr.clamp(min=1))):
@@ -147,7 +147,7 @@ def test_loss_by_hand():
 # ---- guidance
 
 def test_guided_gaussian():
-    """18.2: classes of equal deviation, guided, are the data N(m_w, s^2); w = 0 is the conditional model, w = -1 the unconditional."""
+    """Classes of equal deviation, guided, are the data N(m_w, s^2); w = 0 is the conditional model, w = -1 the unconditional."""
     s, m_c, m_0, tau = 0.5, 0.8, -0.1, at(0.4)
     v = lambda z, tau, y: gaussian_v(s, m_0 if y is None else m_c, gd.edm_angle)(z, tau)
     for w in (0.0, 1.0, 4.0, -1.0):
@@ -158,7 +158,7 @@ def test_guided_gaussian():
 
 
 def test_guided_different_deviations():
-    """18.2: the unconditional model of classes m_c ~ N(m_0, r^2) is wider; guided, slope and offset are combined likewise."""
+    """The unconditional model of classes m_c ~ N(m_0, r^2) is wider; guided, slope and offset are combined likewise."""
     s, r, m_c, m_0, w, angle = 0.5, 0.6, 0.8, -0.1, 1.7, gd.edm_angle
     v = lambda z, tau, y: gaussian_v(math.hypot(s, r) if y is None else s, m_0 if y is None else m_c, angle)(z, tau)
     phi = angle(at(0.6))
@@ -224,7 +224,7 @@ def test_target_lands_where_the_teacher_does(angle, sampler):
 
 
 def test_affine_target():
-    """18.3: for an affine teacher the target is this affine function."""
+    """For an affine teacher the target is this affine function."""
     angle, N, i = gd.edm_angle, 4, 3
     a, b = lambda tau: 0.4 + 0.3 * tau, lambda tau: 0.2 - 0.1 * tau  # x = a z + b
 
@@ -245,7 +245,7 @@ def test_affine_target():
 
 
 def test_unit_gaussian_after_k_halvings():
-    """18.3: v = (cos D - cos(d)^(2^K)) / sin D z; after the first, -tan(pi / 4N) / 2 z."""
+    """v = (cos D - cos(d)^(2^K)) / sin D z; after the first, -tan(pi / 4N) / 2 z."""
     start, v = 64, gaussian_v(1.0)
     for K in range(1, 6):
         N = start >> K
@@ -262,7 +262,7 @@ def test_unit_gaussian_after_k_halvings():
 
 @pytest.mark.parametrize("s", [0.5, 2.0])
 def test_target_of_an_exact_teacher(s):
-    """18.3: x = m + (sqrt(V''/V) sigma - sigma'') / sin Delta (z - alpha m); in one step from pure noise, m + s z: the generator."""
+    """x = m + (sqrt(V''/V) sigma - sigma'') / sin Delta (z - alpha m); in one step from pure noise, m + s z: the generator."""
     N, m = 4, 0.3
     for sampler, n in (("D", N), ("D", 1)):
         v = student_of(exact_v(COSINE, s, m, 2 * n, "D"), COSINE, n, sampler)
@@ -276,8 +276,8 @@ def test_target_of_an_exact_teacher(s):
 
 @pytest.mark.parametrize("angle", ANGLES.values(), ids=ANGLES)
 def test_students_end_where_the_first_teacher_does(angle):
-    """8.4: over all rounds from 64 steps, N steps of the ideal student are the first teacher's 64, from the same noise."""
-    v, m, s = gaussian_v(0.6, 0.3, angle), 0.3, 0.6
+    """Over all rounds from 64 steps, N steps of the ideal student are the first teacher's 64, from the same noise."""
+    v = gaussian_v(0.6, 0.3, angle)
     wanted = gd.sample(v, angle, 64, "D", Z)
     for N in (32, 16, 8, 4, 2, 1):
         v = student_of(v, angle, N, "D")
@@ -286,7 +286,7 @@ def test_students_end_where_the_first_teacher_does(angle):
 
 @pytest.mark.parametrize("angle", ANGLES.values(), ids=ANGLES)
 def test_stochastic_students(angle):
-    """9.3: S(2N) at even points, without noise, is D(N); S(1) is D(1). Each asks of the one before only what that was trained for."""
+    """S(2N) at even points, without noise, is D(N); S(1) is D(1). Each asks of the one before only what that was trained for."""
     teacher = gaussian_v(0.6, 0.3, angle)
     S, D, before = {}, {}, teacher
     for N in (16, 8, 4, 2, 1):
@@ -301,7 +301,7 @@ def test_stochastic_students(angle):
 
 
 def test_what_a_round_asks_of_its_teacher():
-    """9.3, by enumeration: every jump (from, to) that S(N) asks of S(2N) is one that S(2N) was trained to make; likewise D."""
+    """By enumeration: every jump (from, to) that S(N) asks of S(2N) is one that S(2N) was trained to make; likewise D."""
     for sampler, N in itertools.product(("D", "S", "encoder"), (1, 2, 4, 8)):
         def jumps(N):
             tau, _, end = gd.times_of(torch.arange(1, N + 1, dtype=torch.float64), N, sampler)
@@ -363,7 +363,7 @@ def test_encoder_and_decoder(angle):
 # ---- samplers
 
 def test_renoise():
-    """From z at tau_k, mean and variance are those of z at tau_s, whatever x: 15 of 18.4."""
+    """From z at tau_k, mean and variance are those of z at tau_s, whatever x."""
     angle, k, s = gd.edm_angle, at(0.25), at(0.5)
     phi_k, phi_s = angle(k)[0], angle(s)[0]
     zero, one = torch.zeros_like(Z), torch.ones_like(Z)
@@ -405,7 +405,7 @@ def test_stochastic_sampler_keeps_the_deviation(N):
 
 
 def test_starting_midway_and_pasting():
-    """23 of 18.4: from N of N steps it is plain sampling, from 0 the input; the known part is pasted after every step, at its level."""
+    """From N of N steps it is plain sampling, from 0 the input; the known part is pasted after every step, at its level."""
     angle, v, seen = gd.edm_angle, gaussian_v(0.6, 0.3, gd.edm_angle), []
     for sampler in ("D", "S"):
         assert torch.equal(gd.sample(v, angle, 4, sampler, Z, gauss_like, start=4), gd.sample(v, angle, 4, sampler, Z, gauss_like))
