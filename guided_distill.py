@@ -1,6 +1,6 @@
-"""Distillation of guided diffusion: one network for all guidance weights, then half the steps, and half again, down to one.
+"""Distillation of guided diffusion: one network for all guidance weights, then half the steps, and again, down to one.
 
-    python guided_distill.py                                 digits: a teacher, its guidance distilled, then N = 32 .. 1 steps
+    python guided_distill.py                                 digits: a teacher, its guidance, then N = 32 .. 1 steps
     python guided_distill.py --sampler S --teacher out/guided_distill/teacher/last.pt --out-dir out/stochastic
     python guided_distill.py --w-max 0 --out-dir out/plain   progressive distillation alone: no guidance, or no labels
     torchrun --nproc_per_node=8 guided_distill.py --dataset imagenet64 --data-dir /data/imagenet64
@@ -15,12 +15,12 @@ leaves N0032.pt .. N0001.pt, each of which draws in its own number of steps. The
 exactly, on any number of processes.
 
 Papers: Meng et al. 2022 (GD, arXiv 2210.03142): both stages. Salimans & Ho 2022 (PD, arXiv 2202.00512): the halving.
-The models are VP: z = alpha x + sigma noise, alpha^2 + sigma^2 = 1, time tau in [0, 1]. With the angle phi, alpha = cos phi
-and sigma = sin phi, every formula here is free of divisions by what may vanish.
+The models are VP: z = alpha x + sigma noise, alpha^2 + sigma^2 = 1, time tau in [0, 1]. With the angle phi, for which
+alpha = cos phi and sigma = sin phi, every formula here is free of divisions by what may vanish.
 
-Log, one JSON object a line: step, over all rounds; N = steps of the student in training, 0 in stage 1; loss, and loss_bins
-its mean where the noise level tan phi is below 0.1, 1, 10 and above; grad_norm, before it is clipped; lr; images_per_s;
-peak_gb; skipped = steps left out because their loss was not finite.
+Log, one JSON object a line: step, over all rounds; N = steps of the student in training, 0 in stage 1; loss, and
+loss_bins its mean where the noise level tan phi is below 0.1, 1, 10 and above; grad_norm, before it is clipped; lr;
+images_per_s; peak_gb; skipped = steps left out because their loss was not finite.
 """
 import copy
 import functools

@@ -123,7 +123,8 @@ def guided(args):
     run = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False)
     y, folder = torch.arange(args.n) % 10, Path(args.dir)
     trained = common.load_checkpoint(sorted(folder.glob("N????.pt"))[0])["args"]
-    rows = [("teacher", args.teacher or trained["teacher"], n) for n in args.N] + [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
+    rows = [("teacher", args.teacher or trained["teacher"], n) for n in args.N]
+    rows += [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
     rows += [("student", path, None) for path in sorted(folder.glob("N????.pt"), reverse=True)]
     print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}\n| | N | "
           + " | ".join(f"w = {w:g}" for w in args.w) + " |\n|---|---|" + "---|" * len(args.w))
