@@ -67,7 +67,9 @@ def recipe(given):
     dataset, teacher = common.known_dataset(given), given.get("teacher")
     if given.get("stage") == "teacher":
         refuse(STUDENT_ONLY, "does not apply with --stage teacher")
-        return common.teacher_recipe(given) | dict(out_dir="out/guided_distill/teacher", label_dropout=0.1)
+        labelled = given.get("class_cond") is not False and dataset not in ("bedroom256", "cat256")
+        settings = common.teacher_recipe(given) | dict(out_dir="out/guided_distill/teacher", label_dropout=0.1 if labelled else 0.0)
+        return settings | (dict(class_cond=True) if labelled and settings["class_cond"] is False else {})
     refuse({"label_dropout"}, "applies to --stage teacher only")
     refuse({"N"}, "does not apply: the rounds go from half of --start-N down to --end-N")
     refuse({"total_steps"}, "does not apply: name --stage1-steps, --round-steps and --last-steps")
@@ -91,7 +93,7 @@ def recipe(given):
             refuse({"stage1_steps"}, "does not apply without --w-max: there is no guidance to distil")
     elif given.get("sampler") == "encoder":
         raise UserError("--sampler encoder goes with --w-max 0: encoding with guidance is ill-conditioned")
-    elif settings["class_cond"] is False and teacher is None:
+    elif settings["class_cond"] is False and teacher in (None, "ideal"):
         settings["class_cond"] = True
     if "teacher" in given:
         refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
@@ -513,7 +515,7 @@ def edit_images(args, run, net, v, angle, N, sampler, w):
             raise UserError(f"this network draws classes: name with {flag} one, or one for each --image")
     size, each, path = net.image_size, args.sample or (1 if args.edit == "style" else 4), common.make_save_path(args.save)
     x0 = torch.stack([common.read_image(name, size)[0] for name in args.image]).to(run.device)
-    start = round((0.5 if args.strength is None else args.strength) * N) if args.edit == "img2img" else N
+    start = math.floor((0.5 if args.strength is None else args.strength) * N + 0.5) if args.edit == "img2img" else N
     hole = common.read_mask(args.mask, size).to(run.device) if args.edit == "inpaint" else None
     if args.edit == "style":
         v_up, angle_up, N_up, *_, encoder = open_student(args.encoder, run, encoder=True)
@@ -661,6 +663,8 @@ if __name__ == "__main__":
             optimizer = torch.optim.Adam(net.parameters(), args.lr, foreach=True)
         # ------------------------------------------------------------------------------------ one training step
         lr = args.lr * (1 - (step - starts[r]) / steps)  # PD: to 0 within each round
+        if args.sampler == "S" and N == 1:
+            lr = 0.0  # it is its teacher already, and Adam would make a step of the rounding of a gradient that is 0
         optimizer.param_groups[0]["lr"] = lr
         buffer.zero_()
         for m in range(run.rank, micro_batches, run.world):
