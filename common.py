@@ -1428,7 +1428,7 @@ def report(log: Log, bar, args, step: int, since: tuple[float, int], **values) -
     now = time.perf_counter()
     images_per_s = (step - since[1]) * args.batch_size / (now - since[0])
     log.write(dict(step=step, images=step * args.batch_size) | values | dict(lr=values.get("lr", args.lr), images_per_s=images_per_s))
-    shown = {key: f"{values[key]:.4g}" for key in ("loss", "N") if key in values}
+    shown = {key: f"{values[key]:.4g}" for key in ("loss", "N") if values.get(key) is not None}
     bar.set_postfix(**shown, **{"img/s": f"{images_per_s:.0f}"})
     return now, step
 
