@@ -323,8 +323,10 @@ if __name__ == "__main__":
         common.load_optimizer(optimizer, state["optimizer"])
     del state
     if run.compile:
-        frozen = {teacher} - {None}
-        for module in frozen if continuous and args.dropout else frozen | {net, target}:  # df/dt is never compiled, and f must drop out what it drops out
+        modules = {teacher} - {None}
+        if not continuous or not args.dropout:  # df/dt is never compiled, and f must drop out what it drops out
+            modules |= {net, target}
+        for module in modules:
             module.compile()  # in place: names of the weights stay as they are
     log = common.start_run(args, run, net, step)
 

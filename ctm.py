@@ -211,7 +211,7 @@ def adaptive_weight(gradient, other):
 
 
 def last_layer(net):
-    """The weight whose gradients are compared: the second convolution of the last residual block (code, ImageNet; CIFAR-10's net has another)."""
+    """The weight whose gradients are compared: the second convolution of the last residual block (code, for ImageNet)."""
     return net.output_blocks[-1][0].out_layers[3].weight
 
 
