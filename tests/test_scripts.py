@@ -176,7 +176,9 @@ def test_no_thread_of_the_process_group_outlives_it(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("""
 import atexit, os, pathlib
 if "RANK" in os.environ:
-    atexit.register(lambda: print("left:", [p.read_text() for p in pathlib.Path("/proc/self/task").glob("*/comm")], flush=True))
+    def left():  # one write, or the processes' words may mix
+        os.write(1, f"left: {[p.read_text() for p in pathlib.Path('/proc/self/task').glob('*/comm')]}\\n".encode())
+    atexit.register(left)
 """)
     done = run_script(*RUN, "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), env=dict(PYTHONPATH=str(tmp_path)), code=0)
     assert done.stdout.count("left: ") == 2 and "gloo" not in done.stdout, done.stdout
