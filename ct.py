@@ -141,8 +141,9 @@ if __name__ == "__main__":
 
     # ---- sampling: python ct.py --ckpt FILE
     if hasattr(args, "ckpt"):
-        net = common.place(common.load_network(args.ckpt, ("ct",))[0], run)
-        common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, args.sigmas, y, noise, shape), len(args.sigmas))
+        net, trained = common.load_network(args.ckpt, ("ct",))
+        net = common.place(net, run)
+        common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, args.sigmas, y, noise, shape), len(args.sigmas), trained)
         common.finish(run)
 
     # ---- data

@@ -441,6 +441,8 @@ def sample_latents(args, run, state):
     for key in ("edit", "image", "strength", "mask", "encoder", "from_labels"):
         if getattr(args, key) is not None:
             raise UserError(f"--{key.replace('_', '-')} does not apply to latent models: the pipelines of diffusers edit with them")
+    if args.eval:
+        raise UserError("--eval does not apply to latent models: --save a folder of samples, for torch-fidelity's own command")
     model, dataset = LatentModel(given["teacher"].removeprefix("diffusers:"), run), Latents(given["dataset"])
     net = model.student(given["w_max"] > 0).requires_grad_(False)
     net.load_state_dict(state["ema"])
@@ -496,7 +498,7 @@ def use_checkpoint(args, run):
     args.sample = args.sample or 64
     guided_teacher = w_max == math.inf and w > 0
     common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(v, angle, N, sampler, w, y, noise, shape, run.device),
-                             N * (1 + guided_teacher))
+                             N * (1 + guided_teacher), state)
 
 
 def edit_images(args, run, net, v, angle, N, sampler, w):
