@@ -1540,7 +1540,9 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, chunk: int 
     samples, reference = samples.double(), reference.double()  # squared distances are differences of large numbers
 
     def squared_distances(a, b):
-        return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+        scale = a.square().sum(1)[:, None] + b.square().sum(1)
+        found = scale - 2 * a @ b.T
+        return found.where(found > 1e-12 * scale, 0)  # features in float32 do not tell copies of an image apart
 
     def covered(points, centres):
         reach = torch.cat([squared_distances(part, centres).kthvalue(k + 1)[0] for part in centres.split(chunk)])  # the nearest is itself
