@@ -7,6 +7,7 @@
     python cd.py --w-max 4 --out-dir out/guided              guided: one step, guidance chosen when sampling
 
     python cd.py --ckpt out/cd/last.pt --sample 64 --sigmas 80 1.6 --save out.png
+    python cd.py --ckpt out/cd/last.pt --eval 50000
     python cd.py --ckpt out/cd/teacher/last.pt --sample 64 --N 18 --churn 10
     python cd.py --ckpt out/cd/last.pt --edit inpaint --image photo.png --mask hole.png --labels 3
     python cd.py --ckpt out/cd/last.pt --search-times 2

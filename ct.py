@@ -4,6 +4,7 @@
     python ct.py --dataset my_images/                        your own: a folder or zip of images, an .npz or .npy
     torchrun --nproc_per_node=8 ct.py --dataset imagenet64 --data-dir /data/imagenet64
     python ct.py --ckpt out/ct/last.pt --sample 64 --sigmas 80 1.6 --save out.png
+    python ct.py --ckpt out/ct/last.pt --eval 50000
 
 The same command again resumes a run, exactly, on any number of processes.
 

@@ -8,6 +8,7 @@
     python ctm.py --ckpt out/ctm/last.pt --sample 64 --steps 4 --gamma 0 --save out.png
     python ctm.py --ckpt out/ctm/last.pt --sample 64 --sigmas 80 1.6 --gamma 1
     python ctm.py --ckpt out/ctm/last.pt --sample 64 --heun 18
+    python ctm.py --ckpt out/ctm/last.pt --eval 50000 --steps 2
     python ctm.py --ckpt out/ctm/last.pt --edit inpaint --image photo.png --mask hole.png --labels 3
 
 `--ckpt` takes what this script writes, and the released ImageNet-64 model. The same command again resumes a run,

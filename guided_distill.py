@@ -8,6 +8,7 @@
 
     python guided_distill.py --ckpt out/guided_distill/N0004.pt --sample 64 --w 1 --save out.png
     python guided_distill.py --ckpt out/guided_distill/stage1.pt --sample 64 --N 32 --w 4
+    python guided_distill.py --ckpt out/guided_distill/N0004.pt --eval 50000 --w 0.5
     python guided_distill.py --ckpt out/guided_distill/teacher/last.pt --sample 64 --N 256 --w 4
 
 Stage 1 leaves stage1.pt, which draws in any number of steps, each at half the teacher's cost; every round of stage 2
