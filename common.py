@@ -1596,7 +1596,7 @@ def dataset_of(args, trained: dict) -> tuple[str, str | None]:
         raise UserError(f"{args.ckpt} does not say what it was trained on; name --dataset")
     if args.data_dir and name not in NAMED:
         raise UserError("--data-dir says where a named data set lies; give a path of your own as --dataset")
-    return name, args.data_dir or (None if args.dataset else found.get("data_dir"))
+    return name, args.data_dir or (found.get("data_dir") if name == found.get("dataset") else None)
 
 
 def open_reference(args, run, size: int, D: int, trained: dict):
@@ -1684,7 +1684,7 @@ def evaluate(args, run, draw, y: Tensor | None, shape, calls: int, trained: dict
           f"EMA weights of {args.ckpt}; reference {name}, {images}, sha {sha}; Inception {inception.sha}"
           + ("" if inception.published else f", {inception.path}, not the weights of published numbers"), flush=True)
     append_record(Path(args.ckpt).parent / "eval.jsonl", found | dict(
-        n=n, labels=labels, nfe=calls, seed=args.seed, step=trained.get("step"), reference=name, reference_images=images, reference_sha=sha,
+        n=n, labels=labels, nfe=calls, seed=args.seed, step=trained.get("step"), reference=name, reference_holds=images, reference_sha=sha,
         inception_sha=inception.sha, dtype=str(run.dtype).removeprefix("torch."),
         args={key: value for key, value in vars(args).items() if value is not None and key not in ("sample", "save")}))
 

@@ -1,5 +1,7 @@
 """FID, IS, precision and recall: against independent computations, and `--eval` as a user calls it."""
 import copy
+import hashlib
+import io
 import json
 import math
 import os
@@ -283,6 +285,7 @@ def test_references_are_kept_from_everywhere(workplace, monkeypatch):
 
 def test_batch_size_does_not_matter(workplace, monkeypatch, capsys):
     def draw(y, noise, shape, indices):
+        assert torch.equal(y, indices % 10)
         return (noise(torch.zeros(shape)) / 3 + y.view(-1, 1, 1, 1) / 10 - 0.5).clamp(-1, 1)
     y = torch.arange(40) % 10
     records = [evaluation(workplace, monkeypatch, capsys, draw, 40, batch, y)[1] for batch in (64, 3)]
@@ -336,6 +339,16 @@ def test_the_hash_tells_references_apart(workplace, monkeypatch, capsys):
     shas = [evaluation(workplace, monkeypatch, capsys, data_set(workplace), 10, dataset=name)[1]["reference_sha"]
             for name in ("data.npz", "same.npy", "same.zip", "changed.npy", "turned.npy")]
     assert shas[0] == shas[1] == shas[2] and len({*shas}) == 3
+    planes = (hashlib.sha256(image.transpose(2, 0, 1).tobytes()).digest()[:8] for image in data)
+    assert shas[0] == hashlib.sha256(b"".join(planes)).hexdigest()[:12]
+
+
+def test_the_reference_is_the_training_data_unless_named():
+    found = dict(args=dict(dataset="imagenet64", data_dir="there"))
+    for dataset, data_dir, wanted in ((None, None, ("imagenet64", "there")), (None, "here", ("imagenet64", "here")),
+                                      ("imagenet64", None, ("imagenet64", "there")), ("cifar10", None, ("cifar10", None)),
+                                      ("cifar10", "here", ("cifar10", "here")), ("x.npz", None, ("x.npz", None))):
+        assert common.dataset_of(types.SimpleNamespace(dataset=dataset, data_dir=data_dir, ckpt="x.pt"), found) == wanted
 
 
 DRIVER = f"""
@@ -408,8 +421,10 @@ def weights(tmp_path_factory):
 def test_inception_is_torch_fidelitys(weights, monkeypatch):
     """Its two outputs are the pooled features, and those times the last layer's matrix, without the bias."""
     from torch_fidelity import FeatureExtractorInceptionV3 as Theirs
-    load = torch.load
+    load, loads = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda file, *args, **more: loads.append((file, more)) or load(file, *args, **more))
     inception = common.Inception(weights, torch.device("cpu"))
+    assert [more["weights_only"] for file, more in loads if not isinstance(file, io.BytesIO)] == [True]  # theirs unpickles: not our file
     images = torch.from_numpy(rng.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8))
     features, logits = inception(images).split(inception.widths, 1)
     theirs = Theirs("theirs", ["768", "2048"], str(weights)).eval()
