@@ -298,6 +298,6 @@ def test_mistakes_end_in_one_line(workplace, mistake):
 def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
     for flag in ("stage teacher teacher-steps label-dropout N objective stop-gradient solver mu dist times weighting w-max w churn "
-                 "search-times edit image mask factor noise-level noisy ckpt sample sigmas").split():
+                 "search-times edit image mask factor noise-level noisy ckpt sample eval inception sigmas").split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
