@@ -1589,12 +1589,13 @@ def parse_flags(parser, recipe, sampling={}, both=()):
     return argparse.Namespace(**args)
 
 
-def labels_to_draw(args, net, n: int, device) -> Tensor | None:
+def labels_to_draw(args, net, n: int, device, key: str = "labels") -> Tensor | None:
     """`--labels` in turn, or all classes in turn, for n images: (n,) int64, or None for a net without labels. Raises UserError."""
-    if args.labels and (not net.classes or max(args.labels) >= net.classes):
-        raise UserError(f"--labels {' '.join(map(str, args.labels))}: this network has "
+    labels = getattr(args, key)
+    if labels and (not net.classes or max(labels) >= net.classes):
+        raise UserError(f"--{key.replace('_', '-')} {' '.join(map(str, labels))}: this network has "
                         + (f"the labels 0 to {net.classes - 1}" if net.classes else "no labels"))
-    labels = args.labels or list(range(net.classes))
+    labels = labels or list(range(net.classes))
     return torch.tensor([labels[i % len(labels)] for i in range(n)], device=device) if labels else None
 
 
