@@ -257,8 +257,8 @@ def pipeline(folder, prediction="epsilon", labels=False, **more):
                  num_class_embeds=4)
     text = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
                 attention_head_dim=2, cross_attention_dim=8)
-    unet = diffusers.UNet2DConditionModel(sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
-                                          **(plain if labels else text) | more)
+    small = dict(sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+    unet = diffusers.UNet2DConditionModel(**small | (plain if labels else text) | more)
     vae = diffusers.AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2,
                                   up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16)
     scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
