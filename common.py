@@ -22,7 +22,7 @@ In this order, each section using only what stands above it:
 Notation, everywhere: t is the noise level, i.e. the standard deviation of the noise (EDM's sigma), so that
 x_t = x0 + t * noise. Images x are (B, C, H, W) in [-1, 1], times t and labels y are (B,).
 
-Papers: CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189.
+Papers: CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189. ECT = Geng et al. 2024, arXiv 2406.14548.
 EDM = Karras et al. 2022, arXiv 2206.00364. ADM = Dhariwal & Nichol 2021, arXiv 2105.05233.
 """
 import argparse

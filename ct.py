@@ -1,9 +1,8 @@
 """Consistency training: a one-step generator from scratch, with no teacher; or, easier, from a diffusion model.
 
     python ct.py                                             digits (glyphs) on a laptop, minutes
-    python ct.py --recipe ect                                digits: trains a diffusion model, then tunes it
+    python ct.py --recipe ect --out-dir out/ect              digits: trains a diffusion model, then tunes it
     python ct.py --dataset my_images/                        your own: a folder or zip of images, an .npz or .npy
-    python ct.py --recipe ect --teacher edm_imagenet64_ema.pt --dataset imagenet64 --data-dir /data/imagenet64
     torchrun --nproc_per_node=8 ct.py --dataset imagenet64 --data-dir /data/imagenet64
     python ct.py --ckpt out/ct/last.pt --sample 64 --sigmas 80 1.6 --save out.png
 
@@ -19,12 +18,12 @@ Paper: Song et al. 2023 (CM, arXiv 2303.01469v2), Algorithm 3, with `--recipe ct
     --times       uniform over the grid                       -1.1 2.0: ln t normal, more often where it is hard
     --weighting   one                                         inverse: 1 / (t_n1 - t_n)
 
-`--recipe ect` is Geng et al. 2024 (ECT, arXiv 2406.14548): as ict, but it starts from a diffusion model, --teacher, and has no
-grid. t is any level, and t_n = r(t), which is t_min for most t at first, so that training begins as a diffusion model's,
-and comes nearer to t with each of --stages.
+`--recipe ect` is Geng et al. 2024 (ECT, arXiv 2406.14548): like ict, but from a diffusion model, --teacher, and
+without a grid: t is any level, and t_n = r(t), which comes nearer to t with each of --stages.
 
 Log, one JSON object a line: step; images = seen so far; loss, and loss_bins its mean where t_n1 is below 0.1, 1, 10 and
-above; grad_norm; N and mu, or stage; lr; images_per_s; peak_gb; skipped = steps left out because their loss was not finite.
+above; grad_norm; N and mu, or stage; lr; images_per_s; peak_gb; skipped = steps left out because their loss was not
+finite.
 """
 import copy
 import math
@@ -174,7 +173,7 @@ def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
     Source:  CM Alg. 3, line 5.
     """
     scale = weight(t_n, t_n1)
-    t_n, t_n1 = t_n.clamp(min=common.T_MIN), t_n1.clamp(min=common.T_MIN)  # where ECT's r is 0, f(x, t_min) = x0 + t_min noise is the target
+    t_n, t_n1 = t_n.clamp(min=common.T_MIN), t_n1.clamp(min=common.T_MIN)  # f ends at t_min; differs from ECT's code, whose ends at 0
     x_tn, x_tn1 = (x0 + common.bcast(t, x0) * noise for t in (t_n, t_n1))
     with torch.no_grad(), common.replay_random(x0.device):
         f_target = consistency(target, x_tn, t_n, y)
