@@ -22,7 +22,7 @@ In this order, each section using only what stands above it:
 Notation, everywhere: t is the noise level, i.e. the standard deviation of the noise (EDM's sigma), so that
 x_t = x0 + t * noise. Images x are (B, C, H, W) in [-1, 1], times t and labels y are (B,).
 
-Papers: CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189.
+Papers: CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189. ECT = Geng et al. 2024, arXiv 2406.14548.
 EDM = Karras et al. 2022, arXiv 2206.00364. ADM = Dhariwal & Nichol 2021, arXiv 2105.05233.
 """
 import argparse
@@ -357,6 +357,11 @@ def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
     return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
+def norm(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y| with one norm per image. Its gradient where x = y is 0. Source: ECT, as pseudo-Huber with c = 0."""
+    return torch.linalg.vector_norm((x - y).flatten(1), dim=1)
+
+
 class LPIPS(nn.Module):
     """LPIPS with VGG16 and average pooling, on images resized to 224 if they are smaller than 256.
 
@@ -388,8 +393,8 @@ class LPIPS(nn.Module):
 
 
 def make_distance(name: str, device):
-    """The distance called l1, l2, huber or lpips. LPIPS is imported and its weights sought only here."""
-    return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "huber": pseudo_huber}[name]
+    """The distance called l1, l2, norm, huber or lpips. LPIPS is imported and its weights sought only here."""
+    return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "norm": norm, "huber": pseudo_huber}[name]
 
 
 def edm_loss(net, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, extra: Tensor | None = None) -> Tensor:
