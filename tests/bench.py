@@ -288,7 +288,8 @@ def speed(args):
 
 STEPS = ["ct", "cd", "teacher", "continuous", "ctm", "guided", "rounds"]
 
-if __name__ == "__main__":
+
+def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("quality", help="the scoreboard of all methods; with --ckpt, how readable its glyphs are")
@@ -339,6 +340,10 @@ if __name__ == "__main__":
         command.add_argument(name, type=int if name == "batch" else str)
     command.add_argument("--repeat", type=int, default=7)
     command.set_defaults(run=measure)
+    return parser
+
+
+if __name__ == "__main__":
     sys.excepthook = common.one_line_errors
-    args = parser.parse_args()
+    args = flags().parse_args()
     args.run(args)

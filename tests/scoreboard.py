@@ -10,7 +10,6 @@ line of the table.
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import bench
+import torch
+
 import cd
 import common
 import ct
 import ctm
 import guided_distill
-import torch
 
 ROOT = Path(__file__).parent.parent
 FOUR = ctm.step_levels(4)  # of consistency models too: evenly spaced on the Karras grid
@@ -280,14 +280,13 @@ def machine():
 # ------------------------------------------------------------------------------------------------------------
 
 def judged(claim, pairs):
-    """A line: `pairs` are (name, a, b), of which a is to be below b; None where one was not measured."""
+    """A line on a claim. pairs: (name, a, b), of which a is to be below b, or None where one was not measured."""
     pairs = [(name, a, b) for name, a, b in pairs if a is not None and b is not None]
     if not pairs:
         return f"- {claim}: *not measured*."
-    wrong = [name for name, a, b in pairs if not a < b]
-    return (f"- {claim}: **{'does not hold' if len(wrong) == len(pairs) else 'holds in part' if wrong else 'holds'}**"
-            + f" ({'; '.join(f'{name} {a:.2f} against {b:.2f}' for name, a, b in pairs)})"
-            + (f", not for {', '.join(wrong)}" if 0 < len(wrong) < len(pairs) else "") + ".")
+    right = sum(a < b for _, a, b in pairs)
+    return (f"- {claim}: **{'holds' if right == len(pairs) else 'holds in part' if right else 'does not hold'}** ("
+            + "; ".join(f"{name} {a:.3f} {'<' if a < b else '≥'} {b:.3f}" for name, a, b in pairs) + ").")
 
 
 def expectations(rows):
@@ -301,21 +300,21 @@ def expectations(rows):
 
     consistency = [name for name, method in METHODS.items() if method.ways is CONSISTENCY]
     ctms = [name for name, method in METHODS.items() if method.ways is JUMPS]
-    lines = [judged("CD is better than CT at equal steps", [(f"{n} step(s)", distance("cd", n), distance("ct", n)) for n in (1, 2, 4)]),
+    lines = [judged("CD is better than CT at equal steps", [(f"NFE {n}", distance("cd", n), distance("ct", n)) for n in (1, 2, 4)]),
              judged("Two steps are better than one", [(title, two, one) for title, one, two, _ in with_steps(consistency)
                                                       + with_steps(ctms, "gamma 1")]),
              judged("CTM with gamma 0 improves with steps", [pair for title, one, two, four in with_steps(ctms, "gamma 0") for pair in
-                                                             ((f"{title}, 2 steps after 1", two, one), (f"{title}, 4 after 2", four, two))])]
-    lines += [judged(f"{METHODS[name].title} is ahead of CT", [(f"{n} step(s)", distance(name, n), distance("ct", n)) for n in (1, 2, 4)])
+                                                             ((f"{title}, two", two, one), (f"{title}, four", four, two))])]
+    lines += [judged(f"{METHODS[name].title} is ahead of CT", [(f"NFE {n}", distance(name, n), distance("ct", n)) for n in (1, 2, 4)])
               for name in ("ict", "ect")]
-    near = []  # |student - teacher| against a tenth of the teacher's distance, but at least what samples of this size leave open
+    near = []
     for w, calls in ((0.0, 35), (1.0, 70)):
         for name, how in (("guided-d", "DDIM"), ("guided-s", "stochastic")):
-            student, teacher = distance(name, 4, w, how), distance("teacher", calls, w, "18 Heun")
+            student, teacher = distance(name, 4, w, how), distance("teacher", calls, w)
             if student is not None and teacher is not None:
-                near.append((f"{METHODS[name].title}, w = {w:g}, {student:.2f} beside the teacher's {teacher:.2f}: gap",
-                             abs(student - teacher), max(0.1 * teacher, 0.1)))
-    return lines + [judged("Guided distillation at 4 steps is near its teacher (a gap of Fréchet distances below a tenth, or 0.1)", near)]
+                near.append((f"{name[-1].upper()}, w = {w:g}, {student:.3f} and the teacher {teacher:.3f}, gap", abs(student - teacher),
+                             max(0.1 * teacher, 0.1)))
+    return lines + [judged("Guided distillation at 4 steps is near its teacher at 18 Heun steps (a tenth of its distance, or 0.1)", near)]
 
 
 def conclusions(curves):
@@ -327,7 +326,7 @@ def conclusions(curves):
         return [(label(other), at(names[0]), at(other)) for other in names[1:]]
 
     lines = [judged("(a) LPIPS is better than l1 and l2", pairs(lambda name: "LPIPS beside " + name[3:], "cd-lpips", "cd-l1", "cd-l2"))
-             + " Without it: " + ", ".join(f"{label} {at(name):.2f}" for label, name in PANELS["Metric functions in CD"].items() if at(name)) + ".",
+             + "".join(f" {label}: {at(name):.3f}." for label, name in PANELS["Metric functions in CD"].items() if at(name)),
              judged("(b) Heun is better than Euler at equal N", [(f"N = {N}", at(f"cd-heun-{N}"), at(f"cd-euler-{N}")) for N in (9, 18, 72)]),
              judged("(c) With Heun N = 18 is the best, and more is no use", pairs(lambda name: f"18 beside {name[8:]}", *(
                  f"cd-heun-{N}" for N in (18, 9, 36, 72)))),
@@ -364,8 +363,8 @@ def draw_curves(path, rows):
             for kind in sorted({curve_of(row) for row in found}):
                 points = sorted((row[0], row[column] * (100 if column == 4 else 1)) for row in found if row[2] == 0 and curve_of(row) == kind)
                 label = METHODS[name].title + (f", {kind}" if kind else "")
-                axis.plot(*zip(*points), marker="osD^v"[number % 5], label=label, color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10]
-                          if kind not in ("gamma 1", "Heun") else "-.")
+                axis.plot(*zip(*points), marker="*" if kind == "Heun" else "osD^v"[number % 5], label=label, color=f"C{number % 10}",
+                          linestyle=":" if kind else "--" if number > 9 else "-")
         axis.set(xscale="log", xlabel="network calls (NFE)", title=title, yscale="log" if column == 5 else "linear")
         axis.set_xticks([1, 2, 4, 16, 35], ["1", "2", "4", "16", "35"], minor=False)
         axis.grid(alpha=0.3)
@@ -460,7 +459,8 @@ def main(args):
     results.mkdir(parents=True, exist_ok=True)
     batch = args.batch_size or cd.STUDENTS["glyphs"]["batch_size"]
     failed = {name: records[name].get("error") for name in chosen if not records[name]["done"]}
-    given = {key: getattr(args, key) for key in ("dataset", "net", "batch_size", "total_steps", "teacher_steps", "ablation_steps", "n", "seed", "only")}
+    given = {key: getattr(args, key) for key in ("dataset", "net", "batch_size", "total_steps", "teacher_steps", "ablation_steps", "n", "seed",
+                                                 "only")}
     given["dataset"] = Path(args.dataset).name
     lines = [f"# Scoreboard: {stem}", "", "`python tests/bench.py quality " + " ".join(
         f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in given.items()
@@ -474,8 +474,8 @@ def main(args):
         + " *training minutes*: of " + ("the machine" if run.device.type == "cuda" else "processor time")
         + ", start included, + those of the teacher where there is one; of a distillation in rounds all its rounds, of which *steps* counts those "
         f"up to that student. Stage 1 has {3 * args.total_steps // 10} of guided distillation D's {args.total_steps} steps.",
-        f"- Consistency models draw from the noise levels named; four steps from {', '.join(f'{t:.3g}' for t in FOUR)}, the Karras grid of N = 5 without "
-        "its end, on which CTM jumps too. The steps of the critic's own turns count.", "",
+        "- Consistency models draw from the noise levels named, in four steps from those of the Karras grid of N = 5 but its end, on which CTM "
+        "jumps too. Steps are the critic's own turns too.", "",
         "## What was expected", "", "Smaller Fréchet distance is better.", "", *expectations(rows), ""]
     if curves or any(name in ABLATIONS for name in failed):
         lines += ["## Consistency models, Figure 3, at this scale", "", f"One-step samples, Fréchet distance after {args.ablation_steps} steps. "
