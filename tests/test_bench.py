@@ -2,6 +2,7 @@
 import json
 import sys
 import threading
+import time
 import types
 
 import bench
@@ -87,7 +88,7 @@ def test_fixed_N_and_mu():
         assert bench.ct.target_decay(N, settings["s0"], settings["mu0"]) == pytest.approx(0.9 ** (2 / N), rel=1e-4)
 
 
-# ---- trainings, of a stub: 20 steps of 0.05 s, saved when it is told to stop; or a failure
+# ---- trainings, of a stub: so many steps of 0.05 s, saved when it is told to stop; or a failure
 
 STUB = """
 import json, signal, sys, time
@@ -99,7 +100,8 @@ if what == "fail":
     sys.exit("stub.py: error: no luck")
 last, began = folder / "last.pt", time.time()
 step = int(last.read_text()) if last.exists() else 0
-while step < 20 and not stop:
+(folder / "begun").touch()
+while step < int(what) and not stop:
     time.sleep(0.05)
     step += 1
 last.write_text(str(step))
@@ -118,7 +120,8 @@ def stub_runs(folder, **whats):
 
 def test_trainings_in_order(tmp_path, capsys):
     """The teacher first, students after it, the longest first, two at once; what fails is told and the rest goes on."""
-    commands, folders = stub_runs(tmp_path, teacher="run", short="run --teacher", long="run --teacher", bad="fail", scratch="run --teacher none")
+    commands, folders = stub_runs(tmp_path, teacher="40", short="5 --teacher", long="5 --teacher", bad="fail",
+                                  scratch="5 --teacher none")
     scoreboard.train(dict(teacher=1, short=1, long=5, bad=2, scratch=3), commands, folders, 2, types.SimpleNamespace(number=0))
     ran = {name: (began, ended) for name, began, ended, _ in map(json.loads, (tmp_path / "order.txt").read_text().splitlines())}
     assert ran.keys() == {"teacher", "short", "long", "scratch"} and ran["scratch"][0] < ran["teacher"][1]
@@ -131,22 +134,29 @@ def test_trainings_in_order(tmp_path, capsys):
 
 
 def test_students_of_no_teacher(tmp_path):
-    commands, folders = stub_runs(tmp_path, teacher="fail", student="run --teacher")
+    commands, folders = stub_runs(tmp_path, teacher="fail", student="5 --teacher")
     scoreboard.train(dict(teacher=1, student=1), commands, folders, 2, types.SimpleNamespace(number=0))
     assert scoreboard.read_record(folders["student"])["error"] == "its teacher was not trained" and not (tmp_path / "order.txt").exists()
 
 
 def test_a_stopped_training_goes_on(tmp_path):
     """Told to stop, it saves, is neither done nor failed, and what waits is not begun; the next call ends it, and adds up its time."""
-    commands, folders = stub_runs(tmp_path, first="run", second="run")
+    commands, folders = stub_runs(tmp_path, first="40", second="5")
     stop = types.SimpleNamespace(number=0)
-    threading.Timer(0.6, lambda: setattr(stop, "number", 15)).start()
+
+    def signal():
+        while not (folders["first"] / "begun").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
+        stop.number = 15
+
+    threading.Thread(target=signal).start()
     scoreboard.train(dict(first=2, second=1), commands, folders, 1, stop)
     record, step = scoreboard.read_record(folders["first"]), int((folders["first"] / "last.pt").read_text())
-    assert 0 < step < 20 and not record["done"] and record["error"] is None and not folders["second"].exists()
+    assert 0 < step < 40 and not record["done"] and record["error"] is None and not folders["second"].exists()
     scoreboard.train(dict(first=2, second=1), commands, folders, 1, types.SimpleNamespace(number=0))
     begun = [(name, step) for name, _, _, step in map(json.loads, (tmp_path / "order.txt").read_text().splitlines())]
-    assert begun == [("first", step), ("first", 20), ("second", 20)]
+    assert begun == [("first", step), ("first", 40), ("second", 5)]
     after = scoreboard.read_record(folders["first"])
     assert after["done"] and after["seconds"] > record["seconds"] > 0
 
