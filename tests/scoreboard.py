@@ -189,6 +189,7 @@ def train(todo, commands, folders, jobs, stop):
         write_record(folders[name], record | dict(seconds=record["seconds"] + seconds))
 
     waiting, running, begun, told = sorted(todo, key=lambda name: (name != "teacher", -todo[name])), {}, time.perf_counter(), False
+    seen = {}
     env = {**os.environ, "OMP_NUM_THREADS": str(max(cores() // jobs, 1))}
     try:
         while running or waiting and not stop.number:
@@ -210,9 +211,9 @@ def train(todo, commands, folders, jobs, stop):
                 told = True
             time.sleep(0.1)
             for name, (process, started) in list(running.items()):
-                if name in ABLATIONS:
-                    keep_snapshot(folders[name])
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if name in ABLATIONS:
+                    seen[name] = keep_snapshot(folders[name], seen.get(name))
                 if not pid:
                     continue
                 del running[name]
@@ -230,12 +231,13 @@ def train(todo, commands, folders, jobs, stop):
             process.kill()
 
 
-def keep_snapshot(folder):
-    """Keep each last.pt that a training writes under another name, for a curve."""
-    if (last := folder / "last.pt").exists():
-        kept = folder / f"at{last.stat().st_mtime_ns}.pt"
-        if not kept.exists():
-            kept.hardlink_to(last)  # last.pt is replaced, never overwritten
+def keep_snapshot(folder, seen):
+    """Keep what there is to draw with in a new last.pt, for a curve. Returns when it was written; `seen`: when the last one was."""
+    written = (folder / "last.pt").stat().st_mtime_ns if (folder / "last.pt").exists() else None
+    if written != seen:
+        state = common.load_checkpoint(folder / "last.pt")
+        common.save_checkpoint(folder / f"at{state['step']:06d}.pt", {key: state[key] for key in ("script", "step", "args", "model_args", "ema")})
+    return written
 
 
 def cores():
@@ -444,7 +446,7 @@ def main(args):
     for name, method in chosen.items():
         records[name], found = read_record(folders[name]), []
         if records[name]["done"] and name in ABLATIONS:
-            ways = [method.ways[0]._replace(file=path.name) for path in (*sorted(folders[name].glob("at*.pt")), folders[name] / "last.pt")]
+            ways = [method.ways[0]._replace(file=path.name) for path in sorted(folders[name].glob("at*.pt"))]
             curves[name] = {step: distance for *_, step, _, distance, _ in measure(name, ways, folders[name], run, judge, args, stop)}
         elif records[name]["done"]:
             found = measure(name, method.ways, folders[name], run, judge, args, stop)

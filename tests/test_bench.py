@@ -104,6 +104,7 @@ step = int(last.read_text()) if last.exists() else 0
 while step < int(what) and not stop:
     time.sleep(0.05)
     step += 1
+time.sleep(0.5 * (folder.name == "slow"))
 last.write_text(str(step))
 with open(folder.parent / "order.txt", "a") as file:
     file.write(json.dumps([folder.name, began, time.time(), step]) + "\\n")
@@ -121,10 +122,10 @@ def stub_runs(folder, **whats):
 def test_trainings_in_order(tmp_path, capsys):
     """The teacher first, students after it, the longest first, two at once; what fails is told and the rest goes on."""
     commands, folders = stub_runs(tmp_path, teacher="40", short="5 --teacher", long="5 --teacher", bad="fail",
-                                  scratch="5 --teacher none")
-    scoreboard.train(dict(teacher=1, short=1, long=5, bad=2, scratch=3), commands, folders, 2, types.SimpleNamespace(number=0))
+                                  scratch="9 --teacher none", other="5")
+    scoreboard.train(dict(teacher=1, short=1, long=5, bad=2, scratch=3, other=2.5), commands, folders, 2, types.SimpleNamespace(number=0))
     ran = {name: (began, ended) for name, began, ended, _ in map(json.loads, (tmp_path / "order.txt").read_text().splitlines())}
-    assert ran.keys() == {"teacher", "short", "long", "scratch"} and ran["scratch"][0] < ran["teacher"][1]
+    assert ran.keys() == {"teacher", "short", "long", "scratch", "other"} and ran["scratch"][0] < ran["teacher"][1]
     assert ran["teacher"][1] < ran["long"][0] < ran["short"][0]
     assert all(sum(a <= began < b for a, b in ran.values()) <= 2 for began, _ in ran.values())
     records = {name: scoreboard.read_record(folders[name]) for name in folders}
@@ -141,7 +142,7 @@ def test_students_of_no_teacher(tmp_path):
 
 def test_a_stopped_training_goes_on(tmp_path):
     """Told to stop, it saves, is neither done nor failed, and what waits is not begun; the next call ends it, and adds up its time."""
-    commands, folders = stub_runs(tmp_path, first="40", second="5")
+    commands, folders = stub_runs(tmp_path, first="40", slow="40", second="5")
     stop = types.SimpleNamespace(number=0)
 
     def signal():
@@ -151,12 +152,12 @@ def test_a_stopped_training_goes_on(tmp_path):
         stop.number = 15
 
     threading.Thread(target=signal).start()
-    scoreboard.train(dict(first=2, second=1), commands, folders, 1, stop)
+    scoreboard.train(dict(first=3, slow=2, second=1), commands, folders, 2, stop)
     record, step = scoreboard.read_record(folders["first"]), int((folders["first"] / "last.pt").read_text())
     assert 0 < step < 40 and not record["done"] and record["error"] is None and not folders["second"].exists()
-    scoreboard.train(dict(first=2, second=1), commands, folders, 1, types.SimpleNamespace(number=0))
-    begun = [(name, step) for name, _, _, step in map(json.loads, (tmp_path / "order.txt").read_text().splitlines())]
-    assert begun == [("first", step), ("first", 40), ("second", 5)]
+    scoreboard.train(dict(first=3, slow=2, second=1), commands, folders, 2, types.SimpleNamespace(number=0))
+    ended = [(name, step) for name, _, _, step in map(json.loads, (tmp_path / "order.txt").read_text().splitlines())]
+    assert ended[0] == ("first", step) and {("first", 40), ("slow", 40), ("second", 5)} == set(ended[2:])
     after = scoreboard.read_record(folders["first"])
     assert after["done"] and after["seconds"] > record["seconds"] > 0
 
