@@ -645,7 +645,7 @@ if __name__ == "__main__":
                 return draw(v_ema, angle, N or 16, args.sampler, w, y, noise, shape, run.device)  # noqa: B023
             blocks.append(common.draw_many(run, block, 8 * columns, y, (3, size, size), args.seed, args.micro_batch))
         if run.main:
-            common.save_grid(out_dir / "samples" / f"{step:06d}_{f'N{N:04d}' if N else 'stage1'}.png", blocks, columns)
+            log.grid(step, blocks, columns, f"_N{N:04d}" if N else "_stage1")
 
     # ---- training
     micro_batches = args.batch_size // args.micro_batch
