@@ -179,7 +179,13 @@ def test_samples_are_read_as_adms_evaluator_reads_them(trained):
 
 # ---- TensorBoard
 
-PLAIN = [*SMALL, "--batch-size", 4, "--micro-batch", 2, "--log-every", 1]
+PLAIN = [*SMALL, "--dataset", "few.npz", "--batch-size", 4, "--micro-batch", 2, "--log-every", 1]
+
+
+@pytest.fixture
+def few(tmp_path):
+    np.savez(tmp_path / "few.npz", np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), np.array([0, 1, 1, 0]))
+    return tmp_path
 
 
 def events(folder):
@@ -244,16 +250,16 @@ SummaryWriter.close = lambda self: (close(self), print("events closed"))
 
 
 @needs_tensorboard
-def test_tensorboard_of_ct(tmp_path):
+def test_tensorboard_of_ct(few):
     """Two processes; then the same without the flag, which is free to change; then anew."""
-    folder, flags = tmp_path / "run" / "tensorboard", [*PLAIN, "--out-dir", "run"]
-    run_script(*flags, "--total-steps", 3, "--sample-every", 2, "--tensorboard", launcher=torchrun(2), cwd=tmp_path, code=0)
-    assert_shown(tmp_path / "run", {2: "000002.png", 3: "000003.png"})
+    folder, flags = few / "run" / "tensorboard", [*PLAIN, "--out-dir", "run"]
+    run_script(*flags, "--total-steps", 3, "--sample-every", 2, "--tensorboard", launcher=torchrun(2), cwd=few, code=0)
+    assert_shown(few / "run", {2: "000002.png", 3: "000003.png"})
     assert len(list(folder.iterdir())) == 1  # rank 0 alone writes
-    run_script(*flags, "--total-steps", 3, cwd=tmp_path, code=0)
-    done = run_script(*flags, "--total-steps", 1, "--overwrite", "--tensorboard", prelude=SAY_CLOSED, cwd=tmp_path, code=0)
+    run_script(*flags, "--total-steps", 3, cwd=few, code=0)
+    done = run_script(*flags, "--total-steps", 1, "--overwrite", "--tensorboard", prelude=SAY_CLOSED, cwd=few, code=0)
     assert done.stdout.splitlines()[-1] == "events closed" and len(list(folder.iterdir())) == 1
-    assert_shown(tmp_path / "run", {1: "000001.png"})
+    assert_shown(few / "run", {1: "000001.png"})
 
 
 SCRIPTS = {
@@ -266,14 +272,11 @@ SCRIPTS = {
 
 @needs_tensorboard
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_writes_for_tensorboard(tmp_path, script):
+def test_every_script_writes_for_tensorboard(few, script):
     flags, folders = SCRIPTS[script]
-    if "ideal" in flags:
-        np.savez(tmp_path / "few.npz", np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
-        flags = [*flags, "--dataset", "few.npz"]
-    run_script(*PLAIN, *flags, "--tensorboard", "--out-dir", "run", script=script, cwd=tmp_path, code=0)
+    run_script(*PLAIN, *flags, "--tensorboard", "--out-dir", "run", script=script, cwd=few, code=0)
     for folder, grids in folders.items():
-        assert_shown(tmp_path / "run" / folder, grids)
+        assert_shown(few / "run" / folder, grids)
 
 
 def test_tensorboard_is_missing(tmp_path):
