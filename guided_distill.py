@@ -697,7 +697,7 @@ if __name__ == "__main__":
                                                         run.device)
             blocks.append(common.draw_many(run, block, 8 * columns, y, shape, args.seed, args.micro_batch))
         if run.main:
-            common.save_grid(out_dir / "samples" / f"{step:06d}_{f'N{N:04d}' if N else 'stage1'}.png", blocks, columns)
+            log.grid(step, blocks, columns, f"_N{N:04d}" if N else "_stage1")
 
     # ---- training
     micro_batches = args.batch_size // args.micro_batch
