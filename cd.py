@@ -7,6 +7,7 @@
     python cd.py --w-max 4 --out-dir out/guided              guided: one step, guidance chosen when sampling
 
     python cd.py --ckpt out/cd/last.pt --sample 64 --sigmas 80 1.6 --save out.png
+    python cd.py --ckpt out/cd/last.pt --eval 50000
     python cd.py --ckpt out/cd/teacher/last.pt --sample 64 --N 18 --churn 10
     python cd.py --ckpt out/cd/last.pt --edit inpaint --image photo.png --mask hole.png --labels 3
     python cd.py --ckpt out/cd/last.pt --search-times 2
@@ -202,9 +203,7 @@ def search_checkpoint(args, run, net, trained):
         import bench
     except ModuleNotFoundError as error:
         raise UserError(f"--search-times measures with tests/bench.py, which should be beside this script: {error}") from error
-    name, data_dir = args.dataset or trained["args"].get("dataset"), args.data_dir or trained["args"].get("data_dir")
-    if name is None:
-        raise UserError("--search-times: the checkpoint does not say what it was trained on; name --dataset")
+    name, data_dir = common.dataset_of(args, trained)
     with common.main_process_first(run):
         distance = bench.feature_distance(common.load_dataset(name, data_dir, net.image_size), run.device)
     n, batch = args.sample or 2000, max(256 * 16**2 // net.image_size**2, 8)
@@ -247,8 +246,8 @@ def use_checkpoint(args, run):
         refuse(["churn"] + ["N"] * (not args.search_times), f"to the consistency model in {args.ckpt}")
     if args.search_times:
         refuse(["sigmas", "edit"], "with --search-times")
-    else:
-        refuse(["dataset", "data_dir"], "without --search-times")
+    elif not args.eval:
+        refuse(["dataset", "data_dir"], "without --eval or --search-times")
     common.check_edit_flags(args)
     if args.w > top:
         raise UserError(f"--w {args.w}: {args.ckpt} was trained for " + (f"weights up to {top}" if top else "no guidance"))
@@ -261,16 +260,16 @@ def use_checkpoint(args, run):
     if teacher:
         N = args.N or (18 if net.image_size <= 32 else 40)  # EDM's
         return common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: common.sample_teacher(net, N, y, noise, shape, args.w, args.churn),
-                                        (2 * N - 1) * (2 if args.w else 1))
+                                        (2 * N - 1) * (2 if args.w else 1), trained)
     sigmas = args.sigmas or [common.T_MAX]
-    common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), len(sigmas))
+    common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), len(sigmas), trained)
 
 
 SAMPLING = dict(sample=None, sigmas=None, stage=None, N=None, w=0.0, churn=0.0, search_times=None, dataset=None, data_dir=None,
                 **common.EDITING_DEFAULTS)
 
 if __name__ == "__main__":
-    args = common.parse_flags(flags(), recipe, SAMPLING, both=("stage", "N", "dataset", "data_dir"))
+    args = common.parse_flags(flags(), recipe, SAMPLING, both=("stage", "N"))
     run = common.setup(args)
 
     # ---- sampling, editing: python cd.py --ckpt FILE

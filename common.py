@@ -15,6 +15,7 @@ In this order, each section using only what stands above it:
     processes and seeds      setup seed_everything flatten_gradients StopSignal
     checkpoints              save_checkpoint load_checkpoint load_network
     logs and pictures        start_run Log save_grid save_samples seeded_noise
+    evaluation               Inception frechet_distance inception_score precision_recall evaluate
     flags                    add_shared_flags parse_flags sample_checkpoint
     teachers                 teacher_recipe sample_teacher train_teacher open_teacher teacher_denoiser
     zero-shot editing        luminance patch_means slerp add_edit_flags edit_images
@@ -925,13 +926,16 @@ def map_array(path: Path, key: str | None = None) -> np.ndarray:
             return np.lib.format.open_memmap(unpacked, mode="r")
 
 
+IMAGE_KEYS = "arr_0", "images", "x", "data"
+
+
 def load_arrays(path: Path, size: int) -> ArrayImages:
     """A .npy of images, or an .npz with them as `arr_0`, `images`, `x` or `data`, labels as `arr_1`, `labels` or `y`."""
     labels = None
     if path.suffix == ".npz":
         with explain(f"{path} cannot be read as an npz"):
             keys = [name.removesuffix(".npy") for name in zipfile.ZipFile(path).namelist()]
-        key = next((key for key in ("arr_0", "images", "x", "data") if key in keys), None)
+        key = next((key for key in IMAGE_KEYS if key in keys), None)
         if key is None:
             raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0 and the labels arr_1")
         images = map_array(path, key)
@@ -973,6 +977,9 @@ def load_cifar10(folder: Path, size: int) -> ArrayImages:
     return ArrayImages([rows[:, 1:].reshape(-1, 3, 32, 32)], rows[:, 0].astype(np.int64), size, archive)
 
 
+NAMED = "cifar10", "imagenet64", "bedroom256", "cat256"
+
+
 def load_dataset(name: str, data_dir: str | None, size: int):
     """The data set called `name`, or the one at that path, with images of `size` pixels.
 
@@ -982,7 +989,7 @@ def load_dataset(name: str, data_dir: str | None, size: int):
     """
     if name == "glyphs":
         return ArrayImages([(data := glyphs(20000, seed=0, size=size))[0]], data[1], size, name)
-    known = name in ("cifar10", "imagenet64", "bedroom256", "cat256")
+    known = name in NAMED
     if known and data_dir is None and name != "cifar10":
         raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images"
                         + (", or the folder of the official train_data_batch_*.npz" if name == "imagenet64" else ""))
@@ -1426,6 +1433,11 @@ def seeded_noise(indices, seed: int):
     return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
 
 
+def draw_part(draw, part: Tensor, y: Tensor | None, shape, seed: int) -> Tensor:
+    """Images `part` (b,) of those that `draw_many` draws: (b,H,W,C) uint8, of which image i depends on (seed, i) alone."""
+    return to_uint8(draw(None if y is None else y[part], seeded_noise(part.tolist(), seed), (len(part), *shape), part))
+
+
 BINS = 4  # of noise levels, parted at 0.1, 1 and 10, that the log reports the loss by
 
 
@@ -1498,6 +1510,225 @@ def peak_memory_gb(device) -> float:
     except ImportError:  # Windows
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------------------
+
+class Inception:
+    """(b,3,H,W) uint8 -> (b, 2048 + 1008): what TensorFlow's Inception of 2015 pools, and its logits without their bias, by torch-fidelity.
+
+    Raises:  UserError in one line if the package or the weights are missing, or the file holds others.
+    """
+    widths = 2048, 1008
+
+    def __init__(self, path, device):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        except (ImportError, RuntimeError) as error:  # a torchvision built for another torch fails with RuntimeError
+            raise UserError(f"--eval needs torch-fidelity (pip install torch-fidelity), and a torchvision built for torch "
+                            f"{torch.__version__}: {first_line(error)}") from error
+        cached = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/")[-1])
+        self.path = Path(path or cached)
+        if not path and not cached.exists():
+            raise UserError(f"--eval needs Inception's weights: fetch {URL_INCEPTION_V3} and name the file with --inception, "
+                            f"or put it into {cached.parent}")
+        safe = io.BytesIO()  # torch-fidelity would unpickle whatever the file holds
+        torch.save(load_checkpoint(self.path), safe)
+        safe.seek(0)
+        try:
+            self.net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], safe).to(device).eval()
+        except Exception as error:
+            raise UserError(f"--inception {self.path} holds other weights than those of torch-fidelity's InceptionV3") from error
+        self.sha = file_sha(self.path)
+        self.published = self.sha.startswith(cached.stem.rsplit("-")[-1])  # the name ends with the start of its SHA-256
+
+    @torch.no_grad()
+    def __call__(self, images):
+        return torch.cat(self.net(images), 1)
+
+
+def file_sha(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of means (D,) and covariances (D,D), float64.
+
+    With sigma = R R^T the eigenvalues of sigma1 sigma2 are the squared singular values of R1^T R2: nothing is squared and rooted
+    again, so equal arguments give 0 to 1e-10, even where the covariances are singular.
+    """
+    R1, R2 = (V * value.clamp(min=0).sqrt() for value, V in map(torch.linalg.eigh, (sigma1, sigma2)))
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * torch.linalg.svdvals(R1.T @ R2).sum()
+    return max(distance.item(), 0.0)
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> float:
+    """exp of the mean KL divergence of p(y|x) from p(y), i.e. of H(y) - H(y|x), averaged over consecutive splits; logits (n,K).
+
+    Source:  Salimans et al. 2016; the splits are those of ADM's evaluator, 5,000 each of 50,000.
+    """
+    H, parts = torch.special.entr, logits.cpu().double().softmax(1).tensor_split(splits)  # entr(p) = -p ln p, 0 at 0
+    return torch.stack([(H(p.mean(0)).sum() - H(p).sum(1).mean()).exp() for p in parts]).mean().item()
+
+
+def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
+    """Share of the samples (n,D) within reach of a reference (m,D), and the reverse; an image's reach is its k-th nearest neighbour of its kind.
+
+    Source:  Kynkaanniemi et al. 2019 (k = 3; they used VGG's features), in Inception's features as in ADM's evaluator.
+    """
+    samples, reference = samples.double(), reference.double()  # squared distances are differences of large numbers
+
+    def squared_distances(a, b):
+        scale = a.square().sum(1)[:, None] + b.square().sum(1)
+        found = scale - 2 * a @ b.T
+        return found.where(found > 1e-12 * scale, 0)  # features in float32 do not tell copies of an image apart
+
+    def covered(points, centres):
+        reach = torch.cat([squared_distances(part, centres).kthvalue(k + 1)[0] for part in centres.split(chunk)])  # the nearest is itself
+        return torch.cat([(squared_distances(part, centres) <= reach).any(1) for part in points.split(chunk)]).double().mean().item()
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+def image_features(run, inception, batches, n: int, keep: int):
+    """Features of n images, shared out among the ranks: their mean (D,) and covariance (D,D), float64 on the CPU, and the first `keep` rows.
+
+    Args:    batches: this rank's, of places (b,) in 0 .. n-1 and images (b,3,H,W) uint8, on the device.
+    Returns: mu, sigma (unbiased), features (keep,D) and logits (keep,K), on every rank. Images are never all in memory.
+    """
+    D, K = inception.widths
+    exact = torch.device("cpu") if run.device.type == "mps" else run.device  # mps has no float64
+    total, square = torch.zeros(D, dtype=torch.float64, device=exact), torch.zeros(D, D, dtype=torch.float64, device=exact)
+    kept = torch.zeros(keep, D + K, device=exact)
+    for places, images in batches:
+        found = inception(images).to(exact)
+        x, places = found[:, :D].double(), places.to(exact)
+        total += x.sum(0)
+        square += x.T @ x
+        kept[places[places < keep]] = found[places < keep]
+    if run.world > 1:
+        for part in (total, square, kept):
+            torch.distributed.all_reduce(part)
+    mu = total / n
+    return mu.cpu(), ((square - n * mu[:, None] * mu) / (n - 1)).cpu(), *kept.split([D, K], 1)
+
+
+REFERENCE_IMAGES = 10_000  # of which precision and recall are taken, as many as ADM's reference files have
+
+
+def load_statistics(path: Path, D: int):
+    """mu (D,) and sigma (D,D), float64, of an .npz in EDM's or ADM's layout, or None if it holds none. Raises UserError for wrong ones."""
+    with explain(f"--dataset {path} cannot be read as an npz"), np.load(path) as file:
+        if not {"mu", "sigma"} <= set(file):
+            return None
+        mu, sigma = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
+    if mu.shape != (D,) or sigma.shape != (D, D) or not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise UserError(f"--dataset {path}: mu must be of shape ({D},) and sigma ({D}, {D}), both finite")
+    return mu, sigma
+
+
+def dataset_of(args, trained: dict) -> tuple[str, str | None]:
+    """`--dataset` and `--data-dir` where there is a checkpoint: by default those in its `trained["args"]`. Raises UserError."""
+    found = trained.get("args", {})
+    name = args.dataset or found.get("dataset")
+    if name is None:
+        raise UserError(f"{args.ckpt} does not say what it was trained on; name --dataset")
+    if args.data_dir and name not in NAMED:
+        raise UserError("--data-dir says where a named data set lies; give a path of your own as --dataset")
+    return name, args.data_dir or (found.get("data_dir") if name == found.get("dataset") else None)
+
+
+def open_reference(args, run, size: int, D: int, trained: dict):
+    """The name of what `--eval` compares with; its statistics, if it is an .npz of them; its images, if it has any, of `size` pixels."""
+    name, data_dir = dataset_of(args, trained)
+    path, statistics = Path(name), None
+    if path.suffix == ".npz" and path.exists():
+        statistics = load_statistics(path, D)
+    if statistics and not any(f"{key}.npy" in zipfile.ZipFile(path).namelist() for key in IMAGE_KEYS):
+        return name, statistics, None
+    with main_process_first(run):
+        dataset = load_dataset(name, data_dir, size)
+    if len(dataset) < 4:
+        raise UserError(f"--dataset {name} holds {len(dataset)} image(s), and precision and recall look at three neighbours: name more")
+    return name, statistics, dataset
+
+
+def reference_features(run, inception, dataset, statistics):
+    """`image_features` of a data set without the logits, keeping REFERENCE_IMAGES drawn at random; where there are statistics, of those alone.
+
+    Returns: mu, sigma, features; and a digest of all the images, decoded and shrunk as the network would see them, in their order.
+    """
+    from tqdm import tqdm
+    order = np.random.default_rng(0).permutation(len(dataset))[:REFERENCE_IMAGES if statistics else None]
+    parts = torch.arange(len(order)).split(64)[run.rank::run.world]
+    digests = torch.zeros(len(dataset), dtype=torch.int64)
+
+    def batches():
+        loader = make_loader(dataset, [order[part] for part in parts], None, run.device)
+        for part, (images, _) in zip(tqdm(parts, desc="reference", unit="batch", leave=False, disable=not run.main), loader):
+            for i, image in zip(order[part], images):
+                digests[i] = int.from_bytes(hashlib.sha256(image.numpy()).digest()[:8], "little", signed=True)
+            yield part.to(run.device), images.to(run.device)
+
+    mu, sigma, features, _ = image_features(run, inception, batches(), len(order), min(len(order), REFERENCE_IMAGES))
+    digests = digests.to(run.device)
+    if run.world > 1:
+        torch.distributed.all_reduce(digests)
+    return mu, sigma, features, hashlib.sha256(digests.cpu().numpy()).hexdigest()[:12]
+
+
+def append_record(path: Path, record: dict):
+    """Add a line of JSON to a file, after whatever a killed process may have left. Raises UserError if it cannot be written."""
+    try:
+        with open(path, "a+b") as file:
+            file.seek(max(file.tell() - 1, 0))
+            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def evaluate(args, run, draw, y: Tensor | None, shape, calls: int, trained: dict, batch: int = 64):
+    """`--ckpt --eval n`: FID, IS, precision and recall of n samples, in one line, and one of eval.jsonl beside the checkpoint.
+
+    Args:    draw, y, shape, batch: as `draw_many`, of n images.  calls: of the network for an image.  trained: the checkpoint.
+    """
+    from tqdm import tqdm
+    global ranks_differ
+    n, inception = args.eval, Inception(args.inception, run.device)
+    name, statistics, dataset = open_reference(args, run, shape[1], inception.widths[0], trained)
+    ranks_differ, reference = True, None
+    if dataset is not None:
+        *moments, reference, sha = reference_features(run, inception, dataset, statistics)
+    if statistics:
+        moments, sha = statistics, file_sha(name)
+
+    parts = torch.arange(n, device=run.device).split(batch)[run.rank::run.world]
+    batches = ((part, draw_part(draw, part, y, shape, args.seed).permute(0, 3, 1, 2))
+               for part in tqdm(parts, desc="samples", unit="batch", leave=False, disable=not run.main))
+    mu, sigma, features, logits = image_features(run, inception, batches, n, n)
+    if not run.main:
+        return
+    found = {"FID" if n == 50_000 else f"FID@{n}": frechet_distance(mu, sigma, *moments), "IS": inception_score(logits)}
+    if reference is not None:
+        found |= zip(("precision", "recall"), precision_recall(features, reference))
+    labels = "unconditional" if y is None else f"labels {' '.join(map(str, args.labels))} in turn" if args.labels else "all labels in turn"
+    images = "statistics" if statistics else f"{len(dataset):,} images"
+    if reference is None:
+        images += " without images for precision and recall"
+    elif statistics or len(reference) < len(dataset):
+        images += f" ({len(reference):,} images for precision and recall)"
+    sampler = "".join(f", {key} {show_value(getattr(args, key))}" for key in ("sigmas", "steps", "gamma", "heun", "N", "sampler", "churn", "w")
+                      if getattr(args, key, None))
+    print(f"{', '.join(f'{key} {value:.3f}' for key, value in found.items())}: {n:,} samples, {labels}, NFE {calls}{sampler}, seed {args.seed}, "
+          f"EMA weights of {args.ckpt}; reference {name}, {images}, sha {sha}; Inception {inception.sha}"
+          + ("" if inception.published else f", {inception.path}, not the weights of published numbers"), flush=True)
+    append_record(Path(args.ckpt).parent / "eval.jsonl", found | dict(
+        n=n, labels=labels, nfe=calls, seed=args.seed, step=trained.get("step"), reference=name, reference_holds=images, reference_sha=sha,
+        inception_sha=inception.sha, dtype=str(run.dtype).removeprefix("torch."),
+        args={key: value for key, value in vars(args).items() if value is not None and key not in ("sample", "save")}))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1581,6 +1812,10 @@ def add_shared_flags(parser):
     sample = parser.add_argument_group("sampling")
     sample.add_argument("--ckpt", metavar="FILE", help="sample with this checkpoint's EMA weights instead of training")
     sample.add_argument("--sample", type=positive, metavar="N", help="how many images (default 64)")
+    sample.add_argument("--eval", type=number(int, 10, name="count (10 or more)"), metavar="N", help="draw N images and measure FID, IS, "
+                        "precision and recall against --dataset, which may be an .npz of statistics (mu, sigma) too and is by default "
+                        "what the checkpoint was trained on. Called FID where N is 50000, FID@N elsewhere")
+    sample.add_argument("--inception", metavar="FILE", help="weights of torch-fidelity's Inception for --eval (default: where it keeps them)")
     sample.add_argument("--sigmas", type=number(float, T_MIN, T_MAX, "noise level"), nargs="+", metavar="T", help="noise levels, "
                         "largest first, one network call each (default when sampling: 80, one step)")
     sample.add_argument("--labels", type=count, nargs="+", metavar="Y", help="classes to draw, in turn (default: all)")
@@ -1596,9 +1831,10 @@ def add_shared_flags(parser):
 
 SHARED_DEFAULTS = dict(dataset="glyphs", data_dir=None, class_cond=None, workers=None, overwrite=False, seed=0, log_every=50,
                        sample_every=500, save_every=500, tensorboard=False, device="auto", precision="auto", compile=None)
-SAMPLING_DEFAULTS = dict(sample=64, sigmas=[T_MAX], labels=None, save="samples.png", seed=0, device="auto", precision="auto",
-                         compile=False)
-RUN_FLAGS = {"ckpt", "sigmas", "seed", "device", "precision", "compile"}  # apply to sampling and to training
+EVAL_FLAGS = dict(inception=None, dataset=None, data_dir=None)
+SAMPLING_DEFAULTS = dict(sample=64, eval=None, sigmas=[T_MAX], labels=None, save="samples.png", seed=0, device="auto", precision="auto",
+                         compile=False) | EVAL_FLAGS
+RUN_FLAGS = {"ckpt", "dataset", "data_dir", "sigmas", "seed", "device", "precision", "compile"}  # apply to sampling and to training
 
 
 def parse_flags(parser, recipe, sampling={}, both=()):
@@ -1611,14 +1847,17 @@ def parse_flags(parser, recipe, sampling={}, both=()):
     sys.excepthook = one_line_errors
     given = vars(parser.parse_args())
     name = {key: "--" + key.replace("_", "-") for key in given}
+    wrong = {"sample", "save", "edit", "search_times"} if "eval" in given else EVAL_FLAGS.keys() - sampling
     sampling, both = SAMPLING_DEFAULTS | sampling, RUN_FLAGS | set(both)
     if "ckpt" in given:
+        for key in given.keys() & wrong:
+            raise UserError(f"{name[key]} does not apply with{'' if 'eval' in given else 'out'} --eval")
         for key in given.keys() - sampling.keys() - both:
             raise UserError(f"{name[key]} does not apply with --ckpt, which samples; the checkpoint knows its settings")
     else:
         for key in given.keys() & (sampling.keys() - both):
             raise UserError(f"{name[key]} applies to sampling only: name a checkpoint with --ckpt")
-        if "data_dir" in given and given.get("dataset", "glyphs") not in ("cifar10", "imagenet64", "bedroom256", "cat256"):
+        if "data_dir" in given and given.get("dataset", "glyphs") not in NAMED:
             raise UserError("--data-dir says where a named data set lies; give a path of your own as --dataset")
     sigmas = given.get("sigmas", [T_MAX])
     if sorted(sigmas, reverse=True) != sigmas:
@@ -1655,18 +1894,20 @@ def draw_many(run, draw, n: int, y: Tensor | None, shape, seed: int, batch: int 
     images = torch.zeros(n, H, W, C, dtype=torch.uint8, device=run.device)
     for part in tqdm(torch.arange(n, device=run.device).split(batch)[run.rank::run.world], unit="batch",
                      leave=False, disable=not run.main or n <= 8 * batch):
-        noise = seeded_noise(part.tolist(), seed)
-        images[part] = to_uint8(draw(None if y is None else y[part], noise, (len(part), C, H, W), part))
+        images[part] = draw_part(draw, part, y, shape, seed)
     if run.world > 1:
         torch.distributed.all_reduce(images)
     return images.cpu().numpy()
 
 
-def sample_checkpoint(args, run, net, draw, calls: int):
-    """`--ckpt --sample n`: draw images and save them.
+def sample_checkpoint(args, run, net, draw, calls: int, trained: dict):
+    """`--ckpt`: draw images and save them, or with `--eval n` measure them.
 
-    Args:    draw: as `draw_many`.  calls: of the network for an image, to be said.
+    Args:    draw: as `draw_many`.  calls: of the network for an image, to be said.  trained: the checkpoint that the net is of.
     """
+    if args.eval:
+        y = labels_to_draw(args, net, args.eval, run.device)
+        return evaluate(args, run, draw, y, (3, net.image_size, net.image_size), calls, trained)
     y, path = labels_to_draw(args, net, args.sample, run.device), make_save_path(args.save)
     images = draw_many(run, draw, args.sample, y, (3, net.image_size, net.image_size), args.seed)
     if run.main:

@@ -5,6 +5,7 @@
     python ct.py --dataset my_images/                        your own: a folder or zip of images, an .npz or .npy
     torchrun --nproc_per_node=8 ct.py --dataset imagenet64 --data-dir /data/imagenet64
     python ct.py --ckpt out/ct/last.pt --sample 64 --sigmas 80 1.6 --save out.png
+    python ct.py --ckpt out/ct/last.pt --eval 50000
 
 The same command again resumes a run, exactly, on any number of processes.
 
@@ -200,8 +201,9 @@ if __name__ == "__main__":
 
     # ---- sampling: python ct.py --ckpt FILE
     if hasattr(args, "ckpt"):
-        net = common.place(common.load_network(args.ckpt, ("ct",))[0], run)
-        common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, args.sigmas, y, noise, shape), len(args.sigmas))
+        net, trained = common.load_network(args.ckpt, ("ct",))
+        net = common.place(net, run)
+        common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, args.sigmas, y, noise, shape), len(args.sigmas), trained)
         common.finish(run)
 
     # ---- teacher: ect without --teacher trains one first

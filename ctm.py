@@ -8,6 +8,7 @@
     python ctm.py --ckpt out/ctm/last.pt --sample 64 --steps 4 --gamma 0 --save out.png
     python ctm.py --ckpt out/ctm/last.pt --sample 64 --sigmas 80 1.6 --gamma 1
     python ctm.py --ckpt out/ctm/last.pt --sample 64 --heun 18
+    python ctm.py --ckpt out/ctm/last.pt --eval 50000 --steps 2
     python ctm.py --ckpt out/ctm/last.pt --edit inpaint --image photo.png --mask hole.png --labels 3
 
 `--ckpt` takes what this script writes, and the released ImageNet-64 model. The same command again resumes a run,
@@ -414,7 +415,7 @@ def sample_heun(net, N, y, noise, shape):
 
 def use_checkpoint(args, run):
     """`--ckpt`: sample or edit. Raises UserError for flags that do not go together."""
-    net, _ = common.load_network(args.ckpt, ("ctm",))
+    net, trained = common.load_network(args.ckpt, ("ctm",))
     if not net.extra:
         raise UserError(f"{args.ckpt} holds no CTM: its network has no input s. cd.py takes consistency models and teachers")
     common.check_edit_flags(args)
@@ -435,7 +436,7 @@ def use_checkpoint(args, run):
     draw, calls = functools.partial(sample, net, levels, args.gamma or 0.0), len(levels)
     if args.heun:
         draw, calls = functools.partial(sample_heun, net, args.heun), 2 * args.heun - 1
-    common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(y, noise, shape), calls)
+    common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(y, noise, shape), calls, trained)
 
 
 SAMPLING = dict(sample=None, sigmas=None, steps=None, gamma=None, heun=None, **common.EDITING_DEFAULTS)

@@ -8,6 +8,7 @@
 
     python guided_distill.py --ckpt out/guided_distill/N0004.pt --sample 64 --w 1 --save out.png
     python guided_distill.py --ckpt out/guided_distill/stage1.pt --sample 64 --N 32 --w 4
+    python guided_distill.py --ckpt out/guided_distill/N0004.pt --eval 50000 --w 0.5
     python guided_distill.py --ckpt out/guided_distill/teacher/last.pt --sample 64 --N 256 --w 4
 
 Stage 1 leaves stage1.pt, which draws in any number of steps, each at half the teacher's cost; every round of stage 2
@@ -489,6 +490,8 @@ def sample_latents(args, run, state):
     for key in ("edit", "image", "strength", "mask", "encoder", "from_labels"):
         if getattr(args, key) is not None:
             raise UserError(f"--{key.replace('_', '-')} does not apply to latent models: the pipelines of diffusers edit with them")
+    if args.eval:
+        raise UserError("--eval does not apply to latent models: --save a folder of samples, for torch-fidelity's own command")
     model, dataset, guided = LatentModel(given["teacher"].removeprefix("diffusers:"), run), Latents(given["dataset"]), given["w_max"] > 0
     if model.digest != given["teacher_digest"]:
         raise UserError(f"{model.path} is not the teacher any more that {args.ckpt} was made of: its UNet or scheduler has changed")
@@ -542,7 +545,7 @@ def use_checkpoint(args, run):
     args.sample = args.sample or 64
     guided_teacher = w_max == math.inf and w > 0
     common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(v, angle, N, sampler, w, y, noise, shape, run.device),
-                             N * (1 + guided_teacher))
+                             N * (1 + guided_teacher), state)
 
 
 def edit_images(args, run, net, v, angle, N, sampler, w):
