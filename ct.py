@@ -70,7 +70,7 @@ for name, tau in ("bedroom256", 3.99122), ("cat256", 5.2485):  # iCT and ECT hav
 
 
 GRID = {"schedule", "s0", "s1", "mu0"}  # what ect has no use for
-EASY = {"q", "stages", "mapping", "teacher_steps"}  # what the others have no use for
+EASY = {"q", "stages", "mapping"}  # what the others have no use for
 DISCRETE = GRID | {"dist", "weighting"}  # what continuous time has no use for
 WEIGHTS = common.WEIGHTS | {"edm": lambda t_n, t_n1: 1 / t_n1**2 + 1 / common.SIGMA_DATA**2}
 
@@ -81,33 +81,37 @@ def recipe(given):
         for key in sorted(given.keys() & keys):
             raise UserError(f"--{key.replace('_', '-')} {why}")
 
-    method, dataset, teacher = given.get("recipe", "ict"), common.known_dataset(given), given.get("teacher")
+    continuous = given.get("objective") == "continuous"  # CM App. B
+    method, dataset, teacher = given.get("recipe", "ct" if continuous else "ict"), common.known_dataset(given), given.get("teacher")
     chosen = dict(RECIPES[dataset])
     special = {key: chosen.pop(key) for key in METHODS}[method]
     settings = dict(class_cond=None) | METHODS[method] | {"recipe": method, "objective": "discrete"} | chosen | special
+    if continuous:
+        refuse(DISCRETE, "does not apply with --objective continuous")
+        if method == "ect":
+            raise UserError("--objective continuous does not apply with --recipe ect")
+        settings = {key: value for key, value in settings.items() if key not in DISCRETE} | dict(teacher=None, times=["uniform"])
+        settings["lr"] = 1e-4 if dataset in ("glyphs", "path") else 5e-6  # openai's JAX code, CIFAR-10
     if method == "ect":
         refuse(GRID, "does not apply with --recipe ect")
-        if given.get("objective") == "continuous":
-            raise UserError("--objective continuous does not apply with --recipe ect")
-        if teacher == "ideal":
-            raise UserError("--teacher ideal has no weights, and --recipe ect starts from a teacher's; name a file")
-        if teacher is None:
-            settings["teacher_steps"] = common.TEACHERS[dataset]["total_steps"]
-        else:
-            refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
-        if teacher not in (None, "none"):
-            refuse({"net", "class_cond"}, "does not apply with --teacher FILE: the net is built like its teacher")
-            del settings["net"], settings["class_cond"]
         q, stages = (given.get(key, settings[key]) for key in ("q", "stages"))
         if q**stages > 1e5:  # float32 has 7 digits
             raise UserError(f"--q {q:g} --stages {stages}: in the last stage r and t would be the same number")
     else:
         refuse(EASY, f"does not apply with --recipe {method}")
+    if settings["teacher"] == "none":
+        refuse({"teacher_steps"}, f"does not apply with --recipe {method}")
         if teacher not in (None, "none"):
             raise UserError(f"--teacher does not apply with --recipe {method}, which starts from random weights; --recipe ect takes one")
-    if given.get("objective") == "continuous":  # CM App. B
-        refuse(DISCRETE, "does not apply with --objective continuous")
-        settings = {key: value for key, value in settings.items() if key not in DISCRETE} | {"times": ["uniform"]}
+    elif teacher is None:
+        settings["teacher_steps"] = common.TEACHERS[dataset]["total_steps"]
+    else:
+        refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
+        if teacher == "ideal":
+            raise UserError("--teacher ideal has no weights to start from; name a file")
+        if teacher != "none":
+            refuse({"net", "class_cond"}, "does not apply with --teacher FILE: the net is built like its teacher")
+            del settings["net"], settings["class_cond"]
     return settings
 
 
@@ -122,9 +126,9 @@ def flags():
     group.add_argument("--s1", type=common.positive, metavar="N", help="intervals at the end (CM 150 to 200, iCT 1280)")
     group.add_argument("--mu0", type=common.number(float, 0, 1), metavar="MU", help="target's decay at the start (CM 0.9 to "
                        "0.95); 0: the target is the net itself (iCT)")
-    group.add_argument("--teacher", metavar="FILE", help="ect: the diffusion model to start from, written by cd.py --stage teacher or "
-                       "released EDM weights, or none: random weights (default: one is trained first, by cd.py's recipe)")
-    group.add_argument("--teacher-steps", type=common.positive, metavar="K", help="ect: optimizer steps of the teacher that is trained first")
+    group.add_argument("--teacher", metavar="FILE", help="ect, continuous: the diffusion model to start from, written by cd.py --stage "
+                       "teacher or released EDM weights, or none: random weights (default: one is trained first, by cd.py's recipe)")
+    group.add_argument("--teacher-steps", type=common.positive, metavar="K", help="optimizer steps of the teacher that is trained first")
     group.add_argument("--q", type=common.number(float, 1), metavar="Q", help="ect: r(t) = t max(0, 1 - n(t) / Q^(a + 1)) in stage a = 0, 1, .. "
                        "(ECT 2 to 256)")
     group.add_argument("--stages", type=common.positive, metavar="A", help="ect: stages of equal length (ECT CIFAR-10 8, ImageNet-64 4)")

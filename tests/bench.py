@@ -306,9 +306,9 @@ def flags():
     group.add_argument("--dataset", default="glyphs", help="glyphs, or the path of your own images, with labels")
     group.add_argument("--net", nargs="+", metavar="NAME KEY=VALUE", help="as of the scripts (default: the data set's)")
     group.add_argument("--batch-size", type=common.positive, metavar="B", help="images a step (default 32)")
-    group.add_argument("--total-steps", type=common.number(int, 10), default=2000, metavar="K", help="optimizer steps of every student")
+    group.add_argument("--total-steps", type=common.number(int, 10), default=1500, metavar="K", help="optimizer steps of every student")
     group.add_argument("--teacher-steps", type=common.positive, default=2600, metavar="K", help="optimizer steps of their teacher")
-    group.add_argument("--ablation-steps", type=common.count, default=1000, metavar="K", help="of a student in CM's Figure 3; 0: without it")
+    group.add_argument("--ablation-steps", type=common.count, default=800, metavar="K", help="of a student in CM's Figure 3; 0: without it")
     group.add_argument("--only", nargs="+", metavar="NAME", help="these trainings and their teacher (a wrong name lists them)")
     group.add_argument("--jobs", type=common.positive, metavar="J", help="trainings at once, which share the cores (default: one a core; "
                        "one where there is a GPU)")

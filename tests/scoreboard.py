@@ -102,7 +102,7 @@ METHODS = {
     "ct": Method("CT", CT, "--recipe ct NET --total-steps {K}", 1.0, CONSISTENCY),
     "ict": Method("iCT", CT, "--recipe ict NET --total-steps {K}", 1.0, CONSISTENCY),
     "ect": Method("ECT", CT, "--recipe ect " + STUDENT, 1.0, CONSISTENCY),
-    "ct-continuous": Method("continuous CT", CT, "--objective continuous NET --total-steps {K}", 3.5, CONSISTENCY),
+    "ct-continuous": Method("continuous CT", CT, STUDENT + " --objective continuous --ema-decay 0.99", 3.5, CONSISTENCY),
     "ctm": Method("CTM", CTM, STUDENT, 4.1, JUMPS),
     "ctm-critic": Method("CTM, critic", CTM, STUDENT + " --disc conv --disc-start {half}", 4.1, JUMPS),
     "ctm-scratch": Method("CTM from scratch", CTM, "--teacher none NET --total-steps {K}", 3.1, JUMPS),
