@@ -170,6 +170,7 @@ def command(workplace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(common, "ranks_differ", False)
     monkeypatch.setattr(common, "Inception", Fake)
+    (workplace / "eval.jsonl").unlink(missing_ok=True)
 
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *map(str, flags)])
@@ -177,8 +178,7 @@ def command(workplace, monkeypatch, capsys):
             runpy.run_path(sys.argv[0], run_name="__main__")
         assert end.value.code == 0
         return capsys.readouterr().out.strip(), json.loads((workplace / "eval.jsonl").read_text().splitlines()[-1])
-    yield run
-    (workplace / "eval.jsonl").unlink(missing_ok=True)
+    return run
 
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
@@ -515,7 +515,6 @@ def test_mistakes(command, workplace, mistake):
     np.savez(workplace / "nan.npz", mu=np.full(6, np.nan), sigma=np.eye(6))
     np.savez(workplace / "pickled.npz", mu=np.array([print] * 6), sigma=np.eye(6))
     (workplace / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
-    (workplace / "eval.jsonl").unlink(missing_ok=True)
     flags, message = MISTAKES[mistake]
     with pytest.raises(UserError) as error:
         command("ct", *flags)
