@@ -8,6 +8,7 @@ import runpy
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from io import BytesIO
 
@@ -223,8 +224,11 @@ def assert_shown(out_dir, grids):
 
 
 @needs_tensorboard
-def test_a_killed_run_goes_on_in_tensorboard(tmp_path):
+def test_a_killed_run_goes_on_in_tensorboard(tmp_path, monkeypatch):
     """Its events are in the file at once; resumed from step 4, what it wrote after is shown no more. What is not finite is left out."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    write_record = RecordWriter.write  # by a thread of its own, which is late here
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: (time.sleep(0.02), write_record(self, data)))
     (tmp_path / "samples").mkdir()
     rng = np.random.default_rng(0)
 
