@@ -345,7 +345,7 @@ if __name__ == "__main__":
         blocks = [common.draw_many(run, lambda y, noise, shape, _: sample(ema, sigmas, y, noise, shape, w), 8 * columns, y,
                                    (3, size, size), args.seed, args.micro_batch) for sigmas, w in ways]
         if run.main:
-            common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
+            log.grid(step, blocks, columns)
 
     # ---- training
     micro_batches = args.batch_size // args.micro_batch

@@ -23,10 +23,11 @@ In this order, each section using only what stands above it:
 Notation, everywhere: t is the noise level, i.e. the standard deviation of the noise (EDM's sigma), so that
 x_t = x0 + t * noise. Images x are (B, C, H, W) in [-1, 1], times t and labels y are (B,).
 
-Papers: CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189.
+Papers: CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189. ECT = Geng et al. 2024, arXiv 2406.14548.
 EDM = Karras et al. 2022, arXiv 2206.00364. ADM = Dhariwal & Nichol 2021, arXiv 2105.05233.
 """
 import argparse
+import atexit
 import colorsys
 import contextlib
 import copy
@@ -358,6 +359,11 @@ def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
     return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
+def norm(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y| with one norm per image. Its gradient where x = y is 0. Source: ECT, as pseudo-Huber with c = 0."""
+    return torch.linalg.vector_norm((x - y).flatten(1), dim=1)
+
+
 class LPIPS(nn.Module):
     """LPIPS with VGG16 and average pooling, on images resized to 224 if they are smaller than 256.
 
@@ -389,8 +395,8 @@ class LPIPS(nn.Module):
 
 
 def make_distance(name: str, device):
-    """The distance called l1, l2, huber or lpips. LPIPS is imported and its weights sought only here."""
-    return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "huber": pseudo_huber}[name]
+    """The distance called l1, l2, norm, huber or lpips. LPIPS is imported and its weights sought only here."""
+    return LPIPS().to(device) if name == "lpips" else {"l1": l1, "l2": l2, "norm": norm, "huber": pseudo_huber}[name]
 
 
 def edm_loss(net, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, extra: Tensor | None = None) -> Tensor:
@@ -1258,7 +1264,8 @@ def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
 
 
 # Flags that may change when a run is resumed: where things lie, what is reported, what machine it is.
-FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every", "save_every", "workers", "device", "compile"}
+FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every", "save_every", "tensorboard", "workers", "device",
+              "compile"}
 
 
 def resume_state(args, run, script: str, model_args: dict) -> dict | None:
@@ -1270,7 +1277,8 @@ def resume_state(args, run, script: str, model_args: dict) -> dict | None:
     if args.overwrite and not run.restarted:  # a restarted run has obeyed --overwrite already
         if run.main:
             with explain(f"--out-dir {out_dir}"):
-                for old in [out_dir / "last.pt", out_dir / "ema.pt", *(out_dir / "samples").glob("*.png")]:
+                for old in [out_dir / "last.pt", out_dir / "ema.pt", *(out_dir / "samples").glob("*.png"),
+                            *(out_dir / "tensorboard").glob("events.*")]:
                     old.unlink(missing_ok=True)
     elif (out_dir / "last.pt").exists():
         state = load_checkpoint(out_dir / "last.pt")
@@ -1306,16 +1314,30 @@ def load_optimizer(optimizer, state: dict):
 # Logs and pictures
 # ------------------------------------------------------------------------------------------------------------
 
+def summary_writer():
+    """The class that writes TensorBoard's event files. Raises UserError if its package is missing."""
+    with explain("--tensorboard needs the package tensorboard (pip install tensorboard)"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
+
+
 class Log:
-    """`log.jsonl`: one JSON object a line. What a killed run wrote after the step it resumes from is dropped."""
-    def __init__(self, path, step: int):
-        self.path, kept = Path(path), []
+    """`log.jsonl`: one JSON object a line; and `samples/`. With `tensorboard` the same numbers and grids go to a folder of that name too.
+
+    What a killed run wrote after the step it resumes from is dropped; TensorBoard is told to forget it.
+    """
+    def __init__(self, path, step: int, tensorboard: bool = False):
+        self.path, self.events, kept = Path(path), None, []
         if step and self.path.exists():
             for line in self.path.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # the last line may be half-written
                     kept += [line] if json.loads(line)["step"] <= step else []
         with atomic_file(self.path, "w") as file:
             file.writelines(line + "\n" for line in kept)
+        if tensorboard:
+            with explain(f"cannot write {self.path.with_name('tensorboard')}"):
+                self.events = summary_writer()(self.path.with_name("tensorboard"), purge_step=step + 1)
+            atexit.register(self.events.close)  # however the run ends
 
     def write(self, record: dict):
         record = json.loads(json.dumps(record), parse_constant=lambda not_finite: None)  # JSON knows no NaN
@@ -1324,6 +1346,21 @@ class Log:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        if self.events:
+            step = record.pop("step")
+            for key, value in record.items():
+                numbers = {f"{key}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {key: value}
+                for tag, number in numbers.items():
+                    if number is not None:
+                        self.events.add_scalar(tag, number, step)
+            self.events.flush()  # a killed run loses nothing
+
+    def grid(self, step: int, blocks: list[np.ndarray], columns: int, name: str = ""):
+        """Write samples/STEP.png, `name` after STEP, see `save_grid`."""
+        picture = save_grid(self.path.parent / "samples" / f"{step:06d}{name}.png", blocks, columns)
+        if self.events:
+            self.events.add_image("samples", picture, step, dataformats="HWC")
+            self.events.flush()
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -1331,8 +1368,11 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def save_grid(path, blocks: list[np.ndarray], columns: int):
-    """Write a PNG: each block (n,H,W,C) uint8 a grid of `columns`, the blocks side by side; small images are enlarged."""
+def save_grid(path, blocks: list[np.ndarray], columns: int) -> np.ndarray:
+    """Write a PNG: each block (n,H,W,C) uint8 a grid of `columns`, the blocks side by side; small images are enlarged.
+
+    Returns: the picture, (H,W,C) uint8.
+    """
     from PIL import Image
     grids, size = [], blocks[0].shape[1]
     for images in blocks:
@@ -1341,8 +1381,10 @@ def save_grid(path, blocks: list[np.ndarray], columns: int):
         grids += [np.concatenate(rows, 0), np.full((len(rows) * size, 4, 3), 255, np.uint8)]
     picture = Image.fromarray(np.concatenate(grids[:-1], 1))
     zoom = max(1, 48 // size)
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     with atomic_file(path) as file:
-        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(file, "PNG")
+        picture.save(file, "PNG")
+    return np.asarray(picture)
 
 
 def grid_columns(classes: int) -> int:
@@ -1420,7 +1462,7 @@ def start_run(args, run, net, step: int) -> Log | None:
         (out_dir / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out-dir {args.out_dir}: {error.strerror}") from error
-    log = Log(out_dir / "log.jsonl", step)
+    log = Log(out_dir / "log.jsonl", step, args.tensorboard)
     print(" ".join(f"{key}={show_value(value)}" for key, value in vars(args).items()))
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, {run.world} process(es) on {run.device.type}, "
           f"{str(run.dtype).removeprefix('torch.')}" + (f"; resumed at step {step}" if step else ""))
@@ -1764,6 +1806,8 @@ def add_shared_flags(parser):
     train.add_argument("--log-every", type=count, metavar="K", help="steps between lines of log.jsonl; 0 = never (default 50)")
     train.add_argument("--sample-every", type=count, metavar="K", help="steps between grids of samples; 0 = never (default 500)")
     train.add_argument("--save-every", type=count, metavar="K", help="steps between checkpoints; 0 = only at the end (default 500)")
+    train.add_argument("--tensorboard", action="store_true", help="write the log and the grids for TensorBoard too, to tensorboard/ "
+                       "in --out-dir (pip install tensorboard)")
 
     sample = parser.add_argument_group("sampling")
     sample.add_argument("--ckpt", metavar="FILE", help="sample with this checkpoint's EMA weights instead of training")
@@ -1786,7 +1830,7 @@ def add_shared_flags(parser):
 
 
 SHARED_DEFAULTS = dict(dataset="glyphs", data_dir=None, class_cond=None, workers=None, overwrite=False, seed=0, log_every=50,
-                       sample_every=500, save_every=500, device="auto", precision="auto", compile=None)
+                       sample_every=500, save_every=500, tensorboard=False, device="auto", precision="auto", compile=None)
 EVAL_FLAGS = dict(inception=None, dataset=None, data_dir=None)
 SAMPLING_DEFAULTS = dict(sample=64, eval=None, sigmas=[T_MAX], labels=None, save="samples.png", seed=0, device="auto", precision="auto",
                          compile=False) | EVAL_FLAGS
@@ -1825,15 +1869,18 @@ def parse_flags(parser, recipe, sampling={}, both=()):
         args["micro_batch"] = max(b for b in range(1, args["micro_batch"] + 1) if args["batch_size"] % b == 0)
     if args["batch_size"] % args["micro_batch"]:
         raise UserError(f"--batch-size {args['batch_size']} is not a multiple of --micro-batch {args['micro_batch']}")
+    if args["tensorboard"]:
+        summary_writer()  # now, not when the data set is unpacked
     return argparse.Namespace(**args)
 
 
-def labels_to_draw(args, net, n: int, device) -> Tensor | None:
+def labels_to_draw(args, net, n: int, device, key: str = "labels") -> Tensor | None:
     """`--labels` in turn, or all classes in turn, for n images: (n,) int64, or None for a net without labels. Raises UserError."""
-    if args.labels and (not net.classes or max(args.labels) >= net.classes):
-        raise UserError(f"--labels {' '.join(map(str, args.labels))}: this network has "
+    labels = getattr(args, key)
+    if labels and (not net.classes or max(labels) >= net.classes):
+        raise UserError(f"--{key.replace('_', '-')} {' '.join(map(str, labels))}: this network has "
                         + (f"the labels 0 to {net.classes - 1}" if net.classes else "no labels"))
-    labels = args.labels or list(range(net.classes))
+    labels = labels or list(range(net.classes))
     return torch.tensor([labels[i % len(labels)] for i in range(n)], device=device) if labels else None
 
 
@@ -1989,7 +2036,7 @@ def train_teacher(args, run, stop: StopSignal) -> tuple[bool, bool]:
         blocks = [draw_many(run, lambda y, noise, shape, _: sample_teacher(ema, args.N, y, noise, shape, w), 8 * grid_columns(classes), y,
                             (3, size, size), args.seed, args.micro_batch) for w in ((0.0, 2.0) if null else (0.0,))]
         if run.main:
-            save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, grid_columns(classes))
+            log.grid(step, blocks, grid_columns(classes))
 
     # ---- training
     indices = index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size, args.micro_batch, run.rank, run.world)

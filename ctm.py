@@ -525,7 +525,7 @@ if __name__ == "__main__":
         blocks = [common.draw_many(run, lambda y, noise, shape, _: sample(ema, step_levels(n), 0.0, y, noise, shape), 8 * columns, y,
                                    (3, size, size), args.seed, args.micro_batch) for n in (1, 2, 4)]
         if run.main:
-            common.save_grid(out_dir / "samples" / f"{step:06d}.png", blocks, columns)
+            log.grid(step, blocks, columns)
 
     # ---- training
     micro_batches = args.batch_size // args.micro_batch

@@ -94,8 +94,14 @@ def recipe(given):
             refuse({"stage1_steps"}, "does not apply without --w-max: there is no guidance to distil")
     elif given.get("sampler") == "encoder":
         raise UserError("--sampler encoder goes with --w-max 0: encoding with guidance is ill-conditioned")
+    elif given.get("class_cond") is False:
+        raise UserError("--no-class-cond goes with --w-max 0: guidance needs labels")
     elif settings["class_cond"] is False and teacher in (None, "ideal"):
         settings["class_cond"] = True
+    if given.get("sampler") == "encoder":  # which draws nothing
+        settings["sample_every"] = 0
+        if given.get("sample_every"):
+            raise UserError("--sample-every does not apply with --sampler encoder, which draws nothing")
     if "teacher" in given:
         refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
         del settings["teacher_steps"]
@@ -133,9 +139,10 @@ def flags():
                        "of two (GD 1024; PD 8192 for CIFAR-10)")
     group.add_argument("--end-N", type=common.positive, metavar="N", help="steps of the last round's student (default 1)")
     group.add_argument("--stage1-steps", type=common.positive, metavar="K", help="optimizer steps of stage 1")
-    group.add_argument("--round-steps", type=common.positive, metavar="K", help="optimizer steps of a round of stage 2 (PD 50,000)")
-    group.add_argument("--last-steps", type=common.positive, metavar="K", help="the same for the last rounds: N <= 4 (GD: ten times as "
-                       "many), without guidance N <= 2 (PD 100,000)")
+    group.add_argument("--round-steps", type=common.positive, metavar="K", help="optimizer steps of a round of stage 2 (PD 50,000), but the last "
+                       "ones")
+    group.add_argument("--last-steps", type=common.positive, metavar="K", help="the same for the last rounds: those of N <= 4 (GD: ten times "
+                       "as many), without guidance N <= 2 (PD 100,000)")
     group.add_argument("--weighting", choices=WEIGHTS, help="of the loss: 1 + SNR, which is plain in v, or truncated SNR (PD)")
     common.add_shared_flags(parser)
     group = parser.add_argument_group("sampling, further flags")
@@ -306,7 +313,7 @@ def open_student(path, run, encoder=False):
     if trained["script"] != "guided_distill":
         if trained["args"].get("stage", "teacher") != "teacher":
             raise UserError(f"{path} holds a consistency model: cd.py samples with it")
-        if run.main:
+        if run.main and trained["script"] is None:  # a plain state dict does not say
             print(f"{path} is taken for a teacher")
         found = 0, None, 0.0, math.inf if net.null_y is not None else 0.0
     else:
@@ -363,7 +370,10 @@ class LatentModel:
             unet = diffusers.UNet2DConditionModel.from_pretrained(path, subfolder="unet")
             self.teacher = unet.requires_grad_(False).eval().to(run.device)
             scheduler = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text())
-            self.digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted((self.path / "unet").iterdir()))).hexdigest()[:12]
+            digest = hashlib.sha256(json.dumps(scheduler).encode())
+            for part in sorted((self.path / "unet").iterdir()):
+                digest.update(part.read_bytes())
+            self.digest = digest.hexdigest()[:12]
         # What a student of N steps is sampled with: from the top, to alpha = 1, unclipped.
         self.scheduler = diffusers.DDIMScheduler.from_config(scheduler, timestep_spacing="trailing", clip_sample=False,
                                                              set_alpha_to_one=True)
@@ -373,7 +383,27 @@ class LatentModel:
             raise UserError(f"--teacher diffusers:{path}: predicting noise, it says nothing about x at zero SNR; fine-tune it to v first")
         self.angles = torch.cat([torch.zeros(1, dtype=torch.float64), alpha.acos()])
         config = self.teacher.config
-        self.shape = config.in_channels, config.sample_size, config.sample_size
+        further = [key for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "time_cond_proj_dim") if config.get(key)]
+        if further or config.in_channels != config.out_channels or not isinstance(config.sample_size, int):
+            raise UserError(f"--teacher diffusers:{path}: this UNet takes more than square latents, a time, and a text or a label"
+                            + f" ({', '.join(further)})" * bool(further))
+        self.shape, self.classes = (config.in_channels, config.sample_size, config.sample_size), config.num_class_embeds
+
+    def check(self, data, guided):
+        """Raises UserError for a data set that does not fit the network."""
+        width, (n, *one) = self.teacher.config.cross_attention_dim, data.conditions.shape
+        if data.latents.shape[1:] != self.shape or data.text == bool(self.classes):
+            raise UserError(f"--dataset: this teacher takes latents {self.shape} and " + ("labels" if self.classes else "embeddings"))
+        if data.text and not one == list(data.null.shape) == [*one[:1], width]:
+            raise UserError(f"--dataset: embeddings {n, *one} and null {tuple(data.null.shape)}, where this teacher takes (n, L, {width}) and "
+                            f"(L, {width})")
+        if not data.text:
+            self.check_labels("--dataset", data.conditions, guided)
+
+    def check_labels(self, flag, labels, guided):
+        """Raises UserError for labels that the network does not know; with guidance its last one is the null class."""
+        if not np.isin(labels, range(self.classes - guided)).all():
+            raise UserError(f"{flag}: the labels of this network are 0 to {self.classes - guided - 1}" + ", and then the null class" * guided)
 
     def index(self, tau):
         """tau in [0, 1] -> 0 .. steps; the network's timestep is one less, and at 0 there is no noise. Grids of N nest for any N."""
@@ -411,21 +441,39 @@ class LatentModel:
 
     @functools.cached_property
     def vae(self):
-        return self.library.AutoencoderKL.from_pretrained(self.path, subfolder="vae").requires_grad_(False).eval().to(self.run.device)
+        if not (self.path / "vae").is_dir():
+            raise UserError(f"there is no folder {self.path / 'vae'} to decode latents with; training needs none with --sample-every 0")
+        with common.explain(f"{self.path / 'vae'} cannot be read"):
+            return self.library.AutoencoderKL.from_pretrained(self.path, subfolder="vae").requires_grad_(False).eval().to(self.run.device)
+
+    @functools.cached_property
+    def image_shape(self):
+        with torch.no_grad():
+            return self.decode(torch.zeros(1, *self.shape, device=self.run.device))[0].shape
 
     def decode(self, z):
         return self.vae.decode(z / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
+    def draw(self, net, conditions, N, sampler, w):
+        """A function as `common.draw_many` takes it: image i is of condition i, from the first again after the last."""
+        v = self.v(net)
+
+        def part(y, noise, shape, indices):
+            c = conditions[indices.cpu() % len(conditions)].to(self.run.device)
+            return draw(v, self.angle, N, sampler, w, c, noise, (len(indices), *self.shape), self.run.device, self.decode)
+        return part
+
     def export(self, net, path):
         """A folder that diffusers' pipelines load: that of the teacher, with this UNet and the scheduler of its steps."""
-        for part in self.path.iterdir():  # VAE, tokenizer, text encoder; not a checkpoint of the whole that may lie beside them
-            if part.is_dir() and part.name not in ("unet", "scheduler"):
-                shutil.copytree(part, path / part.name, dirs_exist_ok=True)
-        net.save_pretrained(path / "unet")
-        self.scheduler.save_pretrained(path / "scheduler")
-        if (self.path / "model_index.json").exists():
-            index = json.loads((self.path / "model_index.json").read_text()) | dict(scheduler=["diffusers", "DDIMScheduler"])
-            (path / "model_index.json").write_text(json.dumps(index, indent=2))
+        with common.explain(f"cannot write {path}"):
+            for part in self.path.iterdir():  # VAE, tokenizer, text encoder; not a checkpoint of the whole that may lie beside them
+                if part.is_dir() and part.name not in ("unet", "scheduler"):
+                    shutil.copytree(part, path / part.name, dirs_exist_ok=True)
+            net.save_pretrained(path / "unet")
+            self.scheduler.save_pretrained(path / "scheduler")
+            if (self.path / "model_index.json").exists():
+                index = json.loads((self.path / "model_index.json").read_text()) | dict(scheduler=["diffusers", "DDIMScheduler"])
+                (path / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 def w_features(w, dim):
@@ -444,22 +492,20 @@ def sample_latents(args, run, state):
             raise UserError(f"--{key.replace('_', '-')} does not apply to latent models: the pipelines of diffusers edit with them")
     if args.eval:
         raise UserError("--eval does not apply to latent models: --save a folder of samples, for torch-fidelity's own command")
-    model, dataset = LatentModel(given["teacher"].removeprefix("diffusers:"), run), Latents(given["dataset"])
-    net = model.student(given["w_max"] > 0).requires_grad_(False)
+    model, dataset, guided = LatentModel(given["teacher"].removeprefix("diffusers:"), run), Latents(given["dataset"]), given["w_max"] > 0
+    if model.digest != given["teacher_digest"]:
+        raise UserError(f"{model.path} is not the teacher any more that {args.ckpt} was made of: its UNet or scheduler has changed")
+    net = model.student(guided).requires_grad_(False)
     net.load_state_dict(state["ema"])
     if args.labels and dataset.text:
         raise UserError("--labels: this network is told texts, those of its data set in turn")
-    conditions = torch.tensor(args.labels) if args.labels else dataset.__getitems__(np.arange(min(len(dataset), args.sample or 64)))[1]
     n, path, N = args.sample or 64, common.make_save_path(args.save), state["N"] or args.N or 64
-    w = None if not given["w_max"] else given["w_min"] if args.w is None else args.w
+    if args.labels:
+        model.check_labels("--labels", args.labels, guided)
+    conditions = torch.tensor(args.labels) if args.labels else dataset.__getitems__(np.arange(min(len(dataset), n)))[1]
+    w = None if not guided else given["w_min"] if args.w is None else args.w
     sampler = (given["sampler"] if state["N"] else args.sampler) or "D"
-
-    def draw_part(y, noise, shape, indices):
-        c = conditions[indices.cpu() % len(conditions)].to(run.device)
-        return draw(model.v(net), model.angle, N, sampler, w, c, noise, (len(indices), *model.shape), run.device, model.decode)
-    with torch.no_grad():
-        image = model.decode(torch.zeros(1, *model.shape, device=run.device))[0].shape
-    images = common.draw_many(run, draw_part, n, None, image, args.seed, 8)
+    images = common.draw_many(run, model.draw(net, conditions, N, sampler, w), n, None, model.image_shape, args.seed, 8)
     if run.main:
         common.save_samples(path, images, None, math.isqrt(n - 1) + 1)
         print(f"{n} samples, {N} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
@@ -524,7 +570,7 @@ def edit_images(args, run, net, v, angle, N, sampler, w):
         v_up, angle_up, N_up, *_, encoder = open_student(args.encoder, run, encoder=True)
         if (encoder.image_size, encoder.classes) != (size, net.classes):
             raise UserError(f"--encoder {args.encoder} and {args.ckpt} differ in image size or classes")
-        y_up = common.labels_to_draw(type(args)(labels=args.from_labels), net, len(x0), run.device)
+        y_up = common.labels_to_draw(args, net, len(x0), run.device, "from_labels")
         with torch.no_grad():
             z_top = sample(lambda z, tau: v_up(z, tau, y_up, None), angle_up, N_up, "encoder", x0)
 
@@ -576,9 +622,8 @@ if __name__ == "__main__":
         with common.main_process_first(run):
             model, dataset = LatentModel(args.teacher.removeprefix("diffusers:"), run), Latents(args.dataset)
         args.teacher_digest, teacher, angle, model_args = model.digest, model.teacher, model.angle, dict(extra=args.w_max > 0)
-        if dataset.latents.shape[1:] != model.shape or dataset.text == bool(teacher.config.num_class_embeds):
-            raise UserError(f"--dataset {args.dataset}: the teacher takes latents {model.shape} and "
-                            + ("labels" if teacher.config.num_class_embeds else "embeddings"))
+        args.teacher, args.dataset = f"diffusers:{model.path.resolve()}", str(Path(args.dataset).resolve())  # a student is sampled with both
+        model.check(dataset, args.w_max > 0)
         if args.start_N > model.steps:
             raise UserError(f"--start-N {args.start_N}: the teacher knows {model.steps} times")
         net, v_teacher = model.student(args.w_max > 0), model.v(teacher, dataset.null)
@@ -618,12 +663,13 @@ if __name__ == "__main__":
     elif args.overwrite and run.main and not run.restarted:
         for old in [out_dir / "stage1.pt", *out_dir.glob("N????.pt")]:
             old.unlink(missing_ok=True)
+            shutil.rmtree(old.with_suffix(""), ignore_errors=True)  # what was exported to diffusers
     del state
     if run.compile:
         for module in {teacher, before, net} - {None}:
             module.compile()  # in place: names of the weights stay as they are
     log = common.start_run(args, run, net, step)
-    v_net, v_before, v_ema = (model.v(module) if latent else net_v(module, angle) for module in (net, before, ema))
+    v_net, v_before = (model.v(module) if latent else net_v(module, angle) for module in (net, before))
 
     def save(*more):
         """Write last.pt, which resumes the run, and ema.pt, which other tools can load; and at the end of a round its student."""
@@ -640,15 +686,21 @@ if __name__ == "__main__":
 
     def sample_grid():
         """Write samples/STEP_N.png from the same noise every time: guided by the least weight, a quarter of the way up, and the largest."""
-        y, columns = common.grid_labels(classes, run.device), common.grid_columns(classes)
+        if latent:
+            y, columns, shape = None, 1, model.image_shape
+        else:
+            y, columns, shape = common.grid_labels(classes, run.device), common.grid_columns(classes), (3, size, size)
         ways = [args.w_min + share * (args.w_max - args.w_min) for share in (0, 0.25, 1)] if args.w_max else [None]
         blocks = []
         for w in ways:
-            def block(y, noise, shape, _):
-                return draw(v_ema, angle, N or 16, args.sampler, w, y, noise, shape, run.device)  # noqa: B023
-            blocks.append(common.draw_many(run, block, 8 * columns, y, (3, size, size), args.seed, args.micro_batch))
+            if latent:
+                block = model.draw(ema, dataset.__getitems__(np.arange(min(len(dataset), 8)))[1], N or 16, args.sampler, w)
+            else:
+                block = lambda y, noise, shape, _: draw(net_v(ema, angle), angle, N or 16, args.sampler, w, y, noise, shape,  # noqa: B023,E731
+                                                        run.device)
+            blocks.append(common.draw_many(run, block, 8 * columns, y, shape, args.seed, args.micro_batch))
         if run.main:
-            common.save_grid(out_dir / "samples" / f"{step:06d}_{f'N{N:04d}' if N else 'stage1'}.png", blocks, columns)
+            log.grid(step, blocks, columns, f"_N{N:04d}" if N else "_stage1")
 
     # ---- training
     micro_batches = args.batch_size // args.micro_batch
@@ -711,7 +763,7 @@ if __name__ == "__main__":
                                   lr=lr, skipped=skipped, peak_gb=common.peak_memory_gb(run.device))
         if (args.save_every and step % args.save_every == 0) or last or ended:
             save(*[f"N{N:04d}" if N else "stage1"] * ended)
-        if args.sample_every and (step % args.sample_every == 0 or ended) and args.sampler != "encoder" and not latent:
+        if args.sample_every and (step % args.sample_every == 0 or ended):
             sample_grid()
     bar.close()
     common.finish(run, stop if step < args.total_steps else None)

@@ -1,5 +1,6 @@
 """Benchmarks: how readable the digits are, and how fast the training step is. No test depends on a number printed here.
 
+    python tests/bench.py quality                            the scoreboard: trains every method alike, measures it (scoreboard.py)
     python tests/bench.py quality --ckpt out/cd/last.pt out/cd/teacher/last.pt     share of generated glyphs that are the digit asked for
     python tests/bench.py guided --dir out/guided_distill    the same of every round's student, against N and w, and of their teacher
     python tests/bench.py speed                              images/s of the training steps, share of the GEMM rate, memory
@@ -45,8 +46,8 @@ def as_floats(images):
     return images.float() / 127.5 - 1
 
 
-def load_glyphs(n, seed):
-    images, labels = common.glyphs(n, seed)
+def load_glyphs(n, seed, size=16):
+    images, labels = common.glyphs(n, seed, size)
     return as_floats(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(labels)
 
 
@@ -64,16 +65,24 @@ def train_classifier(x, y, steps=500, batch=128):
     return net.eval()
 
 
-def feature_distance(dataset, device, most=30000):
-    """images (n,H,W,C) uint8 array -> the Frechet distance between them and `dataset`, in the features of a classifier trained on it.
+def some_images(dataset, device, most):
+    """At most `most` images (n,C,H,W) of a data set, the same ones every time, and their labels (n,).
 
-    Raises:  UserError if the data set has no labels to train one with.
+    Raises:  UserError if it has no labels to train a classifier with.
     """
     if not dataset.classes:
         raise common.UserError("the benchmark's feature distance needs a data set with labels")
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most].sort().values.numpy()
     x, y = (part.to(device) for part in dataset.__getitems__(chosen))
-    x = as_floats(x)
+    return as_floats(x), y
+
+
+def feature_distance(dataset, device, most=30000):
+    """images (n,H,W,C) uint8 array -> the Frechet distance between them and `dataset`, in the features of a classifier trained on it.
+
+    Raises:  UserError if the data set has no labels to train one with.
+    """
+    x, y = some_images(dataset, device, most)
     classifier = train_classifier(x, y)
     return lambda images: frechet(classifier, as_floats(torch.from_numpy(images).permute(0, 3, 1, 2).to(device)), x)
 
@@ -93,12 +102,53 @@ def frechet(classifier, a, b):
     return ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * roots).item()
 
 
+def make_judge(name="glyphs", size=16, device="cpu"):
+    """What samples are measured with: a classifier, images (n,C,H,W) it has not seen, and words on how well it reads those.
+
+    Of glyphs it shares no image with the generators' training set either; of a path it is trained on five sixths of at most 60,000 images.
+    Raises:  UserError if the data set is not there, or has no labels.
+    """
+    if name == "glyphs":
+        (x, y), (real, labels), longer = load_glyphs(30000, 1, size), load_glyphs(10000, 2, size), {}
+    else:
+        x, y = some_images(common.load_dataset(name, None, size), "cpu", 60000)
+        held_out, longer = torch.arange(len(x)) % 6 == 0, dict(steps=2000)  # photographs take longer than digits
+        (x, y), (real, labels) = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
+    real, labels, half = real.to(device), labels.to(device), len(real) // 2
+    classifier = train_classifier(x.to(device), y.to(device), **longer)
+    return classifier, real, (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out "
+                              + ("glyphs" if name == "glyphs" else "images")
+                              + f"; Frechet distance between two halves of them {frechet(classifier, real[:half], real[half:]):.3f}")
+
+
+def score(judge, net, draw, n, seed):
+    """Draw n images with labels in turn; image i depends on (seed, i) alone.
+
+    Args:    judge: of `make_judge`.  draw: (y (b,), noise, shape (b,C,H,W)) -> images, of the network `net`.
+    Returns: the share that is read as the label asked for; the Frechet distance to the judge's images; images drawn a second, in
+             the fastest batch.
+    """
+    classifier, real, _ = judge
+    y, images, fastest = torch.arange(n, device=real.device) % net.classes, [], 0.0
+    for i in range(0, n, 250):
+        part = range(i, min(i + 250, n))
+        work = functools.partial(draw, y[i:i + 250], common.seeded_noise(part, seed), (len(part), 3, net.image_size, net.image_size))
+        seconds = timed(real.device, lambda: images.append(work().clamp(-1, 1)))  # noqa: B023
+        fastest = max(fastest, len(part) / seconds)
+    images = torch.cat(images)
+    return read(classifier, images, y), frechet(classifier, images, real), fastest
+
+
 def quality(args):
-    """A classifier of glyphs that shares no image with the training set of the generators reads their samples."""
-    classifier, (real, labels) = train_classifier(*load_glyphs(30000, seed=1)), load_glyphs(10000, seed=2)
-    print(f"classifier: {read(classifier, real, labels):.2%} of 10,000 held-out glyphs; Frechet distance between two halves of them "
-          f"{frechet(classifier, real[:5000], real[5000:]):.3f}")
-    y = torch.arange(args.n) % 10
+    """The scoreboard, or with --ckpt the samples of these checkpoints."""
+    for key, default in args.apart[bool(args.ckpt)].items():
+        if getattr(args, key) != default:
+            raise common.UserError(f"--{key.replace('_', '-')} " + ("does not apply with --ckpt" if args.ckpt else "goes with --ckpt"))
+    if not args.ckpt:
+        import scoreboard
+        return scoreboard.main(args)
+    judge = make_judge()
+    print(judge[2])
     for path in args.ckpt:
         net, trained = common.load_network(path, ("cd", "ct", "ctm"))
         if trained["args"].get("stage") == "teacher":
@@ -111,17 +161,14 @@ def quality(args):
             ways = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(cd.sample, net, sigmas, w=args.w) for sigmas in
                     ([80.0], [80.0, args.mid])}
         for way, draw in ways.items():
-            images = torch.cat([draw(y[i:i + 250], common.seeded_noise(range(i, i + 250), args.seed), (250, 3, 16, 16)).clamp(-1, 1)
-                                for i in range(0, args.n, 250)])
-            print(f"{path}, {way}: {read(classifier, images, y):.1%} of {args.n} read as the label asked for, "
-                  f"Frechet distance {frechet(classifier, images, real):.3f}", flush=True)
+            share, distance, _ = score(judge, net, draw, args.n, args.seed)
+            print(f"{path}, {way}: {share:.1%} of {args.n} read as the label asked for, Frechet distance {distance:.3f}", flush=True)
 
 
 def guided(args):
     """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and for each round; a column a weight."""
-    classifier, (real, _) = train_classifier(*load_glyphs(30000, seed=1)), load_glyphs(10000, seed=2)
     run = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False)
-    y, folder = torch.arange(args.n) % 10, Path(args.dir)
+    judge, folder = make_judge(), Path(args.dir)
     trained = common.load_checkpoint(sorted(folder.glob("N????.pt"))[0])["args"]
     rows = [("teacher", args.teacher or trained["teacher"], n) for n in args.N]
     rows += [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
@@ -129,13 +176,11 @@ def guided(args):
     print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}\n| | N | "
           + " | ".join(f"w = {w:g}" for w in args.w) + " |\n|---|---|" + "---|" * len(args.w))
     for name, path, N in rows:
-        v, angle, own, sampler, *_ = guided_distill.open_student(path, run)
+        v, angle, own, sampler, *_, net = guided_distill.open_student(path, run)
         N, cells = own or N, []
         for w in args.w:
-            parts = (range(i, i + 250) for i in range(0, args.n, 250))
-            images = torch.cat([guided_distill.draw(v, angle, N, sampler or args.sampler, w, y[part], common.seeded_noise(part, args.seed),
-                                                    (250, 3, 16, 16), run.device) for part in parts])
-            cells.append(f"{read(classifier, images, y):.1%}, {frechet(classifier, images, real):.2f}")
+            draw = functools.partial(guided_distill.draw, v, angle, N, sampler or args.sampler, w, device=run.device)
+            cells.append("{:.1%}, {:.2f}".format(*score(judge, net, draw, args.n, args.seed)))
         print(f"| {name} | {N} {sampler or args.sampler} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -243,23 +288,38 @@ def speed(args):
 
 STEPS = ["ct", "cd", "teacher", "continuous", "ctm", "guided", "rounds"]
 
-if __name__ == "__main__":
+
+def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("quality", help="how readable generated glyphs are")
-    command.add_argument("--ckpt", nargs="+", default=["out/cd/last.pt", "out/cd/teacher/last.pt"], help="checkpoints trained on glyphs")
-    command.add_argument("--n", type=int, default=2000, help="samples, a multiple of 250")
-    command.add_argument("--mid", type=float, default=1.6, help="the second noise level of the two-step samples")
-    command.add_argument("--N", type=int, default=18, help="Heun steps of a teacher's samples")
-    command.add_argument("--w", type=float, default=0.0, help="guidance weight")
-    command.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="jumps of a trajectory model's samples")
-    command.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.3, 1.0], help="noise put back between its jumps")
-    command.add_argument("--seed", type=int, default=1, help="of the samples")
-    command.set_defaults(run=quality)
+    command = commands.add_parser("quality", help="the scoreboard of all methods; with --ckpt, how readable its glyphs are")
+    command.add_argument("--n", type=common.positive, default=2000, help="samples of each")
+    command.add_argument("--seed", type=int, default=1, help="of the samples and, of the scoreboard, of the trainings")
+    checkpoints = command.add_argument_group("checkpoints trained on glyphs")
+    checkpoints.add_argument("--ckpt", nargs="+", metavar="FILE", help="measure these, and train nothing")
+    checkpoints.add_argument("--mid", type=float, default=1.6, help="the second noise level of the two-step samples")
+    checkpoints.add_argument("--N", type=int, default=18, help="Heun steps of a teacher's samples")
+    checkpoints.add_argument("--w", type=float, default=0.0, help="guidance weight")
+    checkpoints.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="jumps of a trajectory model's samples")
+    checkpoints.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.3, 1.0], help="noise put back between its jumps")
+    group = command.add_argument_group("scoreboard: the same command again goes on where it was stopped")
+    group.add_argument("--dataset", default="glyphs", help="glyphs, or the path of your own images, with labels")
+    group.add_argument("--net", nargs="+", metavar="NAME KEY=VALUE", help="as of the scripts (default: the data set's)")
+    group.add_argument("--batch-size", type=common.positive, metavar="B", help="images a step (default 32)")
+    group.add_argument("--total-steps", type=common.number(int, 10), default=1500, metavar="K", help="optimizer steps of every student")
+    group.add_argument("--teacher-steps", type=common.positive, default=2600, metavar="K", help="optimizer steps of their teacher")
+    group.add_argument("--ablation-steps", type=common.count, default=800, metavar="K", help="of a student in CM's Figure 3; 0: without it")
+    group.add_argument("--only", nargs="+", metavar="NAME", help="these trainings and their teacher (a wrong name lists them)")
+    group.add_argument("--jobs", type=common.positive, metavar="J", help="trainings at once, which share the cores (default: one a core; "
+                       "one where there is a GPU)")
+    group.add_argument("--work", default="out/bench", metavar="DIR", help="where the trainings lie")
+    group.add_argument("--results", default=str(Path(__file__).parent / "results"), metavar="DIR", help="receives the table and the pictures")
+    apart = [{action.dest: action.default for action in group._group_actions} for group in (checkpoints, group)]
+    command.set_defaults(run=quality, apart=apart)
     command = commands.add_parser("guided", help="table of guided_distill.py: readability and Frechet distance against N and w")
     command.add_argument("--dir", default="out/guided_distill", help="its --out-dir")
     command.add_argument("--teacher", help="default: the one that the students name")
-    command.add_argument("--n", type=int, default=2000, help="samples, a multiple of 250")
+    command.add_argument("--n", type=common.positive, default=2000, help="samples of each")
     command.add_argument("--N", type=int, nargs="+", default=[64, 4, 2, 1], help="DDIM steps of the teacher, two calls each")
     command.add_argument("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")
     command.add_argument("--w", type=float, nargs="+", default=[0.0, 1.0, 4.0], help="guidance weights")
@@ -280,5 +340,10 @@ if __name__ == "__main__":
         command.add_argument(name, type=int if name == "batch" else str)
     command.add_argument("--repeat", type=int, default=7)
     command.set_defaults(run=measure)
-    args = parser.parse_args()
+    return parser
+
+
+if __name__ == "__main__":
+    sys.excepthook = common.one_line_errors
+    args = flags().parse_args()
     args.run(args)

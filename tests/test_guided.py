@@ -200,7 +200,7 @@ def test_the_embedding_of_w_tells_weights_apart():
 @pytest.mark.parametrize("angle", ANGLES.values(), ids=ANGLES)
 @pytest.mark.parametrize("sampler", ["D", "S", "encoder"])
 def test_target_lands_where_the_teacher_does(angle, sampler):
-    """8.2: one DDIM step of the target is two of the teacher; the paper's, the angle and the convex forms agree where they are defined."""
+    """One DDIM step of the target is two of the teacher; the paper's, the angle and the convex forms agree where they are defined."""
     angle = functools.partial(angle, bottom=gd.BOTTOM) if sampler == "encoder" and angle is gd.edm_angle else angle
     v, N = gaussian_v(0.6, 0.3, angle), 8
     for i in range(1, N + 1):
@@ -350,7 +350,7 @@ def test_float32_targets_of_a_network():
 
 @pytest.mark.parametrize("angle", [COSINE, functools.partial(gd.edm_angle, bottom=gd.BOTTOM)], ids=["cosine", "edm"])
 def test_encoder_and_decoder(angle):
-    """10: up by an encoder's targets and down by a decoder's, of the exact ODE, is the identity; the start of the way up included."""
+    """Up by an encoder's targets and down by a decoder's, of the exact ODE, is the identity; the start of the way up included."""
     s, m = 0.6, 0.3
     up, down = exact_v(angle, s, m, 32, "encoder"), exact_v(angle, s, m, 32, "D")
     for N in (16, 8, 4, 2, 1):
@@ -358,6 +358,45 @@ def test_encoder_and_decoder(angle):
         z = gd.sample(up, angle, N, "encoder", Z)
         close(gd.sample(down, angle, N, "D", z), Z, 1e-8, 1e-8)
     close(gd.sample(up, COSINE, 1, "encoder", Z), (Z - m) / s, 1e-8, 1e-8) if angle is COSINE else None
+
+
+def test_a_toy_is_distilled():
+    """Four clusters in the plane, their exact denoiser as teacher: 8, 4, 2 steps, after which two go where sixteen of the teacher do."""
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.8, 0.8], [-0.8, 0.6], [0.2, -0.9], [-0.6, -0.7]])
+
+    def D(x, t):
+        V = t.square()[:, None] + 0.1**2
+        nearest = torch.softmax(-(x.flatten(1)[:, None] - centres).square().sum(2) / (2 * V), 1)  # (B,4)
+        mean = nearest @ centres
+        return (mean + 0.1**2 / V * (x.flatten(1) - mean)).view_as(x)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(10, 96), torch.nn.SiLU(), torch.nn.Linear(96, 96), torch.nn.SiLU(),
+                                              torch.nn.Linear(96, 2))
+
+        def forward(self, z, tau):
+            phases = gd.edm_angle(tau).float()[:, None] * 2 ** torch.arange(4)
+            return self.layers(torch.cat([z.flatten(1), phases.sin(), phases.cos()], 1)).view_as(z)
+    z_1, teacher = torch.randn(1000, 2, 1, 1), gd.edm_v(D, gd.edm_angle)
+    wanted = gd.sample(teacher, gd.edm_angle, 16, "D", z_1)
+    before, net = teacher, Net()
+    for N, steps in ((8, 1000), (4, 400), (2, 400)):
+        optimizer = torch.optim.Adam(net.parameters())
+        for k in range(steps):
+            optimizer.param_groups[0]["lr"] = 4e-3 * (1 - k / steps)
+            x0 = (centres[torch.randint(4, (256,))] + 0.1 * torch.randn(256, 2)).view(256, 2, 1, 1)
+            tau, mid, end = gd.times_of(torch.randint(1, N + 1, (256,)).double(), N, "D")
+            target = functools.partial(gd.two_steps, before, gd.edm_angle, tau_mid=mid, tau_end=end)
+            loss = gd.loss_fn(net, lambda z, tau: target(z, tau), gd.edm_angle, x0, torch.randn_like(x0), tau, torch.ones_like).mean()
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+        before = copy.deepcopy(net).requires_grad_(False)
+    far = lambda x: (x - wanted).flatten(1).norm(dim=1).mean()
+    with torch.no_grad():
+        distilled, teachers = far(gd.sample(net, gd.edm_angle, 2, "D", z_1)), far(gd.sample(teacher, gd.edm_angle, 2, "D", z_1))
+    assert distilled < 0.2 < 0.4 < teachers, (distilled, teachers)
 
 
 # ---- samplers
@@ -373,7 +412,7 @@ def test_renoise():
 
 
 def test_stochastic_steps_by_hand():
-    """9.2's table for N = 4: where v is asked, and by which formula z goes on; N - 1 draws of noise."""
+    """The sampler by hand for N = 4: where v is asked, and by which formula z goes on; N - 1 draws of noise."""
     angle, v, N, seen, draws = gd.edm_angle, gaussian_v(0.6, 0.3, gd.edm_angle), 4, [], []
 
     def watched(z, tau):
@@ -396,7 +435,7 @@ def test_stochastic_steps_by_hand():
 
 @pytest.mark.parametrize("N", [1, 2, 4])
 def test_stochastic_sampler_keeps_the_deviation(N):
-    """9.2: exact jumps, 1e5 samples: mean and deviation are the data's, at any N."""
+    """Exact jumps, 1e5 samples: mean and deviation are the data's, at any N."""
     torch.manual_seed(0)
     z = torch.randn(100_000, 1, 1, 1, dtype=torch.float64)
     x = gd.sample(exact_v(COSINE, 0.6, 0.3, N, "S"), COSINE, N, "S", z)

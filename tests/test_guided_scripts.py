@@ -249,7 +249,7 @@ IMPORTABLE = f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest"  # 
 LATENT = [*FP32, *STEPS[:-1], 0.03, *ROUNDS, "--w-max", 14, "--ema-decay", 0.5]  # nine steps, after which w is to be heard
 
 
-def pipeline(folder, prediction="epsilon", labels=False):
+def pipeline(folder, prediction="epsilon", labels=False, **more):
     """A random latent diffusion pipeline, of 17k parameters, and a data set for it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -257,8 +257,8 @@ def pipeline(folder, prediction="epsilon", labels=False):
                  num_class_embeds=4)
     text = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
                 attention_head_dim=2, cross_attention_dim=8)
-    unet = diffusers.UNet2DConditionModel(sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
-                                          **(plain if labels else text))
+    small = dict(sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+    unet = diffusers.UNet2DConditionModel(**small | (plain if labels else text) | more)
     vae = diffusers.AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2,
                                   up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16)
     scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -314,13 +314,59 @@ def test_a_text_pipeline_is_distilled_and_drawn_with_diffusers_alone(tmp_path, p
 
 def test_a_class_conditional_latent_model(tmp_path):
     pipeline(tmp_path, "v_prediction", labels=True)
-    run("--teacher", "diffusers:pipe", "--dataset", "latents.npz", *LATENT, "--out-dir", "run", cwd=tmp_path, prelude=IMPORTABLE, code=0)
-    run("--ckpt", "run/N0002.pt", "--sample", 3, "--labels", 2, "--save", "x.npz", *FP32, cwd=tmp_path, prelude=IMPORTABLE, code=0)
-    assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 3 and (tmp_path / "run" / "N0002" / "unet" / "config.json").exists()
+    train = ["--teacher", "diffusers:pipe", "--dataset", "latents.npz", *LATENT, "--out-dir", "run"]
+    run(*train, "--sample-every", 500, cwd=tmp_path, prelude=IMPORTABLE, code=0)
+    grid = Image.open(tmp_path / "run" / "samples" / "000009_N0002.png")
+    assert grid.size == (3 * (3 * 16 + 2 * 4), 3 * 8 * 16) and np.asarray(grid).std() > 5  # w = 2, 5, 14; eight rows of 16 pixels
+    assert (tmp_path / "run" / "N0002" / "unet" / "config.json").exists()
+    away = tmp_path / "elsewhere"  # a student knows where its teacher and its data lie
+    away.mkdir()
+    draw = ["--ckpt", "../run/N0002.pt", "--sample", 3, "--save", "x.npz", *FP32, "--labels"]
+    run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=0)
+    assert len(np.load(away / "x.npz")["arr_0"]) == 3
+    done = run(*draw, 3, cwd=away, prelude=IMPORTABLE, code=2)
+    assert done.stderr.endswith("error: --labels: the labels of this network are 0 to 2, and then the null class\n"), done.stderr
+    config = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("v_prediction", "sample"))
+    assert "is not the teacher any more" in run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=2).stderr
+    run(*train, "--overwrite", "--end-N", 4, cwd=tmp_path, prelude=IMPORTABLE, code=0)
+    assert (tmp_path / "run" / "N0004" / "unet").is_dir() and not (tmp_path / "run" / "N0002").exists()
+
+
+def test_what_a_latent_model_refuses(tmp_path):
+    run_on = common.types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+    def refused(message, guided=True, **arrays):
+        np.savez(tmp_path / "latents.npz", **dict(np.load(tmp_path / "good.npz")) | arrays)
+        with pytest.raises(common.UserError, match=message):
+            model.check(gd.Latents(tmp_path / "latents.npz"), guided)
+    for labels in (False, True):
+        pipeline(tmp_path, "v_prediction", labels=labels)
+        (tmp_path / "latents.npz").rename(tmp_path / "good.npz")
+        model = gd.LatentModel(tmp_path / "pipe", run_on)
+        model.check(gd.Latents(tmp_path / "good.npz"), True)
+        refused(r"takes latents \(4, 8, 8\)", latents=np.zeros((12, 4, 8, 4), np.float32))
+        if labels:
+            refused("labels of this network are 0 to 2, and then", labels=np.arange(12) % 4)
+            refused("labels of this network are 0 to 3$", guided=False, labels=np.arange(12) % 5)
+            model.check(gd.Latents(tmp_path / "good.npz"), False)
+            refused("and labels", embeddings=np.zeros((12, 5, 8)), null=np.zeros((5, 8)))
+        else:
+            refused(r"\(n, L, 8\)", embeddings=np.zeros((12, 5, 6)), null=np.zeros((5, 6)))
+            refused(r"null \(4, 8\)", null=np.zeros((4, 8)))
+    for more in (dict(in_channels=9), dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"), dict(sample_size=(8, 16))):
+        pipeline(tmp_path, "v_prediction", **more)
+        with pytest.raises(common.UserError, match="more than square latents"):
+            gd.LatentModel(tmp_path / "pipe", run_on)
+    pipeline(tmp_path)
+    model = gd.LatentModel(tmp_path / "pipe", run_on)
+    (tmp_path / "full").write_text("a file where a folder should be")
+    with pytest.raises(common.UserError, match="cannot write .*full"):
+        model.export(model.student(True), tmp_path / "full")
 
 
 def test_the_adapter(tmp_path):
-    """13: timesteps, one DDIM step and guidance as diffusers has them; a student begins as its teacher, to the last bit."""
+    """Timesteps, one DDIM step and guidance as diffusers has them; a student begins as its teacher, to the last bit."""
     diffusers = pytest.importorskip("diffusers")
     run_on = common.types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     z, w = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2.0, 14.0])
@@ -374,6 +420,10 @@ MISTAKES = {
     "edit without classes": (["--ckpt", "N0002.pt", "--edit", "inpaint", "--image", "images/0.png"], "name with --labels one"),
     "a decoder as encoder": (["--ckpt", "N0002.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1", "--from-labels", "1",
                               "--encoder", "N0002.pt"], "holds no encoder"),
+    "a class to come from that is not there": (["--ckpt", "N0002.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1",
+                                                "--from-labels", "11", "--encoder", "encoder.pt"], "--from-labels 11: this network has"),
+    "no labels, and guidance": (["--no-class-cond"], "--no-class-cond goes with --w-max 0"),
+    "pictures of an encoder": (["--sampler", "encoder", "--sample-every", "5"], "--sample-every does not apply with --sampler encoder"),
     "latents without data": (["--teacher", "diffusers:pipe"], "needs --dataset FILE.npz"),
 }
 
@@ -382,7 +432,9 @@ MISTAKES = {
 def workplace(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "images").mkdir()
-    torch.save(load(trained / "N0002.pt"), folder / "N0002.pt")
+    student = load(trained / "N0002.pt")
+    torch.save(student, folder / "N0002.pt")
+    torch.save(student | dict(args=student["args"] | dict(sampler="encoder")), folder / "encoder.pt")
     teacher = last(trained / "teacher")
     torch.save(teacher, folder / "teacher.pt")
     for key in ("net", "ema"):

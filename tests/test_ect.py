@@ -1,0 +1,292 @@
+"""ct.py --recipe ect: the mapping, the loss where the target is the image, and the script from teacher to student."""
+import copy
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import ct
+from test_cd_scripts import IN_STUDENT
+from test_scripts import STOP_AT_3, assert_same, records
+from util import SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, img, last, run_script, torchrun
+
+# ---- the mapping
+
+@pytest.mark.parametrize("q, stage, r", VECTORS["ect"]["r"])
+def test_mapping(q, stage, r):
+    close(ct.ect_r(torch.tensor(VECTORS["ect"]["r_t"]), stage, q, 8.0, 1.0), r)
+
+
+def test_mapping_without_sigmoid():
+    """K = 0: n(t) = 1, a fixed ratio."""
+    close(ct.ect_r(torch.tensor([0.5, 80.0]), 1, 2.0, 0.0, 1.0), VECTORS["ect"]["r_const_q2_stage1_of_0.5_80"])
+
+
+def test_mapping_knows_b():
+    """At t = ln(3) / B the sigmoid is 1/4, whatever B is."""
+    for b in (0.5, 2.0):
+        t = math.log(3) / b
+        close(ct.ect_r(torch.tensor([t]), 4, 2.0, 8.0, b), [t * (1 - 3 / 32)])
+
+
+@pytest.mark.parametrize("q, stages", [(2.0, 16), (4.0, 8), (256.0, 2), (1e5, 1)])
+def test_r_is_below_t_in_the_last_stage_that_is_allowed(q, stages):
+    ct.recipe(dict(recipe="ect", q=q, stages=stages))
+    t = torch.logspace(-4, 3, 10_000)
+    gap = t - ct.ect_r(t, stages - 1, q, 8.0, 1.0)
+    close(gap / t, q**-stages * (1 + 8 / (1 + t.double().exp())), 2e-2, 0)  # what 1 / (t - r) is made of
+    with pytest.raises(common.UserError, match="the same number"):
+        ct.recipe(dict(recipe="ect", q=q * 1.1, stages=stages + 1))
+
+
+# ---- the loss
+
+class Toy(torch.nn.Module):
+    """A network whose consistency function is f(x, t) = x / (1 + 4 t^2)."""
+    def forward(self, x_in, t_in, y=None, extra=None):
+        t = (t_in.double() / 250).exp()
+        c_skip, c_out, c_in = (common.bcast(s, x_in) for s in common.cm_scalings(t))
+        x = x_in.double() / c_in
+        return ((x / (1 + 4 * common.bcast(t, x) ** 2) - c_skip * x) / c_out).float()
+
+
+def toy_losses(dist, weight):
+    t = (-1.1 + 2.0 * gauss((4,), 7)).exp()
+    r = ct.ect_r(t, 2, 2.0, 8.0, 1.0)
+    close(t, VECTORS["ect"]["loss"]["t"])
+    close(r, VECTORS["ect"]["loss"]["r"])
+    return t, r, ct.loss_fn(Toy(), Toy(), img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), r, t, None, dist, weight)
+
+
+def test_loss_vectors():
+    """c = 0 is `norm`; iCT's c, of which ECT's 0.06 is the value for 64 pixels, by the formula that the reference's c = 0.06 confirms."""
+    t, r, losses = toy_losses(common.make_distance("norm", "cpu"), ct.WEIGHTS["inverse"])
+    close(losses, VECTORS["ect"]["loss"]["c0"], 1e-4)
+
+    def with_c(c):
+        return ((torch.tensor(VECTORS["ect"]["loss"]["c0"]) * (t - r)) ** 2 + c**2).sqrt() - c
+    close(with_c(0.06) / (t - r), VECTORS["ect"]["loss"]["c0.06"], 1e-4)
+    close(toy_losses(common.pseudo_huber, ct.WEIGHTS["inverse"])[2], with_c(0.00054 * math.sqrt(768)) / (t - r), 1e-4)
+    assert abs(0.00054 * math.sqrt(3 * 64 * 64) - 0.06) < 2e-4
+
+
+def test_edm_weighting():
+    """ImageNet-64's (t^2 + sigma_data^2) / (t sigma_data)^2, whatever r is."""
+    t, _, losses = toy_losses(common.norm, ct.WEIGHTS["edm"])
+    _, _, plain = toy_losses(common.norm, ct.WEIGHTS["one"])
+    close(losses, plain * (t**2 + 0.25) / (t * 0.5) ** 2)
+
+
+def test_where_r_is_0_the_target_is_the_image():
+    """With the noise of t_min that a consistency function leaves: to the order of t_min / t it is the denoising loss |D(x_t, t) - x0| / t."""
+    net, t = fill(common.UNet(**TINY)), torch.tensor([0.05, 0.4, 1.5])
+    x0, noise, r = img((3, 3, 16, 16)), gauss((3, 3, 16, 16), 5), ct.ect_r(t, 0, 2.0, 8.0, 1.0)
+    assert r.tolist() == [0, 0, 0]
+    losses = ct.loss_fn(net, net, x0, noise, r, t, None, common.norm, ct.WEIGHTS["inverse"])
+    column = t.view(3, 1, 1, 1)
+    x_t = x0 + column * noise
+    exact = (common.consistency(net, x_t, t) - (x0 + 0.002 * noise)).square().sum((1, 2, 3)).sqrt() / t
+    close(losses, exact.detach(), 1e-4)
+    denoising = (common.denoise(net, x_t, t) - x0).square().sum((1, 2, 3)).sqrt() / t
+    difference = ((losses - denoising) / denoising).abs()
+    assert (difference < 2 * 0.002 / t).all() and not torch.equal(losses, denoising), difference
+
+
+def test_times_below_t_min_teach_nothing_and_spoil_nothing():
+    """Both branches are the identity there, so the distance is 0, where a square root has no derivative."""
+    net = fill(common.UNet(**TINY))
+    x0, noise, grads = img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), []
+    for t in (torch.tensor([1.0, 0.001]), torch.tensor([1.0])):
+        net.zero_grad()
+        B = len(t)
+        losses = ct.loss_fn(net, net, x0[:B], noise[:B], ct.ect_r(t, 3, 2.0, 8.0, 1.0), t, None, common.norm, ct.WEIGHTS["inverse"])
+        losses.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert losses[0] > 0 and grads[1].norm() > 0
+    close(grads[0], grads[1], 1e-4, 1e-4 * grads[1].abs().max().item())
+
+
+def test_norm_by_finite_differences():
+    x = img((2, 3, 4, 4)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: common.norm(x, gauss((2, 3, 4, 4), 5).double()), x)
+
+
+# ---- recipes
+
+def test_recipes_are_the_papers():
+    wanted = {
+        "cifar10": dict(q=2, stages=8, dist="norm", weighting="inverse", times=[-1.1, 2.0], lr=1e-4, batch_size=128, total_steps=200_000,
+                        dropout=0.2, ema_decay=0.9999, sigmas=[80, 0.821], class_cond=False),
+        "imagenet64": dict(q=4, stages=4, dist="huber", weighting="edm", times=[-0.8, 1.6], batch_size=128, total_steps=100_000,
+                           ema_decay=0.9999, sigmas=[80, 1.526], class_cond=True),
+    }
+    for dataset, settings in wanted.items():
+        found = ct.recipe(dict(recipe="ect", dataset=dataset))
+        assert settings | dict(mapping=[8, 1]) == {key: found[key] for key in (*settings, "mapping")}, dataset
+        assert found["teacher"] is None and found["teacher_steps"] == common.TEACHERS[dataset]["total_steps"]
+        assert not found.keys() & {"schedule", "s0", "s1", "mu0"} and found["batch_size"] % found["micro_batch"] == 0
+    for recipe in ("ct", "ict"):
+        assert ct.recipe(dict(recipe=recipe))["teacher"] == "none" and not ct.recipe(dict(recipe=recipe)).keys() & {"q", "stages", "mapping"}
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(q=2.0), "--q does not apply with --recipe ict"),
+    (dict(recipe="ct", stages=2), "--stages does not apply with --recipe ct"),
+    (dict(mapping=[8.0, 1.0]), "--mapping does not apply with --recipe ict"),
+    (dict(teacher_steps=3), "--teacher-steps does not apply with --recipe ict"),
+    (dict(recipe="ct", teacher="a.pt"), "--teacher does not apply with --recipe ct"),
+    (dict(recipe="ect", s0=10), "--s0 does not apply with --recipe ect"),
+    (dict(recipe="ect", s1=10), "--s1 does not apply with --recipe ect"),
+    (dict(recipe="ect", mu0=0.9), "--mu0 does not apply with --recipe ect"),
+    (dict(recipe="ect", schedule="sqrt"), "--schedule does not apply with --recipe ect"),
+    (dict(recipe="ect", objective="continuous"), "--objective continuous does not apply with --recipe ect"),
+    (dict(recipe="ect", teacher="ideal"), "--teacher ideal has no weights"),
+    (dict(recipe="ect", teacher="a.pt", teacher_steps=3), "--teacher-steps does not apply with --teacher"),
+    (dict(recipe="ect", teacher="a.pt", net=["glyphs"]), "--net does not apply with --teacher FILE"),
+    (dict(recipe="ect", teacher="a.pt", class_cond=False), "--class-cond does not apply with --teacher FILE"),
+    (dict(objective="continuous", teacher="a.pt", net=["glyphs"]), "--net does not apply with --teacher FILE"),
+    (dict(objective="continuous", s0=10), "--s0 does not apply with --objective continuous"),
+    (dict(objective="continuous", q=2.0), "--q does not apply"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_flags_that_do_not_apply(given, message):
+    with pytest.raises(common.UserError) as error:
+        ct.recipe(given)
+    assert str(error.value).startswith(message)
+
+
+def test_flags_that_apply():
+    assert "net" not in ct.recipe(dict(recipe="ect", teacher="a.pt")) and "net" in ct.recipe(dict(recipe="ect", teacher="none", net=["glyphs"]))
+    assert "teacher_steps" not in ct.recipe(dict(recipe="ect", teacher="none"))
+    ct.recipe(dict(recipe="ict", teacher="none"))
+    continuous = ct.recipe(dict(objective="continuous", dataset="cifar10"))
+    assert (continuous["teacher"], continuous["lr"], continuous["times"], continuous["batch_size"]) == (None, 5e-6, ["uniform"], 512)
+
+
+# ---- the script
+
+PLAIN = ["--precision", "fp32", "--device", "cpu", "--batch-size", 8, "--micro-batch", 4, "--total-steps", 5, "--log-every", 1,
+         "--sample-every", 0, "--save-every", 0, "--recipe", "ect"]
+TUNE = [*PLAIN, "--dropout", 0.3, "--flip", "--stages", 3, "--q", 3, "--mapping", 6, 2]
+RUN = [*SMALL[:SMALL.index("--precision")], *TUNE, "--teacher-steps", 4]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run_script(*RUN, "--out-dir", "whole", "--sample-every", 5, cwd=folder, code=0)
+    return folder / "whole"
+
+
+def test_one_command_leaves_a_teacher_and_a_student(trained):
+    teacher, student = last(trained / "teacher"), last(trained)
+    assert (teacher["script"], teacher["step"], teacher["args"]["stage"]) == ("cd", 4, "teacher")
+    assert (student["script"], student["step"], student["args"]["teacher"]) == ("ct", 5, "whole/teacher/last.pt")
+    assert student["target"] is None and student["model_args"] == teacher["model_args"] | dict(dropout=0.3)
+    assert (trained / "samples" / "000005.png").exists()
+
+
+def test_the_loop_by_hand(trained):
+    """From the teacher's average on: t, r and the loss anew, RAdam and EMA; 5 steps of 3 stages."""
+    student, dataset = last(trained), common.load_dataset("glyphs", None, 16)
+    args = common.argparse.Namespace(**student["args"])
+    net = common.UNet(**student["model_args"])
+    net.load_state_dict(last(trained / "teacher")["ema"])
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer, log = torch.optim.RAdam(net.parameters(), args.lr), records(trained)
+    assert [r["stage"] for r in log] == [0, 0, 1, 1, 2]
+    indices = iter(list(common.index_batches(len(dataset), args.seed, 0, 5, 8, 4)))
+    for k, record in enumerate(log):
+        losses = []
+        for m in range(2):
+            common.seed_everything(common.STEP, args.seed, k, m)
+            x0, y = common.to_device(dataset.__getitems__(next(indices)), torch.device("cpu"), True)
+            t = (args.times[0] + args.times[1] * torch.randn(4)).exp()
+            r = torch.relu(t - t * (1 + 6 / (1 + (2 * t).exp())) / 3 ** (record["stage"] + 1))
+            noise, state = torch.randn_like(x0), torch.get_rng_state()
+            outputs = []
+            for time in (t, r):  # the same noise, the same units dropped out
+                torch.set_rng_state(state)
+                time = time.clamp(min=0.002)
+                outputs.append(common.consistency(net, x0 + time.view(4, 1, 1, 1) * noise, time, y))
+            losses.append((outputs[0] - outputs[1].detach()).square().sum((1, 2, 3)).sqrt() / (t - r))
+        optimizer.zero_grad()
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
+        np.testing.assert_allclose([record["loss"], record["grad_norm"]], [loss.item(), norm.item()], 2e-4)
+        optimizer.step()
+        with torch.no_grad():
+            for p, p_ema in zip(net.parameters(), ema.parameters()):
+                p_ema.copy_(args.ema_decay * p_ema + (1 - args.ema_decay) * p)
+    assert_same(net.state_dict(), student["net"], 2e-5)
+    assert_same(ema.state_dict(), student["ema"], 2e-5)
+
+
+@pytest.mark.parametrize("where, part", [(STOP_AT_3, "teacher"), (IN_STUDENT, ".")], ids=["in the teacher", "in the student"])
+def test_stopped_and_resumed_is_the_same_run(trained, tmp_path, where, part):
+    run_script(*RUN, "--out-dir", "run", cwd=tmp_path, prelude=where, code=128 + signal.SIGTERM)
+    assert last(tmp_path / "run" / part)["step"] == 3 and (tmp_path / "run" / "last.pt").exists() == (part == ".")
+    run_script(*RUN, "--out-dir", "run", cwd=tmp_path, code=0)
+    assert_same(last(tmp_path / "run"), last(trained))
+    assert [r["stage"] for r in records(tmp_path / "run")] == [0, 0, 1, 1, 2]
+
+
+def test_two_processes_equal_one_from_a_teacher_that_is_there(trained, tmp_path):
+    run_script(*TUNE, "--teacher", trained / "teacher" / "last.pt", "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), code=0)
+    assert_same(last(tmp_path / "run"), last(trained), 2e-6)
+
+
+def test_from_scratch(tmp_path):
+    run_script(*SMALL, *PLAIN, "--teacher", "none", "--total-steps", 1, "--lr", 0, "--out-dir", "run", cwd=tmp_path, code=0)
+    state = last(tmp_path / "run")
+    common.seed_everything(common.INIT, 0)
+    assert_same(common.make_net(state["model_args"]).state_dict(), state["net"])
+
+
+def test_continuous_training_starts_from_a_diffusion_model_too(trained, tmp_path):
+    flags = [flag for flag in PLAIN if flag not in ("--recipe", "ect")]
+    run_script(*flags, "--objective", "continuous", "--teacher", trained / "teacher" / "last.pt", "--total-steps", 1, "--lr", 0, "--out-dir",
+               "run", cwd=tmp_path, code=0)
+    state, dataset, losses = last(tmp_path / "run"), common.load_dataset("glyphs", None, 16), []
+    assert_same(state["net"], last(trained / "teacher")["ema"])
+    net = common.UNet(**state["model_args"])
+    net.load_state_dict(state["net"])
+    indices = iter(list(common.index_batches(len(dataset), 0, 0, 1, 8, 4)))
+    for m in range(2):
+        common.seed_everything(common.STEP, 0, 0, m)
+        x0, y = common.to_device(dataset.__getitems__(next(indices)), torch.device("cpu"), False)
+        low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+        t = (low + torch.rand(4) * (high - low)) ** 7
+        noise, h = torch.randn_like(x0), 1e-3 * t  # df/dt along x0 + t noise, by central differences
+        with torch.no_grad():
+            ends = [common.consistency(net, x0 + time.view(4, 1, 1, 1) * noise, time, y) for time in (t + h, t - h)]
+        losses.append(((ends[0] - ends[1]) / (2 * h).view(4, 1, 1, 1)).square().mean((1, 2, 3)))
+    np.testing.assert_allclose(records(tmp_path / "run")[0]["loss"], torch.cat(losses).mean().item(), 0.05)
+
+
+MISTAKES = {
+    "a student to start from": (["--recipe", "ect", "--teacher", "student.pt"], "was written by ct.py"),
+    "teacher in the student's folder": (["--recipe", "ect", "--teacher", "run/last.pt", "--out-dir", "run"], "--out-dir run holds the --teacher"),
+    "another number of labels": (["--recipe", "ect", "--teacher", "run/last.pt", "--dataset", "one.npy"], "knows 10 classes"),
+    "one number for the mapping": (["--recipe", "ect", "--mapping", "8"], "--mapping"),
+    "a stage that shrinks": (["--recipe", "ect", "--q", "0.5"], "--q"),
+    "bad law of times": (["--recipe", "ect", "--times", "1.0"], "--times 1.0: name a mean"),
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "run").mkdir()
+    torch.save(last(trained), folder / "student.pt")
+    torch.save(last(trained / "teacher"), folder / "run" / "last.pt")
+    np.save(folder / "one.npy", np.zeros((1, 16, 16, 3), np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_line(workplace, mistake):
+    assert_mistake(*MISTAKES[mistake], "ct.py", workplace)
