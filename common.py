@@ -1667,9 +1667,10 @@ def reference_features(run, inception, dataset, statistics):
     digests = torch.zeros(len(dataset), dtype=torch.int64)
 
     def batches():
-        loader = make_loader(dataset, [order[part] for part in parts], None, run.device)
-        for part, (images, _) in zip(tqdm(parts, desc="reference", unit="batch", leave=False, disable=not run.main), loader):
-            for i, image in zip(order[part], images):
+        chosen = [order[part.numpy()] for part in parts]  # a tensor of one number would be taken for that number
+        loader = make_loader(dataset, chosen, None, run.device)
+        for part, places, (images, _) in zip(tqdm(parts, desc="reference", unit="batch", leave=False, disable=not run.main), chosen, loader):
+            for i, image in zip(places, images):
                 digests[i] = int.from_bytes(hashlib.sha256(image.numpy()).digest()[:8], "little", signed=True)
             yield part.to(run.device), images.to(run.device)
 
