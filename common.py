@@ -1321,6 +1321,16 @@ def summary_writer():
     return SummaryWriter
 
 
+def append_record(path: Path, record: dict):
+    """Add a line of JSON to a file, after whatever a killed process may have left. Raises UserError if it cannot be written."""
+    try:
+        with open(path, "a+b") as file:
+            file.seek(max(file.tell() - 1, 0))
+            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 class Log:
     """`log.jsonl`: one JSON object a line; and `samples/`. With `tensorboard` the same numbers and grids go to a folder of that name too.
 
@@ -1341,11 +1351,7 @@ class Log:
 
     def write(self, record: dict):
         record = json.loads(json.dumps(record), parse_constant=lambda not_finite: None)  # JSON knows no NaN
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        append_record(self.path, record)
         if self.events:
             step = record.pop("step")
             for key, value in record.items():
@@ -1679,16 +1685,6 @@ def reference_features(run, inception, dataset, statistics):
     if run.world > 1:
         torch.distributed.all_reduce(digests)
     return mu, sigma, features, hashlib.sha256(digests.cpu().numpy()).hexdigest()[:12]
-
-
-def append_record(path: Path, record: dict):
-    """Add a line of JSON to a file, after whatever a killed process may have left. Raises UserError if it cannot be written."""
-    try:
-        with open(path, "a+b") as file:
-            file.seek(max(file.tell() - 1, 0))
-            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def evaluate(args, run, draw, y: Tensor | None, shape, calls: int, trained: dict, batch: int = 64):

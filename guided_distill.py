@@ -542,7 +542,7 @@ def use_checkpoint(args, run):
     for key in ("image", "strength", "mask", "encoder", "from_labels"):
         if getattr(args, key) is not None:
             raise UserError(f"--{key.replace('_', '-')} does not apply without --edit")
-    args.sample = args.sample or 64
+    args.sample, args.w, args.sampler = args.sample or 64, w, sampler  # --eval says what they were
     guided_teacher = w_max == math.inf and w > 0
     common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(v, angle, N, sampler, w, y, noise, shape, run.device),
                              N * (1 + guided_teacher), state)

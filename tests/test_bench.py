@@ -65,8 +65,6 @@ def test_every_command_is_one(name):
     """Its script takes the flags; and of a path it has the settings that it has for glyphs, data and net apart."""
     method, settings = (scoreboard.METHODS | scoreboard.ABLATIONS)[name], []
     module = MODULES[method.script]
-    if name == "ect" and "ect" not in bench.ct.METHODS:
-        pytest.skip("ct.py has no --recipe ect yet")
     for more in ([], ["--dataset", "images.zip"]):
         args = arguments("--jobs", 1, "--seed", 7, "--total-steps", 30, "--teacher-steps", 40, "--ablation-steps", 20, *more)
         given = vars(module.flags().parse_args(scoreboard.command(method, args, "t.pt", "folder")[2:]))

@@ -200,7 +200,7 @@ SCRIPTS = {
     "ct": (["--sigmas", 80, 1], "NFE 2, sigmas 80.0,1.0,"),
     "cd": (["--w", 0], "NFE 1,"),
     "ctm": (["--steps", 3, "--gamma", 0.5], "NFE 3, steps 3, gamma 0.5,"),
-    "guided_distill": (["--w", 1.5], "NFE 2, w 1.5,"),
+    "guided_distill": (["--w", 1.5], "NFE 2, sampler D, w 1.5,"),
 }
 
 
