@@ -693,7 +693,7 @@ def net_settings(words) -> dict:
 
 
 def show_value(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value).lower() if value in (None, True, False) else str(value)
 
 
 def make_net(settings: dict) -> UNet:
