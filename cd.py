@@ -212,10 +212,10 @@ def search_checkpoint(args, run, net, trained):
     def score(sigmas):
         images = common.draw_many(run, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), n, y,
                                   (3, net.image_size, net.image_size), args.seed, batch)
-        found = torch.tensor(distance(images), dtype=torch.float64, device=run.device)
+        found = distance(images)
         if run.world > 1:  # the ranks must take the same turns
-            torch.distributed.broadcast(found, 0)
-        found = found.item()
+            torch.distributed.broadcast(shared := torch.tensor(found, dtype=torch.float64, device=run.device), 0)
+            found = shared.item()
         if run.main:
             print(f"--sigmas {' '.join(f'{t:.6g}' for t in sigmas)}: Frechet distance {found:.4f}", flush=True)
         return found

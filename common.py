@@ -693,7 +693,7 @@ def net_settings(words) -> dict:
 
 
 def show_value(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value).lower() if value in (None, True, False) else str(value)
 
 
 def make_net(settings: dict) -> UNet:
@@ -1321,6 +1321,16 @@ def summary_writer():
     return SummaryWriter
 
 
+def append_record(path: Path, record: dict):
+    """Add a line of JSON to a file, after whatever a killed process may have left. Raises UserError if it cannot be written."""
+    try:
+        with open(path, "a+b") as file:
+            file.seek(max(file.tell() - 1, 0))
+            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 class Log:
     """`log.jsonl`: one JSON object a line; and `samples/`. With `tensorboard` the same numbers and grids go to a folder of that name too.
 
@@ -1341,11 +1351,7 @@ class Log:
 
     def write(self, record: dict):
         record = json.loads(json.dumps(record), parse_constant=lambda not_finite: None)  # JSON knows no NaN
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        append_record(self.path, record)
         if self.events:
             step = record.pop("step")
             for key, value in record.items():
@@ -1667,9 +1673,10 @@ def reference_features(run, inception, dataset, statistics):
     digests = torch.zeros(len(dataset), dtype=torch.int64)
 
     def batches():
-        loader = make_loader(dataset, [order[part] for part in parts], None, run.device)
-        for part, (images, _) in zip(tqdm(parts, desc="reference", unit="batch", leave=False, disable=not run.main), loader):
-            for i, image in zip(order[part], images):
+        chosen = [order[part.numpy()] for part in parts]  # a tensor of one number would be taken for that number
+        loader = make_loader(dataset, chosen, None, run.device)
+        for part, places, (images, _) in zip(tqdm(parts, desc="reference", unit="batch", leave=False, disable=not run.main), chosen, loader):
+            for i, image in zip(places, images):
                 digests[i] = int.from_bytes(hashlib.sha256(image.numpy()).digest()[:8], "little", signed=True)
             yield part.to(run.device), images.to(run.device)
 
@@ -1678,16 +1685,6 @@ def reference_features(run, inception, dataset, statistics):
     if run.world > 1:
         torch.distributed.all_reduce(digests)
     return mu, sigma, features, hashlib.sha256(digests.cpu().numpy()).hexdigest()[:12]
-
-
-def append_record(path: Path, record: dict):
-    """Add a line of JSON to a file, after whatever a killed process may have left. Raises UserError if it cannot be written."""
-    try:
-        with open(path, "a+b") as file:
-            file.seek(max(file.tell() - 1, 0))
-            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def evaluate(args, run, draw, y: Tensor | None, shape, calls: int, trained: dict, batch: int = 64):

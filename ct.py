@@ -210,7 +210,7 @@ if __name__ == "__main__":
         common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: sample(net, args.sigmas, y, noise, shape), len(args.sigmas), trained)
         common.finish(run)
 
-    # ---- teacher: ect without --teacher trains one first
+    # ---- teacher: without --teacher, ect and continuous time train one first
     stop, ect, continuous = common.StopSignal(), args.recipe == "ect", args.objective == "continuous"
     grid = not ect and not continuous
     if grid:

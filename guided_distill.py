@@ -542,7 +542,7 @@ def use_checkpoint(args, run):
     for key in ("image", "strength", "mask", "encoder", "from_labels"):
         if getattr(args, key) is not None:
             raise UserError(f"--{key.replace('_', '-')} does not apply without --edit")
-    args.sample = args.sample or 64
+    args.sample, args.w, args.sampler = args.sample or 64, w, sampler  # --eval says what they were
     guided_teacher = w_max == math.inf and w > 0
     common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(v, angle, N, sampler, w, y, noise, shape, run.device),
                              N * (1 + guided_teacher), state)
@@ -626,11 +626,12 @@ if __name__ == "__main__":
         model.check(dataset, args.w_max > 0)
         if args.start_N > model.steps:
             raise UserError(f"--start-N {args.start_N}: the teacher knows {model.steps} times")
+        picture = model.image_shape if args.sample_every else None  # now, not at the first picture: it needs a VAE
         net, v_teacher = model.student(args.w_max > 0), model.v(teacher, dataset.null)
         fetch = lambda batch: tuple(part.to(run.device, non_blocking=True) for part in batch)  # noqa: E731
     else:
         teacher, settings = common.open_teacher(args, run)
-        size = settings["image_size"]
+        picture = 3, (size := settings["image_size"]), size
         with common.main_process_first(run):
             dataset = common.load_dataset(args.dataset, args.data_dir, size)
         D, classes = common.teacher_denoiser(args, run, teacher, dataset)
@@ -686,10 +687,7 @@ if __name__ == "__main__":
 
     def sample_grid():
         """Write samples/STEP_N.png from the same noise every time: guided by the least weight, a quarter of the way up, and the largest."""
-        if latent:
-            y, columns, shape = None, 1, model.image_shape
-        else:
-            y, columns, shape = common.grid_labels(classes, run.device), common.grid_columns(classes), (3, size, size)
+        y, columns = (None, 1) if latent else (common.grid_labels(classes, run.device), common.grid_columns(classes))
         ways = [args.w_min + share * (args.w_max - args.w_min) for share in (0, 0.25, 1)] if args.w_max else [None]
         blocks = []
         for w in ways:
@@ -698,7 +696,7 @@ if __name__ == "__main__":
             else:
                 block = lambda y, noise, shape, _: draw(net_v(ema, angle), angle, N or 16, args.sampler, w, y, noise, shape,  # noqa: B023,E731
                                                         run.device)
-            blocks.append(common.draw_many(run, block, 8 * columns, y, shape, args.seed, args.micro_batch))
+            blocks.append(common.draw_many(run, block, 8 * columns, y, picture, args.seed, args.micro_batch))
         if run.main:
             log.grid(step, blocks, columns, f"_N{N:04d}" if N else "_stage1")
 

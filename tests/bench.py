@@ -90,16 +90,14 @@ def feature_distance(dataset, device, most=30000):
 @torch.no_grad()
 def read(classifier, x, y):
     """The share of images that the classifier reads as their label."""
-    return torch.cat([classifier(part).argmax(1) for part in x.split(1000)]).eq(y).double().mean().item()
+    return torch.cat([classifier(part).argmax(1) for part in x.split(1000)]).eq(y).cpu().double().mean().item()
 
 
 @torch.no_grad()
 def frechet(classifier, a, b):
-    """Frechet distance of two sets of images in the classifier's features: |m1-m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
-    (m1, s1), (m2, s2) = ((f.mean(0), f.T.cov()) for f in (torch.cat([classifier.features(p) for p in x.split(1000)]).double()
-                                                           for x in (a, b)))
-    roots = torch.linalg.eigvals(s1 @ s2).real.clamp(min=0).sqrt().sum()
-    return ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * roots).item()
+    """Frechet distance of two sets of images in the classifier's features."""
+    features = (torch.cat([classifier.features(part) for part in x.split(1000)]).cpu().double() for x in (a, b))  # mps has no float64
+    return common.frechet_distance(*(moment for f in features for moment in (f.mean(0), f.T.cov())))
 
 
 def make_judge(name="glyphs", size=16, device="cpu"):

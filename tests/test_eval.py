@@ -200,7 +200,7 @@ SCRIPTS = {
     "ct": (["--sigmas", 80, 1], "NFE 2, sigmas 80.0,1.0,"),
     "cd": (["--w", 0], "NFE 1,"),
     "ctm": (["--steps", 3, "--gamma", 0.5], "NFE 3, steps 3, gamma 0.5,"),
-    "guided_distill": (["--w", 1.5], "NFE 2, w 1.5,"),
+    "guided_distill": (["--w", 1.5], "NFE 2, sampler D, w 1.5,"),
 }
 
 
@@ -281,6 +281,15 @@ def test_references_are_kept_from_everywhere(workplace, monkeypatch):
         torch.testing.assert_close(features, everything[kept], rtol=1e-5, atol=1e-6)
         assert len({*kept}) == 15 and min(kept) < 13 and max(kept) > 26
         torch.testing.assert_close(mu.float(), (features if statistics else everything).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_last_batch_of_one():
+    images = rng.integers(0, 256, (65, 16, 16, 3), dtype=np.uint8)
+    mu, sigma, features, sha = common.reference_features(CPU, Fake(None, None), common.ArrayImages([images], None, 16, "65"), None)
+    found = Fake(None, None)(torch.from_numpy(images).permute(0, 3, 1, 2))[:, :6]
+    torch.testing.assert_close(mu.float(), found.mean(0), rtol=1e-5, atol=1e-6)
+    planes = (hashlib.sha256(image.transpose(2, 0, 1).tobytes()).digest()[:8] for image in images)
+    assert sha == hashlib.sha256(b"".join(planes)).hexdigest()[:12]
 
 
 def test_batch_size_does_not_matter(workplace, monkeypatch, capsys):
@@ -437,7 +446,7 @@ def test_published_weights_are_known_by_their_hash(weights, monkeypatch, tmp_pat
     """The name of the published file ends with the first eight digits of its SHA-256."""
     import torch_fidelity.feature_extractor_inceptionv3 as module
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(module, "URL_INCEPTION_V3", f"https://nowhere/weights-inception-2015-12-05-{common.file_sha(weights)[:8]}.pth")
+    monkeypatch.setattr(module, "URL_INCEPTION_V3", f"https://nowhere/weights-inception-2015-12-05-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}.pth")
     (tmp_path / "checkpoints").mkdir()
     os.link(weights, tmp_path / "checkpoints" / module.URL_INCEPTION_V3.rsplit("/")[-1])
     assert common.Inception(None, torch.device("cpu")).published  # found where the library keeps them

@@ -331,6 +331,9 @@ def test_a_class_conditional_latent_model(tmp_path):
     assert "is not the teacher any more" in run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=2).stderr
     run(*train, "--overwrite", "--end-N", 4, cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert (tmp_path / "run" / "N0004" / "unet").is_dir() and not (tmp_path / "run" / "N0002").exists()
+    (tmp_path / "pipe" / "vae").rename(tmp_path / "vae")  # missed at once, not at the first picture
+    done = run(*train, "--out-dir", "other", "--sample-every", 500, cwd=tmp_path, prelude=IMPORTABLE, code=2)
+    assert "there is no folder pipe/vae to decode latents with" in done.stderr and not (tmp_path / "other").exists()
 
 
 def test_what_a_latent_model_refuses(tmp_path):
