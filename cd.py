@@ -206,12 +206,12 @@ def search_checkpoint(args, run, net, trained):
     name, data_dir = common.dataset_of(args, trained)
     with common.main_process_first(run):
         distance = bench.feature_distance(common.load_dataset(name, data_dir, net.image_size), run.device)
-    n, batch = args.sample or 2000, max(256 * 16**2 // net.image_size**2, 8)
+    n = args.sample or 2000
     y = common.labels_to_draw(args, net, n, run.device)
 
     def score(sigmas):
         images = common.draw_many(run, lambda y, noise, shape, _: sample(net, sigmas, y, noise, shape, args.w), n, y,
-                                  (3, net.image_size, net.image_size), args.seed, batch)
+                                  (3, net.image_size, net.image_size), args.seed, args.micro_batch)
         found = distance(images)
         if run.world > 1:  # the ranks must take the same turns
             torch.distributed.broadcast(shared := torch.tensor(found, dtype=torch.float64, device=run.device), 0)

@@ -1687,7 +1687,7 @@ def reference_features(run, inception, dataset, statistics):
     return mu, sigma, features, hashlib.sha256(digests.cpu().numpy()).hexdigest()[:12]
 
 
-def evaluate(args, run, draw, y: Tensor | None, shape, calls: int, trained: dict, batch: int = 64):
+def evaluate(args, run, draw, y: Tensor | None, shape, calls: int, trained: dict, batch: int):
     """`--ckpt --eval n`: FID, IS, precision and recall of n samples, in one line, and one of eval.jsonl beside the checkpoint.
 
     Args:    draw, y, shape, batch: as `draw_many`, of n images.  calls: of the network for an image.  trained: the checkpoint.
@@ -1794,8 +1794,8 @@ def add_shared_flags(parser):
     train.add_argument("--overwrite", action="store_true", help="start anew in --out-dir")
     train.add_argument("--total-steps", type=positive, metavar="K", help="optimizer steps of the whole run")
     train.add_argument("--batch-size", type=positive, metavar="B", help="images a step, over all processes")
-    train.add_argument("--micro-batch", type=positive, metavar="B", help="images a pass through the network; divides --batch-size. "
-                       "Lower it if memory runs out")
+    train.add_argument("--micro-batch", type=positive, metavar="B", help="images a pass through the network; when training it divides "
+                       "--batch-size, when sampling it is 64 by default. Lower it if memory runs out")
     train.add_argument("--lr", type=number(float, 0), metavar="LR", help="learning rate of RAdam, constant; guided_distill.py: of Adam, "
                        "falling to 0 in each round")
     train.add_argument("--ema-decay", type=number(float, 0, 1), metavar="D", help="decay, a step, of the average used for sampling")
@@ -1829,9 +1829,9 @@ def add_shared_flags(parser):
 SHARED_DEFAULTS = dict(dataset="glyphs", data_dir=None, class_cond=None, workers=None, overwrite=False, seed=0, log_every=50,
                        sample_every=500, save_every=500, tensorboard=False, device="auto", precision="auto", compile=None)
 EVAL_FLAGS = dict(inception=None, dataset=None, data_dir=None)
-SAMPLING_DEFAULTS = dict(sample=64, eval=None, sigmas=[T_MAX], labels=None, save="samples.png", seed=0, device="auto", precision="auto",
-                         compile=False) | EVAL_FLAGS
-RUN_FLAGS = {"ckpt", "dataset", "data_dir", "sigmas", "seed", "device", "precision", "compile"}  # apply to sampling and to training
+SAMPLING_DEFAULTS = dict(sample=64, micro_batch=64, eval=None, sigmas=[T_MAX], labels=None, save="samples.png", seed=0, device="auto",
+                         precision="auto", compile=False) | EVAL_FLAGS
+RUN_FLAGS = {"ckpt", "micro_batch", "dataset", "data_dir", "sigmas", "seed", "device", "precision", "compile"}  # apply to sampling and to training
 
 
 def parse_flags(parser, recipe, sampling={}, both=()):
@@ -1902,11 +1902,13 @@ def sample_checkpoint(args, run, net, draw, calls: int, trained: dict):
 
     Args:    draw: as `draw_many`.  calls: of the network for an image, to be said.  trained: the checkpoint that the net is of.
     """
+    if run.compile:
+        net.compile()
     if args.eval:
         y = labels_to_draw(args, net, args.eval, run.device)
-        return evaluate(args, run, draw, y, (3, net.image_size, net.image_size), calls, trained)
+        return evaluate(args, run, draw, y, (3, net.image_size, net.image_size), calls, trained, args.micro_batch)
     y, path = labels_to_draw(args, net, args.sample, run.device), make_save_path(args.save)
-    images = draw_many(run, draw, args.sample, y, (3, net.image_size, net.image_size), args.seed)
+    images = draw_many(run, draw, args.sample, y, (3, net.image_size, net.image_size), args.seed, args.micro_batch)
     if run.main:
         side, turn = math.isqrt(args.sample - 1) + 1, len(args.labels or range(net.classes))
         turn = turn if 0 < turn <= 16 else 1
@@ -2252,7 +2254,7 @@ def edit_images(args, run, net, f):
 
     y = labels_to_draw(args, net, rows, run.device)
     y = None if y is None else y.repeat_interleave(each)
-    results = draw_many(run, draw, rows * each, y, (3, size, size), args.seed)
+    results = draw_many(run, draw, rows * each, y, (3, size, size), args.seed, args.micro_batch)
     if run.main:
         panel = list(torch.from_numpy(results).unflatten(0, (rows, each)))  # (each,H,W,3) for a row
         for i, (_, whole) in enumerate(read):

@@ -505,7 +505,7 @@ def sample_latents(args, run, state):
     conditions = torch.tensor(args.labels) if args.labels else dataset.__getitems__(np.arange(min(len(dataset), n)))[1]
     w = None if not guided else given["w_min"] if args.w is None else args.w
     sampler = (given["sampler"] if state["N"] else args.sampler) or "D"
-    images = common.draw_many(run, model.draw(net, conditions, N, sampler, w), n, None, model.image_shape, args.seed, 8)
+    images = common.draw_many(run, model.draw(net, conditions, N, sampler, w), n, None, model.image_shape, args.seed, min(args.micro_batch, 8))
     if run.main:
         common.save_samples(path, images, None, math.isqrt(n - 1) + 1)
         print(f"{n} samples, {N} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
@@ -587,7 +587,7 @@ def edit_images(args, run, net, v, angle, N, sampler, w):
 
     y = common.labels_to_draw(args, net, len(x0), run.device)
     y = None if y is None else y.repeat_interleave(each)
-    results = common.draw_many(run, edit, len(x0) * each, y, (3, size, size), args.seed)
+    results = common.draw_many(run, edit, len(x0) * each, y, (3, size, size), args.seed, args.micro_batch)
     if run.main:
         rows = torch.cat([common.to_uint8(x0).cpu()[:, None], torch.from_numpy(results).unflatten(0, (len(x0), each))], 1)
         common.save_samples(path, rows.flatten(0, 1).numpy() if path.suffix == ".png" else results, y, columns=each + 1)

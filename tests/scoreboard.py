@@ -98,6 +98,7 @@ METHODS = {
     "guided-s": Method("guided distillation S", GD, "--sampler S --teacher {teacher} --start-N 16 --stage1-steps {s_1} --round-steps {s_round} "
                        "--last-steps {s_last}", 1.9, [ddim(N, w, f"N{N:04d}.pt", sampler="S") for w in WEIGHTS for N in (4, 2, 1)]),
     "cd": Method("CD", CD, STUDENT, 1.5, CONSISTENCY),
+    # In continuous time, of which the recipes are the papers' with a lower learning rate, the average over fewer steps: the README's setting
     "cd-continuous": Method("continuous CD", CD, STUDENT + " --objective continuous --ema-decay 0.99", 3.5, CONSISTENCY),
     "ct": Method("CT", CT, "--recipe ct NET --total-steps {K}", 1.0, CONSISTENCY),
     "ict": Method("iCT", CT, "--recipe ict NET --total-steps {K}", 1.0, CONSISTENCY),

@@ -281,6 +281,10 @@ def test_samples(trained, tmp_path):
     assert Image.open(tmp_path / "samples.png").size == (3 * 160, 3 * 112) and "EMA" in done.stdout
     one_step = run_script(*flags, "--sample", 6, "--labels", 3, 7, "--save", "one.npz", cwd=tmp_path, code=0)
     assert "1 network call" in one_step.stdout and not np.array_equal(np.load(tmp_path / "one.npz")["arr_0"], data["arr_0"])
+    watch = "whole = common.draw_part; common.draw_part = lambda draw, part, *more: (print('pass of', len(part)), whole(draw, part, *more))[1]"
+    few = run_script(*flags, "--sample", 6, "--labels", 3, 7, "--micro-batch", 4, "--save", "few.npz", cwd=tmp_path, prelude=watch, code=0)
+    assert "pass of 4\npass of 2\n" in few.stdout
+    assert np.abs(np.load(tmp_path / "few.npz")["arr_0"].astype(int) - np.load(tmp_path / "one.npz")["arr_0"]).max() <= 1
 
 
 def test_samples_use_the_ema(trained, tmp_path):
