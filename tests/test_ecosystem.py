@@ -298,7 +298,7 @@ def test_the_readmes_own_code_runs(tmp_path, monkeypatch):
     """The block of the section, as it stands: it trains a step of a network of its own, and draws with it."""
     section = (ROOT / "README.md").read_text().split("\n## Use it in your own code\n")[1].split("\n## ")[0]
     code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    ") or not line).strip()
-    assert sum(bool(line) for line in code.splitlines()) <= 13
+    assert sum(bool(line) for line in code.splitlines()) == 10
     (tmp_path / "own.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path("own.py")
