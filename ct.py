@@ -2,6 +2,7 @@
 
     python ct.py                                             digits (glyphs) on a laptop, minutes
     python ct.py --recipe ect --out-dir out/ect              digits: trains a diffusion model, then tunes it
+    python ct.py --objective continuous                      the same of the limit N -> infinity
     python ct.py --dataset my_images/                        your own: a folder or zip of images, an .npz or .npy
     torchrun --nproc_per_node=8 ct.py --dataset imagenet64 --data-dir /data/imagenet64
     python ct.py --ckpt out/ct/last.pt --sample 64 --sigmas 80 1.6 --save out.png

@@ -165,7 +165,8 @@ def test_continuous_distillation_runs_and_resumes(tmp_path, flags):
 
 def test_continuous_training_by_hand(tmp_path):
     """ct.py --objective continuous: its first loss from the formula, with df/dt by central differences in float64."""
-    run_script(*PLAIN, "--objective", "continuous", "--total-steps", 1, "--ema-decay", 0, "--out-dir", "run", script="ct.py", cwd=tmp_path, code=0)
+    run_script(*PLAIN, "--objective", "continuous", "--teacher", "none", "--total-steps", 1, "--ema-decay", 0, "--out-dir", "run",
+               script="ct.py", cwd=tmp_path, code=0)
     state, dataset = last(tmp_path / "run"), common.load_dataset("glyphs", None, 16)
     common.seed_everything(common.INIT, 0)
     net = common.UNet(**state["model_args"]).double()
