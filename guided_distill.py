@@ -195,12 +195,12 @@ def edm_v(D, angle):
 
 def c_guidance(w):
     """What the student is told of w: a scale on which its embedding tells weights apart that differ by a tenth."""
-    return None if w is None else 25 * w
+    return 25 * w
 
 
 def net_v(net, angle):
-    """v(z, tau, y, w) of a student."""
-    return edm_v(lambda x, t, y, w: common.denoise(net, x, t, y, c_guidance(w)), angle)
+    """v(z, tau, y, w) of a student; one that was distilled without guidance does not look at w."""
+    return edm_v(lambda x, t, y, w: common.denoise(net, x, t, y, c_guidance(w) if net.extra else None), angle)
 
 
 def ddim(v, angle, z, tau, tau_end):
@@ -325,7 +325,7 @@ def open_student(path, run, encoder=False):
     net = common.place(net, run)
     angle = functools.partial(edm_angle, bottom=BOTTOM) if encoder else edm_angle
     if trained["script"] == "guided_distill":
-        return net_v(net, angle) if net.extra else lambda z, tau, y, w: net_v(net, angle)(z, tau, y, None), angle, *found, net
+        return net_v(net, angle), angle, *found, net
     D = edm_v(common.net_denoiser(net), angle)
     return lambda z, tau, y, w: common.guide(D, y, w if w.any() else None)(z, tau), angle, *found, net
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import common
 import guided_distill as gd
-from test_scripts import STOP_AT_3, assert_same, records
+from test_scripts import BAD_LOSS, STOP_AT_3, assert_same, records
 from util import ROOT, SMALL, assert_mistake, fill, last, run_script, torchrun
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
@@ -161,6 +161,18 @@ def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
     if "S" in flags:  # one step from pure noise is a jump that the student before makes already
         assert_same(last(tmp_path / "b")["net"], last(tmp_path / "b")["before"])
         assert_same(last(tmp_path / "b")["ema"], last(tmp_path / "b")["before"])
+
+
+def test_a_bad_step_is_left_out_and_stays_counted(trained, tmp_path):
+    flags = [*FP32, *STEPS, "--w-max", 0, "--start-N", 4, "--round-steps", 2, "--last-steps", 2, "--teacher", trained / "teacher" / "last.pt",
+             "--out-dir", "run"]
+    bad = BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}")  # step 2, first half
+    run(*flags, cwd=tmp_path, prelude=f"{stop_after(2)}\n{bad}", code=128 + signal.SIGTERM)
+    state = last(tmp_path / "run")
+    assert (state["step"], state["skipped"]) == (2, 1) and int(state["optimizer"]["state"][0]["step"]) == 1
+    run(*flags, cwd=tmp_path, code=0)
+    assert [r["skipped"] for r in records(tmp_path / "run")] == [0, 1, 1, 1] and last(tmp_path / "run")["skipped"] == 1
+    assert all(p.isfinite().all() for p in last(tmp_path / "run")["net"].values())
 
 
 def test_unlabelled_images_and_the_ideal_teacher(tmp_path):
