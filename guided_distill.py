@@ -500,7 +500,8 @@ def sample_latents(args, run, state):
     n, path = args.sample or 64, common.make_save_path(args.save)
     if args.labels and dataset.text:
         raise UserError("--labels: this network is told texts, those of its data set in turn")
-    model.check_labels("--labels", args.labels or [], guided)
+    if args.labels:
+        model.check_labels("--labels", args.labels, guided)
     conditions = torch.tensor(args.labels) if args.labels else dataset.__getitems__(np.arange(min(len(dataset), n)))[1]
     draw_some = model.draw(model.v(net), conditions, N, sampler, w if guided else None)
     images = common.draw_many(run, draw_some, n, None, model.image_shape, args.seed, 8)

@@ -329,12 +329,32 @@ np.save("alone.npy", images)
     return np.load(folder / "alone.npy")
 
 
+def first_loss(folder, prediction):
+    """Of stage 1, by hand: the student still being its conditional teacher, it misses w (v_cond - v_null)."""
+    import diffusers
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "pipe" / "unet")
+    alphas = diffusers.DDIMScheduler.from_pretrained(folder / "pipe" / "scheduler").alphas_cumprod
+    data = {key: torch.from_numpy(value).float() for key, value in np.load(folder / "latents.npz").items()}
+    losses, indices = [], common.index_batches(12, 0, 0, 9, 8, 4)
+    for m in range(2):
+        common.seed_everything(common.STEP, 0, 0, m)
+        batch, w, k = next(indices), 2 + 12 * torch.rand(4), (1000 * torch.rand(4, dtype=torch.float64)).ceil().long() - 1
+        a = alphas[k].view(4, 1, 1, 1)
+        z = a.sqrt() * data["latents"][batch] + (1 - a).sqrt() * torch.randn(4, 4, 8, 8)
+        with torch.no_grad():
+            missed = unet(z, k, data["embeddings"][batch]).sample - unet(z, k, data["null"].expand(4, -1, -1)).sample
+        missed = missed / a.sqrt() if prediction == "epsilon" else missed
+        losses.append(w**2 * missed.square().mean((1, 2, 3)))
+    return torch.cat(losses).mean().item()
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_text_pipeline_is_distilled_and_drawn_with_diffusers_alone(tmp_path, prediction):
     pipeline(tmp_path, prediction)
     flags = ["--teacher", "diffusers:pipe", "--dataset", "latents.npz", *LATENT]
     run(*flags, "--out-dir", "run", cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert [r["N"] for r in records(tmp_path / "run")] == [0] * 3 + [4] * 3 + [2] * 3
+    np.testing.assert_allclose(records(tmp_path / "run")[0]["loss"], first_loss(tmp_path, prediction), 1e-3)
     np.save(tmp_path / "z.npy", common.seeded_noise(range(2), 0)(torch.zeros(2, 4, 8, 8)).numpy())
     for name, N, w in (("N0002", 2, 7.5), ("N0004", 4, 2.0), ("stage1", 8, 14.0)):
         ours, done = drawn(tmp_path, "--ckpt", f"run/{name}.pt", "--w", w, "--N", N, "--sample", 2, prelude=IMPORTABLE)
