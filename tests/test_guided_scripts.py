@@ -163,13 +163,16 @@ def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
         assert_same(last(tmp_path / "b")["ema"], last(tmp_path / "b")["before"])
 
 
-def test_a_bad_step_is_left_out_and_stays_counted(trained, tmp_path):
+def test_a_steep_step_is_clipped_and_a_bad_one_left_out(trained, tmp_path):
     flags = [*FP32, *STEPS, "--w-max", 0, "--start-N", 4, "--round-steps", 2, "--last-steps", 2, "--teacher", trained / "teacher" / "last.pt",
              "--out-dir", "run"]
-    bad = BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}")  # step 2, first half
+    bad = BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}").replace("else 1)", "else 1e4)")  # bad: step 2, first half
     run(*flags, cwd=tmp_path, prelude=f"{stop_after(2)}\n{bad}", code=128 + signal.SIGTERM)
     state = last(tmp_path / "run")
-    assert (state["step"], state["skipped"]) == (2, 1) and int(state["optimizer"]["state"][0]["step"]) == 1
+    moments = state["optimizer"]["state"].values()
+    assert (state["step"], state["skipped"]) == (2, 1) and {int(moment["step"]) for moment in moments} == {1}
+    length = torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item()
+    assert records(tmp_path / "run")[0]["grad_norm"] > 10 and abs(length - 0.1) < 1e-4  # a tenth of a gradient of length 1
     run(*flags, cwd=tmp_path, code=0)
     assert [r["skipped"] for r in records(tmp_path / "run")] == [0, 1, 1, 1] and last(tmp_path / "run")["skipped"] == 1
     assert all(p.isfinite().all() for p in last(tmp_path / "run")["net"].values())
