@@ -26,6 +26,7 @@ images_per_s; peak_gb; skipped = steps left out because their loss was not finit
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -52,7 +53,7 @@ STUDENTS = {
 # GD's for text; it starts from a teacher fine-tuned to v. Learning rate and EMA are ours.
 LATENT = dict(batch_size=512, micro_batch=8, flip=False, lr=1e-5, ema_decay=0.999, start_N=512, stage1_steps=3000, round_steps=2000,
               last_steps=20_000, w_min=2.0, w_max=14.0)
-PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc", stage1_steps=0)  # PD: of a teacher without guidance there is nothing to distil first
+PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc")  # PD
 LAST_N = {True: 4, False: 2}  # rounds that take --last-steps, guided (GD) or not (PD)
 STUDENT_ONLY = {"teacher", "teacher_steps", "sampler", "w_min", "w_max", "start_N", "end_N", "stage1_steps", "round_steps", "last_steps",
                 "weighting"}
@@ -65,11 +66,12 @@ def recipe(given):
             raise UserError(f"--{key.replace('_', '-')} {why}")
 
     refuse({"sigmas"}, "does not apply: a student of N steps draws on its own grid")
-    dataset, teacher = common.known_dataset(given), given.get("teacher")
+    dataset, teacher, encoder = common.known_dataset(given), given.get("teacher"), given.get("sampler") == "encoder"
+    unlabelled = dataset in ("bedroom256", "cat256")
     if given.get("stage") == "teacher":
         refuse(STUDENT_ONLY, "does not apply with --stage teacher")
-        labelled = given.get("class_cond") is not False and dataset not in ("bedroom256", "cat256")
-        settings = common.teacher_recipe(given) | dict(out_dir="out/guided_distill/teacher", label_dropout=0.1 if labelled else 0.0)
+        settings, labelled = common.teacher_recipe(given), given.get("class_cond") is not False and not unlabelled
+        settings |= dict(out_dir="out/guided_distill/teacher", label_dropout=0.1 if labelled else 0.0)
         return settings | (dict(class_cond=True) if labelled and settings["class_cond"] is False else {})
     refuse({"label_dropout"}, "applies to --stage teacher only")
     refuse({"N"}, "does not apply: the rounds go from half of --start-N down to --end-N")
@@ -79,30 +81,28 @@ def recipe(given):
     del settings["N"]
     if str(teacher).startswith("diffusers:"):
         refuse({"flip", "dropout"}, "does not apply with --teacher diffusers:PATH")
-        if "dataset" not in given or given.get("sampler") == "encoder":
+        if "dataset" not in given or encoder:
             raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see the README), and has no --sampler encoder")
-        settings |= LATENT
-        if given.get("w_max", 14) < 2:
-            settings |= dict(w_min=0.0)
-    guided = given.get("w_max", 0.0 if given.get("sampler") == "encoder" or dataset in ("bedroom256", "cat256") else 4.0) > 0
-    if not guided:
+        settings |= LATENT | (dict(w_min=0.0) if given.get("w_max", 14) < 2 else {})
+    if not given.get("w_max", 0 if encoder or unlabelled else 4):
         refuse({"w_min"}, "does not apply without --w-max")
-        settings |= PLAIN | (dict(start_N=8192) if dataset == "cifar10" else {})
-        if teacher == "ideal":
-            settings["stage1_steps"] = STUDENTS[dataset]["stage1_steps"]  # first of all a network of it
-        else:
+        if teacher != "ideal":  # of which a network is made first of all
             refuse({"stage1_steps"}, "does not apply without --w-max: there is no guidance to distil")
-    elif given.get("sampler") == "encoder":
+            settings["stage1_steps"] = 0
+        settings |= PLAIN | (dict(start_N=8192) if dataset == "cifar10" else {})
+    elif encoder:
         raise UserError("--sampler encoder goes with --w-max 0: encoding with guidance is ill-conditioned")
     elif given.get("class_cond") is False:
         raise UserError("--no-class-cond goes with --w-max 0: guidance needs labels")
     elif settings["class_cond"] is False and teacher in (None, "ideal"):
         settings["class_cond"] = True
-    if given.get("sampler") == "encoder":  # which draws nothing
+    if encoder:
         settings["sample_every"] = 0
         if given.get("sample_every"):
             raise UserError("--sample-every does not apply with --sampler encoder, which draws nothing")
-    if "teacher" in given:
+    if teacher == "none":
+        raise UserError("--teacher none: what is distilled here is a teacher")
+    if teacher is not None:
         refuse({"teacher_steps"}, "does not apply with --teacher: that one is trained")
         del settings["teacher_steps"]
         if teacher != "ideal":
@@ -195,12 +195,12 @@ def edm_v(D, angle):
 
 def c_guidance(w):
     """What the student is told of w: a scale on which its embedding tells weights apart that differ by a tenth."""
-    return None if w is None else 25 * w
+    return 25 * w
 
 
 def net_v(net, angle):
-    """v(z, tau, y, w) of a student."""
-    return edm_v(lambda x, t, y, w: common.denoise(net, x, t, y, c_guidance(w)), angle)
+    """v(z, tau, y, w) of a student; one that was distilled without guidance does not look at w."""
+    return edm_v(lambda x, t, y, w: common.denoise(net, x, t, y, c_guidance(w) if net.extra else None), angle)
 
 
 def ddim(v, angle, z, tau, tau_end):
@@ -325,7 +325,7 @@ def open_student(path, run, encoder=False):
     net = common.place(net, run)
     angle = functools.partial(edm_angle, bottom=BOTTOM) if encoder else edm_angle
     if trained["script"] == "guided_distill":
-        return net_v(net, angle) if net.extra else lambda z, tau, y, w: net_v(net, angle)(z, tau, y, None), angle, *found, net
+        return net_v(net, angle), angle, *found, net
     D = edm_v(common.net_denoiser(net), angle)
     return lambda z, tau, y, w: common.guide(D, y, w if w.any() else None)(z, tau), angle, *found, net
 
@@ -339,10 +339,9 @@ class Latents:
     def __init__(self, path):
         with common.explain(f"--dataset {path} holds no latents"):
             with np.load(path) as file:
-                keys = set(file)
-            self.latents = common.map_array(Path(path), "latents")
-            key = "embeddings" if "embeddings" in keys else "labels"
-            self.conditions, self.text = common.map_array(Path(path), key), key == "embeddings"
+                self.text = "embeddings" in file
+            key = "embeddings" if self.text else "labels"
+            self.latents, self.conditions = (common.map_array(Path(path), name) for name in ("latents", key))
             self.null = torch.from_numpy(common.map_array(Path(path), "null").astype(np.float32)) if self.text else None  # (L,D)
             if len(self.latents) != len(self.conditions):
                 raise UserError(f"--dataset {path}: {len(self.latents)} latents, {len(self.conditions)} {key}")
@@ -376,7 +375,7 @@ class LatentModel:
             self.digest = digest.hexdigest()[:12]
         # What a student of N steps is sampled with: from the top, to alpha = 1, unclipped.
         self.scheduler = diffusers.DDIMScheduler.from_config(scheduler, timestep_spacing="trailing", clip_sample=False,
-                                                             set_alpha_to_one=True)
+                                                             thresholding=False, set_alpha_to_one=True)
         self.prediction, self.steps = self.scheduler.config.prediction_type, self.scheduler.config.num_train_timesteps
         alpha = self.scheduler.alphas_cumprod.double().sqrt()
         if self.prediction == "epsilon" and alpha[-1] < 1e-3:
@@ -402,7 +401,7 @@ class LatentModel:
 
     def check_labels(self, flag, labels, guided):
         """Raises UserError for labels that the network does not know; with guidance its last one is the null class."""
-        if not np.isin(labels, range(self.classes - guided)).all():
+        if np.ndim(labels) != 1 or not np.isin(labels, range(self.classes - guided)).all():
             raise UserError(f"{flag}: the labels of this network are 0 to {self.classes - guided - 1}" + ", and then the null class" * guided)
 
     def index(self, tau):
@@ -427,9 +426,9 @@ class LatentModel:
             phi = self.angle(tau)
             alpha, sigma = on(phi.cos(), z), on(phi.sin(), z)
             if c is None:
-                c = torch.full((len(z),), net.config.num_class_embeds - 1, device=z.device) if null is None else \
-                    null.to(z.device).expand(len(z), -1, -1)
-            text = dict(encoder_hidden_states=c) if c.ndim == 3 else dict(encoder_hidden_states=None, class_labels=c)
+                c = (torch.tensor(self.classes - 1) if self.classes else null).to(z.device)
+                c = c.expand(len(z), *c.shape)
+            text = dict(encoder_hidden_states=None, class_labels=c) if self.classes else dict(encoder_hidden_states=c)
             w = None if w is None else w_features(w, net.config.time_cond_proj_dim)
             with torch.autocast(z.device.type, self.run.dtype, enabled=self.run.dtype != torch.float32):
                 out = net(z, (self.index(tau) - 1).to(z.device), timestep_cond=w, **text).sample
@@ -447,17 +446,16 @@ class LatentModel:
             return self.library.AutoencoderKL.from_pretrained(self.path, subfolder="vae").requires_grad_(False).eval().to(self.run.device)
 
     @functools.cached_property
+    @torch.no_grad()
     def image_shape(self):
-        with torch.no_grad():
+        with common.explain(f"{self.path / 'vae'} does not decode latents {self.shape}"):
             return self.decode(torch.zeros(1, *self.shape, device=self.run.device))[0].shape
 
     def decode(self, z):
         return self.vae.decode(z / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
-    def draw(self, net, conditions, N, sampler, w):
+    def draw(self, v, conditions, N, sampler, w):
         """A function as `common.draw_many` takes it: image i is of condition i, from the first again after the last."""
-        v = self.v(net)
-
         def part(y, noise, shape, indices):
             c = conditions[indices.cpu() % len(conditions)].to(self.run.device)
             return draw(v, self.angle, N, sampler, w, c, noise, (len(indices), *self.shape), self.run.device, self.decode)
@@ -485,27 +483,28 @@ def w_features(w, dim):
 
 def sample_latents(args, run, state):
     """`--ckpt` of a latent student: draw, conditioned on the first of the data set or on --labels, and decode."""
+    for key in ("edit", "eval"):
+        if getattr(args, key):
+            raise UserError(f"--{key} does not apply to latent models: diffusers' pipelines edit with them, torch-fidelity's own command "
+                            "measures a folder of samples")
     given = state["args"]
-    check_student(args, args.ckpt, state["N"], given["sampler"] if state["N"] else None, given["w_min"], given["w_max"])
-    for key in ("edit", "image", "strength", "mask", "encoder", "from_labels"):
-        if getattr(args, key) is not None:
-            raise UserError(f"--{key.replace('_', '-')} does not apply to latent models: the pipelines of diffusers edit with them")
-    if args.eval:
-        raise UserError("--eval does not apply to latent models: --save a folder of samples, for torch-fidelity's own command")
-    model, dataset, guided = LatentModel(given["teacher"].removeprefix("diffusers:"), run), Latents(given["dataset"]), given["w_max"] > 0
+    guided, own = given["w_max"] > 0, given["sampler"] if state["N"] else None
+    N, sampler, w = check_student(args, state["N"], own, given["w_min"], given["w_max"])
+    model, dataset = LatentModel(given["teacher"].removeprefix("diffusers:"), run), Latents(given["dataset"])
     if model.digest != given["teacher_digest"]:
         raise UserError(f"{model.path} is not the teacher any more that {args.ckpt} was made of: its UNet or scheduler has changed")
+    if N > model.steps:
+        raise UserError(f"--N {N}: the teacher knows {model.steps} times")
     net = model.student(guided).requires_grad_(False)
     net.load_state_dict(state["ema"])
+    n, path = args.sample or 64, common.make_save_path(args.save)
     if args.labels and dataset.text:
         raise UserError("--labels: this network is told texts, those of its data set in turn")
-    n, path, N = args.sample or 64, common.make_save_path(args.save), state["N"] or args.N or 64
     if args.labels:
         model.check_labels("--labels", args.labels, guided)
     conditions = torch.tensor(args.labels) if args.labels else dataset.__getitems__(np.arange(min(len(dataset), n)))[1]
-    w = None if not guided else given["w_min"] if args.w is None else args.w
-    sampler = (given["sampler"] if state["N"] else args.sampler) or "D"
-    images = common.draw_many(run, model.draw(net, conditions, N, sampler, w), n, None, model.image_shape, args.seed, min(args.micro_batch, 8))
+    draw_some = model.draw(model.v(net), conditions, N, sampler, w if guided else None)
+    images = common.draw_many(run, draw_some, n, None, model.image_shape, args.seed, min(args.micro_batch, 8))
     if run.main:
         common.save_samples(path, images, None, math.isqrt(n - 1) + 1)
         print(f"{n} samples, {N} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
@@ -515,37 +514,38 @@ def sample_latents(args, run, state):
 # Sampling and editing with a checkpoint
 # ------------------------------------------------------------------------------------------------------------
 
-def check_student(args, path, N, sampler, w_min, w_max):
-    """Raises UserError for what a student was not trained for. N: its steps, 0 for any; sampler: None for any."""
+def check_student(args, N, sampler, w_min, w_max):
+    """N, sampler and w to draw with. Raises UserError for what --ckpt was not trained for. N: its steps, 0 for any; sampler: None for any."""
     if args.sigmas or args.stage:
         raise UserError(f"--{'sigmas' if args.sigmas else 'stage'} does not apply with --ckpt: a student draws on its own grid")
     if N and args.N not in (None, N):
-        raise UserError(f"--N {args.N}: {path} was trained for {N} step(s); each round's student is in a file of its own")
+        raise UserError(f"--N {args.N}: {args.ckpt} was trained for {N} step(s); each round's student is in a file of its own")
     if sampler and args.sampler not in (None, sampler):
-        raise UserError(f"--sampler {args.sampler}: {path} was trained for sampler {sampler}")
+        raise UserError(f"--sampler {args.sampler}: {args.ckpt} was trained for sampler {sampler}")
     if args.sampler == "encoder":
         raise UserError("--sampler encoder applies to training only")
-    if not w_min <= (w_min if args.w is None else args.w) <= w_max:
-        raise UserError(f"--w {args.w:g}: {path} was trained for " + (f"weights from {w_min:g} to {w_max:g}" if w_max else "no guidance"))
+    w = w_min if args.w is None else args.w
+    if not w_min <= w <= w_max:
+        raise UserError(f"--w {w:g}: {args.ckpt} was trained for " + (f"weights from {w_min:g} to {w_max:g}" if w_max else "no guidance"))
+    return N or args.N or 64, sampler or args.sampler or "D", w
 
 
 def use_checkpoint(args, run):
     """`--ckpt`: sample or edit. Raises UserError for what the student was not trained for."""
-    if str((state := common.load_checkpoint(args.ckpt)).get("args", {}).get("teacher")).startswith("diffusers:"):
+    for key in ("image", "strength", "mask", "encoder", "from_labels"):
+        if getattr(args, key) is not None and not args.edit:
+            raise UserError(f"--{key.replace('_', '-')} does not apply without --edit")
+    state = common.load_checkpoint(args.ckpt)
+    if str(state.get("args", {}).get("teacher")).startswith("diffusers:"):
         return sample_latents(args, run, state)
-    v, angle, N, sampler, w_min, w_max, net = open_student(args.ckpt, run)
-    check_student(args, args.ckpt, N, sampler, w_min, w_max)
-    w = w_min if args.w is None else args.w
-    N, sampler = N or args.N or 64, sampler or args.sampler or "D"
+    v, angle, *own, net = open_student(args.ckpt, run)  # own: N, sampler, w_min, w_max
+    N, sampler, w = check_student(args, *own)
     if args.edit:
         return edit_images(args, run, net, v, angle, N, sampler, w)
-    for key in ("image", "strength", "mask", "encoder", "from_labels"):
-        if getattr(args, key) is not None:
-            raise UserError(f"--{key.replace('_', '-')} does not apply without --edit")
     args.sample, args.w, args.sampler = args.sample or 64, w, sampler  # --eval says what they were
-    guided_teacher = w_max == math.inf and w > 0
-    common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(v, angle, N, sampler, w, y, noise, shape, run.device),
-                             N * (1 + guided_teacher), state)
+    calls = N * (2 if own[-1] == math.inf and w > 0 else 1)  # a guided teacher's
+    common.sample_checkpoint(args, run, net, lambda y, noise, shape, _: draw(v, angle, N, sampler, w, y, noise, shape, run.device), calls,
+                             state)
 
 
 def edit_images(args, run, net, v, angle, N, sampler, w):
@@ -557,6 +557,8 @@ def edit_images(args, run, net, v, angle, N, sampler, w):
     for key, task in (("strength", "img2img"), ("mask", "inpaint"), ("encoder", "style"), ("from_labels", "style")):
         if getattr(args, key) is not None and args.edit != task:
             raise UserError(f"--{key.replace('_', '-')} applies to --edit {task} only")
+    if args.edit == "style" and sampler == "S":
+        raise UserError("--edit style decodes without noise: name a student of --sampler D")
     if not args.image or args.edit == "style" and not args.encoder:
         raise UserError(f"--edit {args.edit} needs --image" + " and --encoder" * (args.edit == "style"))
     for flag, given in (("--labels", args.labels), ("--from-labels", args.from_labels)):
@@ -595,8 +597,7 @@ def edit_images(args, run, net, v, angle, N, sampler, w):
               f"{args.save}")
 
 
-SAMPLING = dict(sample=None, sigmas=None, stage=None, sampler=None, N=None, w=None, edit=None, image=None, strength=None, mask=None,
-                encoder=None, from_labels=None)
+SAMPLING = dict.fromkeys("sample sigmas stage sampler N w edit image strength mask encoder from_labels".split())
 
 if __name__ == "__main__":
     args = common.parse_flags(flags(), recipe, SAMPLING, both=("stage", "sampler", "N"))
@@ -626,12 +627,13 @@ if __name__ == "__main__":
         model.check(dataset, args.w_max > 0)
         if args.start_N > model.steps:
             raise UserError(f"--start-N {args.start_N}: the teacher knows {model.steps} times")
-        picture = model.image_shape if args.sample_every else None  # now, not at the first picture: it needs a VAE
+        shape = model.image_shape if args.sample_every else None  # now, not at the first picture: it needs a VAE
         net, v_teacher = model.student(args.w_max > 0), model.v(teacher, dataset.null)
         fetch = lambda batch: tuple(part.to(run.device, non_blocking=True) for part in batch)  # noqa: E731
     else:
         teacher, settings = common.open_teacher(args, run)
-        picture = 3, (size := settings["image_size"]), size
+        size = settings["image_size"]
+        shape = (3, size, size)
         with common.main_process_first(run):
             dataset = common.load_dataset(args.dataset, args.data_dir, size)
         D, classes = common.teacher_denoiser(args, run, teacher, dataset)
@@ -653,9 +655,8 @@ if __name__ == "__main__":
     loss_sum, stop_sum, bins = tail[0], tail[1], tail[2:].view(2, -1)  # bins: of the losses, of the images
 
     out_dir, step, skipped, bad_in_a_row, stopping = Path(args.out_dir), 0, 0, 0, False
-    rounds, starts = plan(vars(args)), [0]
-    for _, steps in rounds:
-        starts.append(starts[-1] + steps)
+    rounds = plan(vars(args))
+    starts = [0, *itertools.accumulate(steps for _, steps in rounds)]
     if state := common.resume_state(args, run, "guided_distill", model_args):
         step, skipped = state["step"], state["skipped"]
         for module, key in ((net, "net"), (before, "before"), (ema, "ema")):
@@ -670,7 +671,7 @@ if __name__ == "__main__":
         for module in {teacher, before, net} - {None}:
             module.compile()  # in place: names of the weights stay as they are
     log = common.start_run(args, run, net, step)
-    v_net, v_before = (model.v(module) if latent else net_v(module, angle) for module in (net, before))
+    v_net, v_before, v_ema = (model.v(module) if latent else net_v(module, angle) for module in (net, before, ema))
 
     def save(*more):
         """Write last.pt, which resumes the run, and ema.pt, which other tools can load; and at the end of a round its student."""
@@ -688,15 +689,11 @@ if __name__ == "__main__":
     def sample_grid():
         """Write samples/STEP_N.png from the same noise every time: guided by the least weight, a quarter of the way up, and the largest."""
         y, columns = (None, 1) if latent else (common.grid_labels(classes, run.device), common.grid_columns(classes))
-        ways = [args.w_min + share * (args.w_max - args.w_min) for share in (0, 0.25, 1)] if args.w_max else [None]
-        blocks = []
-        for w in ways:
-            if latent:
-                block = model.draw(ema, dataset.__getitems__(np.arange(min(len(dataset), 8)))[1], N or 16, args.sampler, w)
-            else:
-                block = lambda y, noise, shape, _: draw(net_v(ema, angle), angle, N or 16, args.sampler, w, y, noise, shape,  # noqa: B023,E731
-                                                        run.device)
-            blocks.append(common.draw_many(run, block, 8 * columns, y, picture, args.seed, args.micro_batch))
+        how, blocks = (N or 16, args.sampler), []
+        for w in [args.w_min + share * (args.w_max - args.w_min) for share in (0, 0.25, 1)] if args.w_max else [None]:
+            block = (model.draw(v_ema, dataset.__getitems__(np.arange(min(len(dataset), 8)))[1], *how, w) if latent else
+                     lambda y, noise, shape, _: draw(v_ema, angle, *how, w, y, noise, shape, run.device))  # noqa: B023
+            blocks.append(common.draw_many(run, block, 8 * columns, y, shape, args.seed, args.micro_batch))
         if run.main:
             log.grid(step, blocks, columns, f"_N{N:04d}" if N else "_stage1")
 

@@ -1,4 +1,5 @@
 """Guided distillation: schedule, targets, samplers and losses against the closed forms of Gaussian data."""
+import argparse
 import copy
 import functools
 import itertools
@@ -192,7 +193,7 @@ def test_the_embedding_of_w_tells_weights_apart():
     """A tenth apart they correlate, but not wholly; one apart, less."""
     e = common.sinusoidal_embedding(gd.c_guidance(torch.tensor([2.0, 2.1, 3.0])), 32)
     near, far = torch.cosine_similarity(e[0], e[1], dim=0), torch.cosine_similarity(e[0], e[2], dim=0)
-    assert 0.5 < near < 0.95 and far < near - 0.1 and gd.c_guidance(None) is None
+    assert 0.5 < near < 0.95 and far < near - 0.1
 
 
 # ---- targets of stage 2
@@ -487,3 +488,24 @@ def test_recipes():
     imagenet = gd.recipe(dict(dataset="imagenet64", w_max=0.0))
     assert (imagenet["start_N"], imagenet["batch_size"], imagenet["lr"], imagenet["total_steps"]) == (1024, 2048, 1e-4, 600_000)
     assert gd.recipe(dict(dataset="cifar10"))["class_cond"] and gd.recipe({})["w_max"] == 4
+    latent = dict(teacher="diffusers:pipe", dataset="latents.npz")
+    assert [gd.recipe(latent | more)["w_min"] for more in ({}, dict(w_max=1.0), dict(w_max=0.0))] == [2, 0, 0]
+    assert gd.recipe(latent)["total_steps"] == 3000 + 6 * 2000 + 3 * 20_000  # GD's text: from 512 steps
+    assert gd.recipe(dict(dataset="bedroom256", teacher="ideal"))["stage1_steps"] == 50_000  # a network of it, first of all
+    assert gd.recipe(dict(sampler="encoder", teacher="t.pt")).items() >= dict(w_max=0, stage1_steps=0, sample_every=0).items()
+
+
+def test_what_a_student_draws_with():
+    """--N, --sampler and --w where they are given and fit, otherwise the student's own, and its least weight."""
+    def found(*own, **given):
+        args = argparse.Namespace(**dict(ckpt="x.pt", sigmas=None, stage=None, N=None, sampler=None, w=None) | given)
+        return gd.check_student(args, *own)
+    assert found(4, "S", 2.0, 14.0) == (4, "S", 2.0) and found(4, "S", 2.0, 14.0, N=4, sampler="S", w=7.5) == (4, "S", 7.5)
+    assert found(0, None, 1.0, 4.0) == (64, "D", 1.0) and found(0, None, 1.0, 4.0, N=3, sampler="S") == (3, "S", 1.0)
+    for own, given, message in (((4, "D", 0.0, 4.0), dict(N=8), "--N 8: x.pt was trained for 4"),
+                                ((4, "D", 0.0, 4.0), dict(sampler="S"), "trained for sampler D"),
+                                ((0, None, 0.0, 4.0), dict(sampler="encoder"), "applies to training only"),
+                                ((4, "D", 2.0, 4.0), dict(w=1.0), "--w 1: x.pt was trained for weights from 2 to 4"),
+                                ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for no guidance")):
+        with pytest.raises(common.UserError, match=message):
+            found(*own, **given)

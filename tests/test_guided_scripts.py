@@ -11,14 +11,14 @@ from PIL import Image
 
 import common
 import guided_distill as gd
-from test_scripts import STOP_AT_3, assert_same, records
-from util import ROOT, SMALL, assert_mistake, last, run_script, torchrun
+from test_scripts import BAD_LOSS, STOP_AT_3, assert_same, records
+from util import ROOT, SMALL, assert_mistake, fill, last, run_script, torchrun
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
 STEPS = ["--batch-size", 8, "--micro-batch", 4, "--log-every", 1, "--sample-every", 0, "--save-every", 0, "--lr", 1e-3]
 NET = SMALL[:SMALL.index("--precision")]
 ROUNDS = ["--start-N", 8, "--end-N", 2, "--stage1-steps", 3, "--round-steps", 3, "--last-steps", 3]
-RUN = [*NET, *FP32, *STEPS, *ROUNDS, "--teacher-steps", 3, "--flip", "--ema-decay", 0.8]
+RUN = [*NET, *FP32, *STEPS, *ROUNDS, "--teacher-steps", 3, "--flip", "--ema-decay", 0.8, "--w-min", 1]
 
 
 def stop_after(step):
@@ -48,7 +48,7 @@ def test_one_command_leaves_the_students_of_all_rounds(trained):
     for k, (name, N) in enumerate((("stage1", 0), ("N0004", 4), ("N0002", 2))):
         student = load(trained / f"{name}.pt")
         assert (student["step"], student["N"], student["args"]["sampler"]) == (3 * (k + 1), N, "D") and "optimizer" not in student
-        assert Image.open(trained / "samples" / f"{3 * (k + 1):06d}_{name}.png").size == (3 * (3 * 160 + 2 * 4), 3 * 128)  # w = 0, 1, 4
+        assert Image.open(trained / "samples" / f"{3 * (k + 1):06d}_{name}.png").size == (3 * (3 * 160 + 2 * 4), 3 * 128)  # w = 1, 1.75, 4
     assert_same(load(trained / "N0002.pt")["ema"], end["ema"])
     assert_same(torch.load(trained / "ema.pt", weights_only=True), end["ema"])
     lines = records(trained)
@@ -76,6 +76,9 @@ def test_two_processes_equal_one(trained, tmp_path):
     for name in ("net", "before", "ema"):
         assert_same(last(tmp_path / "run")[name], last(trained)[name], 1e-5)
     assert_same(load(tmp_path / "run" / "N0004.pt")["ema"], load(trained / "N0004.pt")["ema"], 1e-5)
+    for ours, one in zip(records(tmp_path / "run"), records(trained), strict=True):
+        np.testing.assert_allclose([ours["loss"], ours["grad_norm"]], [one["loss"], one["grad_norm"]], 1e-3)
+        assert [value is None for value in ours["loss_bins"]] == [value is None for value in one["loss_bins"]]
 
 
 def test_the_loop_by_hand(trained):
@@ -105,7 +108,7 @@ def test_the_loop_by_hand(trained):
         for m in range(2):
             common.seed_everything(common.STEP, 0, k, m)
             x0, y = common.to_device(dataset.__getitems__(next(indices)), torch.device("cpu"), True)
-            w = 4 * torch.rand(4)
+            w = 1 + 3 * torch.rand(4)
             guided = lambda z, t, y, w: common.denoise(net, z, t, y, 25 * w)
             teacher = lambda z, t, y, w: common.denoise(before, z, t, y, 25 * w)
             if N == 0:
@@ -155,6 +158,24 @@ def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
     assert sorted(p.stem for p in (tmp_path / "b").glob("*.pt") if p.stem not in ("last", "ema")) == sorted(kept)
     assert last(tmp_path / "b")["model_args"]["extra"] == ("stage1" in kept)
     assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "b"))
+    if "S" in flags:  # one step from pure noise is a jump that the student before makes already
+        assert_same(last(tmp_path / "b")["net"], last(tmp_path / "b")["before"])
+        assert_same(last(tmp_path / "b")["ema"], last(tmp_path / "b")["before"])
+
+
+def test_a_steep_step_is_clipped_and_a_bad_one_left_out(trained, tmp_path):
+    flags = [*FP32, *STEPS, "--w-max", 0, "--start-N", 4, "--round-steps", 2, "--last-steps", 2, "--teacher", trained / "teacher" / "last.pt",
+             "--out-dir", "run"]
+    bad = BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}").replace("else 1)", "else 1e4)")  # bad: step 2, first half
+    run(*flags, cwd=tmp_path, prelude=f"{stop_after(2)}\n{bad}", code=128 + signal.SIGTERM)
+    state = last(tmp_path / "run")
+    moments = state["optimizer"]["state"].values()
+    assert (state["step"], state["skipped"]) == (2, 1) and {int(moment["step"]) for moment in moments} == {1}
+    length = torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item()
+    assert records(tmp_path / "run")[0]["grad_norm"] > 10 and abs(length - 0.1) < 1e-4  # a tenth of a gradient of length 1
+    run(*flags, cwd=tmp_path, code=0)
+    assert [r["skipped"] for r in records(tmp_path / "run")] == [0, 1, 1, 1] and last(tmp_path / "run")["skipped"] == 1
+    assert all(p.isfinite().all() for p in last(tmp_path / "run")["net"].values())
 
 
 def test_unlabelled_images_and_the_ideal_teacher(tmp_path):
@@ -169,6 +190,19 @@ def test_unlabelled_images_and_the_ideal_teacher(tmp_path):
 
 # ---- sampling and editing
 
+@pytest.fixture(scope="module")
+def wild(trained, tmp_path_factory):
+    """The students and their teacher, and an encoder, with weights to which label and w matter; after three steps they hardly do."""
+    folder = tmp_path_factory.mktemp("wild")
+    (folder / "teacher").mkdir()
+    for k, (name, made_of) in enumerate({"stage1.pt": "", "N0002.pt": "", "N0004.pt": "", "teacher/last.pt": "", "up.pt": "N0004.pt"}.items()):
+        state = load(trained / (made_of or name))
+        if made_of:
+            state["model_args"]["extra"], state["args"]["sampler"] = False, "encoder"
+        torch.save(state | dict(ema=fill(common.UNet(**state["model_args"]), k).state_dict()), folder / name)
+    return folder
+
+
 def drawn(folder, *flags, **more):
     done = run(*flags, "--save", "x.npz", *FP32, cwd=folder, code=0, **more)
     return np.load(folder / "x.npz")["arr_0"].astype(int), done
@@ -178,69 +212,75 @@ def wanted_of(x):
     return common.to_uint8(x.clamp(-1, 1)).numpy().astype(int)
 
 
-def test_samples_are_the_formulas(trained, tmp_path):
+def test_samples_are_the_formulas(wild, tmp_path):
     """A student in its steps, stage 1 in any number and stochastically, the teacher guided: with the noise of the seed."""
     y, zeros = torch.arange(4), torch.zeros(4, 3, 16, 16)
-    for name, flags, N, sampler, w, calls in (("N0002.pt", [], 2, "D", 0.0, 2), ("N0004.pt", ["--w", 2.5, "--N", 4], 4, "D", 2.5, 4),
-                                              ("stage1.pt", ["--N", 3, "--w", 1, "--sampler", "S"], 3, "S", 1.0, 3),
+    for name, flags, N, sampler, w, calls in (("N0002.pt", [], 2, "D", 1.0, 2), ("N0004.pt", ["--w", 2.5, "--N", 4], 4, "D", 2.5, 4),
+                                              ("stage1.pt", ["--N", 3, "--w", 2, "--sampler", "S"], 3, "S", 2.0, 3),
                                               ("teacher/last.pt", ["--N", 3, "--w", 2], 3, "D", 2.0, 6)):
-        found, done = drawn(tmp_path, "--ckpt", trained / name, "--sample", 4, *flags)
-        net, _ = common.load_network(trained / name, ("guided_distill", "cd"))
-        noise = common.seeded_noise(range(4), 0)
-        w_all = torch.full((4,), w)
-        if "teacher" in name:
-            v = common.guide(gd.edm_v(common.net_denoiser(net), gd.edm_angle), y, w_all)
-        else:
-            v = lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, w_all)
-        with torch.no_grad():
-            x = gd.sample(v, gd.edm_angle, N, sampler, noise(zeros), noise)
-        assert np.abs(found - wanted_of(x)).max() <= 1 and f"{calls} network call(s)" in done.stdout, name
+        found, done = drawn(tmp_path, "--ckpt", wild / name, "--sample", 4, *flags)
+        net, _ = common.load_network(wild / name, ("guided_distill", "cd"))
+
+        def by_hand(y, w, N=N, sampler=sampler, net=net):
+            noise, w_all = common.seeded_noise(range(4), 0), torch.full((4,), w)
+            v = (lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, w_all)) if net.extra else common.guide(
+                gd.edm_v(common.net_denoiser(net), gd.edm_angle), y, w_all)
+            with torch.no_grad():
+                return wanted_of(gd.sample(v, gd.edm_angle, N, sampler, noise(zeros), noise))
+        assert np.abs(found - by_hand(y, w)).max() <= 1 and f"{calls} network call(s)" in done.stdout, name
+        assert np.abs(found - by_hand(y, w - 1)).max() > 10 and np.abs(found - by_hand(y + 1, w)).max() > 10, name
 
 
-def test_editing(trained, tmp_path):
+def test_editing(wild, tmp_path):
     dataset = common.load_dataset("glyphs", None, 16)
     for i in range(2):
         Image.fromarray(dataset.__getitems__([i])[0][0].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
-    images = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) for i in range(2)])
-    edit = ["--ckpt", trained / "N0004.pt", "--image", "0.png", "1.png", "--labels", 3, 4, "--sample", 2]
+    images = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) for i in range(2)]).repeat(2, 0)
+    edit = ["--ckpt", wild / "N0004.pt", "--image", "0.png", "1.png", "--labels", 3, 4, "--sample", 2]
     found, done = drawn(tmp_path, *edit, "--edit", "img2img", "--strength", 0)
-    assert np.array_equal(found, images.repeat(2, 0)) and "0 of 4 steps" in done.stdout
-    full, _ = drawn(tmp_path, *edit, "--edit", "img2img", "--strength", 1)
-    half, _ = drawn(tmp_path, *edit, "--edit", "img2img", "--strength", 0.5, "--w", 2)
-    assert np.abs(half - images.repeat(2, 0)).mean() < np.abs(full - images.repeat(2, 0)).mean()
-    net, _ = common.load_network(trained / "N0004.pt", ("guided_distill",))
-    known = torch.from_numpy(images.repeat(2, 0)).permute(0, 3, 1, 2) / 127.5 - 1
-    z = common.seeded_noise(range(4), 0)(known)
-    y, angle = torch.tensor([3, 3, 4, 4]), np.arctan(0.002) + 0.5 * (np.arctan(80) - np.arctan(0.002))
-    with torch.no_grad():
-        v = lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, torch.full((4,), 2.0))
-        x = gd.sample(v, gd.edm_angle, 4, "D", float(np.cos(angle)) * known + float(np.sin(angle)) * z, start=2)
-    assert np.abs(half - wanted_of(x)).max() <= 1
+    assert np.array_equal(found, images) and "0 of 4 steps" in done.stdout
+
+    net, _ = common.load_network(wild / "N0004.pt", ("guided_distill",))
+    known, y, inside = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor([3, 3, 4, 4]), torch.zeros(16, 16)
+    inside[4:12, 4:12] = 1
+    first = common.seeded_noise(range(4), 0)(known)
+
+    def noised(tau):
+        phi = np.arctan(0.002) + tau * (np.arctan(80) - np.arctan(0.002)) if tau else 0.0
+        return float(np.cos(phi)) * known + float(np.sin(phi)) * first
+
+    def by_hand(z, w, **more):
+        with torch.no_grad():
+            return wanted_of(gd.sample(lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, torch.full((4,), w)), gd.edm_angle, 4, "D", z,
+                                       **more))
+    half, done = drawn(tmp_path, *edit, "--edit", "img2img", "--strength", 0.4, "--w", 2)  # 1.6 steps: two
+    assert np.abs(half - by_hand(noised(0.5), 2.0, start=2)).max() <= 1 and "2 of 4 steps" in done.stdout
     painted, _ = drawn(tmp_path, *edit, "--edit", "inpaint")
-    hole = np.zeros((16, 16), bool)
-    hole[4:12, 4:12] = True
-    assert np.array_equal(painted[:, ~hole], images.repeat(2, 0)[:, ~hole]) and (painted[0, hole] != painted[1, hole]).any()
+    by_paste = by_hand(first, 1.0, paste=lambda z, tau: torch.where(inside > 0, z, noised(tau[0].item())))
+    assert np.abs(painted - by_paste).max() <= 1 and (painted[0] != painted[1])[4:12, 4:12].any()
+    assert np.array_equal(painted[:, inside == 0], images[:, inside == 0])
     run(*edit, "--edit", "inpaint", "--save", "x.png", *FP32, cwd=tmp_path, code=0)
     assert Image.open(tmp_path / "x.png").size == (3 * 3 * 16, 2 * 3 * 16)
 
 
-def test_style_transfer(trained, tmp_path):
+def test_style_transfer(wild, tmp_path):
     """Encoded by one network and decoded by another: the formulas, with the labels of each."""
-    flags = [*FP32, *STEPS, "--start-N", 8, "--end-N", 4, "--round-steps", 2, "--last-steps", 2, "--teacher",
-             trained / "teacher" / "last.pt"]
-    run(*flags, "--sampler", "encoder", "--out-dir", "up", cwd=tmp_path, code=0)
     image = common.load_dataset("glyphs", None, 16).__getitems__([0])[0]
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
-    found, _ = drawn(tmp_path, "--ckpt", trained / "N0004.pt", "--edit", "style", "--encoder", "up/N0004.pt", "--image", "0.png",
+    found, _ = drawn(tmp_path, "--ckpt", wild / "N0004.pt", "--edit", "style", "--encoder", wild / "up.pt", "--image", "0.png",
                      "--from-labels", 3, "--labels", 5)
-    up, _ = common.load_network(tmp_path / "up" / "N0004.pt", ("guided_distill",))
-    down, _ = common.load_network(trained / "N0004.pt", ("guided_distill",))
+    up, _ = common.load_network(wild / "up.pt", ("guided_distill",))
+    down, _ = common.load_network(wild / "N0004.pt", ("guided_distill",))
     above = lambda tau: torch.where(tau > 0, gd.edm_angle(tau), gd.BOTTOM)
-    with torch.no_grad():
-        z = gd.sample(lambda z, tau: gd.net_v(up, above)(z, tau, torch.tensor([3]), None), above, 4, "encoder", image / 127.5 - 1)
-        x = gd.sample(lambda z, tau: gd.net_v(down, gd.edm_angle)(z, tau, torch.tensor([5]), torch.zeros(1)), gd.edm_angle, 4, "D", z)
-    assert np.abs(found - wanted_of(x)).max() <= 1
-    assert "holds an encoder" in run("--ckpt", "up/N0004.pt", cwd=tmp_path, code=2).stderr
+
+    def by_hand(origin, label):
+        with torch.no_grad():
+            z = gd.sample(lambda z, tau: gd.net_v(up, above)(z, tau, torch.tensor([origin]), None), above, 4, "encoder", image / 127.5 - 1)
+            return wanted_of(gd.sample(lambda z, tau: gd.net_v(down, gd.edm_angle)(z, tau, torch.tensor([label]), torch.ones(1)),
+                                       gd.edm_angle, 4, "D", z))
+    assert np.abs(found - by_hand(3, 5)).max() <= 1
+    assert np.abs(found - by_hand(5, 5)).max() > 10 and np.abs(found - by_hand(3, 3)).max() > 10
+    assert "holds an encoder" in run("--ckpt", wild / "up.pt", cwd=tmp_path, code=2).stderr
 
 
 # ---- latent models
@@ -292,12 +332,32 @@ np.save("alone.npy", images)
     return np.load(folder / "alone.npy")
 
 
+def first_loss(folder, prediction):
+    """Of stage 1, by hand: the student still being its conditional teacher, it misses w (v_cond - v_null)."""
+    import diffusers
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "pipe" / "unet")
+    alphas = diffusers.DDIMScheduler.from_pretrained(folder / "pipe" / "scheduler").alphas_cumprod
+    data = {key: torch.from_numpy(value).float() for key, value in np.load(folder / "latents.npz").items()}
+    losses, indices = [], common.index_batches(12, 0, 0, 9, 8, 4)
+    for m in range(2):
+        common.seed_everything(common.STEP, 0, 0, m)
+        batch, w, k = next(indices), 2 + 12 * torch.rand(4), (1000 * torch.rand(4, dtype=torch.float64)).ceil().long() - 1
+        a = alphas[k].view(4, 1, 1, 1)
+        z = a.sqrt() * data["latents"][batch] + (1 - a).sqrt() * torch.randn(4, 4, 8, 8)
+        with torch.no_grad():
+            missed = unet(z, k, data["embeddings"][batch]).sample - unet(z, k, data["null"].expand(4, -1, -1)).sample
+        missed = missed / a.sqrt() if prediction == "epsilon" else missed
+        losses.append(w**2 * missed.square().mean((1, 2, 3)))
+    return torch.cat(losses).mean().item()
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_text_pipeline_is_distilled_and_drawn_with_diffusers_alone(tmp_path, prediction):
     pipeline(tmp_path, prediction)
     flags = ["--teacher", "diffusers:pipe", "--dataset", "latents.npz", *LATENT]
     run(*flags, "--out-dir", "run", cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert [r["N"] for r in records(tmp_path / "run")] == [0] * 3 + [4] * 3 + [2] * 3
+    np.testing.assert_allclose(records(tmp_path / "run")[0]["loss"], first_loss(tmp_path, prediction), 1e-3)
     np.save(tmp_path / "z.npy", common.seeded_noise(range(2), 0)(torch.zeros(2, 4, 8, 8)).numpy())
     for name, N, w in (("N0002", 2, 7.5), ("N0004", 4, 2.0), ("stage1", 8, 14.0)):
         ours, done = drawn(tmp_path, "--ckpt", f"run/{name}.pt", "--w", w, "--N", N, "--sample", 2, prelude=IMPORTABLE)
@@ -317,7 +377,9 @@ def test_a_class_conditional_latent_model(tmp_path):
     train = ["--teacher", "diffusers:pipe", "--dataset", "latents.npz", *LATENT, "--out-dir", "run"]
     run(*train, "--sample-every", 500, cwd=tmp_path, prelude=IMPORTABLE, code=0)
     grid = Image.open(tmp_path / "run" / "samples" / "000009_N0002.png")
-    assert grid.size == (3 * (3 * 16 + 2 * 4), 3 * 8 * 16) and np.asarray(grid).std() > 5  # w = 2, 5, 14; eight rows of 16 pixels
+    assert grid.size == (3 * (3 * 16 + 2 * 4), 3 * 8 * 16)  # eight rows of 16 pixels
+    low, middle, high = (np.asarray(grid)[:, x:x + 48].astype(int) for x in (0, 60, 120))  # w = 2, 5, 14
+    assert low.std() > 5 and np.abs(low - middle).max() > 2 and np.abs(low - high).max() > 2 and np.abs(middle - high).max() > 2
     assert (tmp_path / "run" / "N0002" / "unet" / "config.json").exists()
     away = tmp_path / "elsewhere"  # a student knows where its teacher and its data lie
     away.mkdir()
@@ -352,6 +414,7 @@ def test_what_a_latent_model_refuses(tmp_path):
         if labels:
             refused("labels of this network are 0 to 2, and then", labels=np.arange(12) % 4)
             refused("labels of this network are 0 to 3$", guided=False, labels=np.arange(12) % 5)
+            refused("labels of this network are 0 to 2", labels=np.eye(12, 3, dtype=int))
             model.check(gd.Latents(tmp_path / "good.npz"), False)
             refused("and labels", embeddings=np.zeros((12, 5, 8)), null=np.zeros((5, 8)))
         else:
@@ -362,7 +425,18 @@ def test_what_a_latent_model_refuses(tmp_path):
         with pytest.raises(common.UserError, match="more than square latents"):
             gd.LatentModel(tmp_path / "pipe", run_on)
     pipeline(tmp_path)
-    model = gd.LatentModel(tmp_path / "pipe", run_on)
+    model, unet = gd.LatentModel(tmp_path / "pipe", run_on), tmp_path / "pipe" / "unet" / "config.json"
+    unet.write_text(unet.read_text() + " ")
+    assert gd.LatentModel(tmp_path / "pipe", run_on).digest != model.digest
+    config = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'))
+    with pytest.raises(common.UserError, match="nothing about x at zero SNR"):
+        gd.LatentModel(tmp_path / "pipe", run_on)
+    with pytest.raises(common.UserError, match=r"vae does not decode latents \(3, 8, 8\)"):
+        model.shape = 3, 8, 8
+        print(model.image_shape)
+    with pytest.raises(common.UserError, match="there is no folder .*unet"):
+        gd.LatentModel(tmp_path, run_on)
     (tmp_path / "full").write_text("a file where a folder should be")
     with pytest.raises(common.UserError, match="cannot write .*full"):
         model.export(model.student(True), tmp_path / "full")
@@ -401,7 +475,7 @@ def test_the_adapter(tmp_path):
 MISTAKES = {
     "N of a student": (["--ckpt", "N0002.pt", "--N", "4"], "--N 4: N0002.pt was trained for 2 step(s)"),
     "sampler of a student": (["--ckpt", "N0002.pt", "--sampler", "S"], "--sampler S: N0002.pt was trained for sampler D"),
-    "too much guidance": (["--ckpt", "N0002.pt", "--w", "4.5"], "--w 4.5: N0002.pt was trained for weights from 0 to 4"),
+    "too much guidance": (["--ckpt", "N0002.pt", "--w", "4.5"], "--w 4.5: N0002.pt was trained for weights from 1 to 4"),
     "noise levels": (["--ckpt", "N0002.pt", "--sigmas", "80"], "--sigmas does not apply"),
     "noise levels in training": (["--sigmas", "80"], "--sigmas does not apply"),
     "length of the whole": (["--total-steps", "80"], "--total-steps does not apply: name --stage1-steps"),
@@ -421,12 +495,16 @@ MISTAKES = {
     "strength of another task": (["--ckpt", "N0002.pt", "--edit", "inpaint", "--strength", "1"], "--strength applies to --edit img2img"),
     "images of no edit": (["--ckpt", "N0002.pt", "--image", "x.png"], "--image does not apply without --edit"),
     "edit without classes": (["--ckpt", "N0002.pt", "--edit", "inpaint", "--image", "images/0.png"], "name with --labels one"),
+    "style with noise": (["--ckpt", "S.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1", "--from-labels", "1", "--encoder",
+                          "encoder.pt"], "--edit style decodes without noise"),
     "a decoder as encoder": (["--ckpt", "N0002.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1", "--from-labels", "1",
                               "--encoder", "N0002.pt"], "holds no encoder"),
     "a class to come from that is not there": (["--ckpt", "N0002.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1",
                                                 "--from-labels", "11", "--encoder", "encoder.pt"], "--from-labels 11: this network has"),
     "no labels, and guidance": (["--no-class-cond"], "--no-class-cond goes with --w-max 0"),
     "pictures of an encoder": (["--sampler", "encoder", "--sample-every", "5"], "--sample-every does not apply with --sampler encoder"),
+    "no teacher at all": (["--teacher", "none"], "--teacher none: what is distilled"),
+    "more images than the ideal teacher goes through": (["--dataset", "bedroom256", "--teacher", "ideal"], "bedroom256 needs --data-dir"),
     "latents without data": (["--teacher", "diffusers:pipe"], "needs --dataset FILE.npz"),
 }
 
@@ -437,7 +515,8 @@ def workplace(trained, tmp_path_factory):
     (folder / "images").mkdir()
     student = load(trained / "N0002.pt")
     torch.save(student, folder / "N0002.pt")
-    torch.save(student | dict(args=student["args"] | dict(sampler="encoder")), folder / "encoder.pt")
+    for name, sampler in ("encoder.pt", "encoder"), ("S.pt", "S"):
+        torch.save(student | dict(args=student["args"] | dict(sampler=sampler)), folder / name)
     teacher = last(trained / "teacher")
     torch.save(teacher, folder / "teacher.pt")
     for key in ("net", "ema"):
