@@ -632,6 +632,6 @@ def test_help(drawn):
     assert set(re.findall(r"\n  --([\w-]+)", shown)) == set(
         "teacher teacher-steps N max-steps matching solver dist mu s-init times disc disc-start disc-weight disc-lr dataset data-dir "
         "class-cond flip net dropout workers out-dir overwrite total-steps batch-size micro-batch lr ema-decay seed log-every sample-every "
-        "save-every ckpt sample eval inception sigmas labels save device precision compile steps gamma heun edit image mask factor noise-level "
+        "save-every tensorboard ckpt sample eval inception sigmas labels save device precision compile steps gamma heun edit image mask factor noise-level "
         "noisy".split())
     assert max(map(len, shown.splitlines())) <= 120

@@ -421,7 +421,8 @@ def test_mistakes_under_torchrun_are_said_once(tmp_path):
 def test_help(tmp_path):
     done = run_script("--help", cwd=tmp_path, code=0)
     for flag in ("dataset data-dir out-dir overwrite total-steps batch-size micro-batch lr seed log-every sample-every save-every "
-                 "ckpt sample eval inception sigmas labels save recipe schedule s0 s1 mu0 teacher teacher-steps q stages mapping dist times weighting").split():
+                 "ckpt sample eval inception sigmas labels save recipe schedule s0 s1 mu0 teacher teacher-steps q stages mapping dist times "
+                 "weighting").split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
     assert not os.listdir(tmp_path)
