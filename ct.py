@@ -48,7 +48,7 @@ METHODS = {
 }
 RECIPES = {
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6], batch_size=32, total_steps=3600, lr=1e-3,
-                   ema_decay=0.997, ct=dict(s1=150, mu0=0.9, dist="l2"), ict=dict(s1=40, times=[0.0, 1.6]),
+                   ema_decay=0.997, ct=dict(s1=20, mu0=0.9, dist="l2"), ict=dict(s1=40, times=[0.0, 1.6]),
                    ect=dict(q=16.0, stages=1, total_steps=1000, times=[0.0, 1.6])),
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, sigmas=[80.0, 0.821], batch_size=128, total_steps=100_000,
                  lr=4e-4, ema_decay=0.9995, ct=dict(s1=150, mu0=0.9), ict=dict(), ect=dict(lr=1e-4)),
