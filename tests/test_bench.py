@@ -162,21 +162,21 @@ def test_a_stopped_training_goes_on(tmp_path):
 
 # ---- what it says
 
-def row(calls, distance, w=0.0, how=""):
-    return [calls, how, w, 100, 0.9, distance, 50.0]
+def row(calls, distance, w=0.0, how="", share=0.9):
+    return [calls, how, w, 100, share, distance, 50.0]
 
 
 def test_expectations():
     rows = {"cd": [row(1, 1.0), row(2, 0.5), row(4, 0.6)], "ct": [row(1, 3.0), row(2, 2.0), row(4, 0.5)], "ict": [row(1, 4.0), row(2, 3.0)],
             "ctm": [row(1, 1.0, how="one jump"), row(2, 0.9, how="gamma 0"), row(4, 0.8, how="gamma 0"), row(2, 1.5, how="gamma 1")],
             "teacher": [row(35, 1.0), row(70, 4.0, 1.0)],
-            "guided-d": [row(4, 9.0, how="stage 1, DDIM"), row(4, 1.05, how="DDIM"), row(4, 4.5, 1.0, "DDIM")]}
+            "guided-d": [row(4, 9.0, how="stage 1, DDIM"), row(4, 1.05, how="DDIM", share=0.89), row(4, 4.5, 1.0, "DDIM", 0.85)]}
     lines = scoreboard.expectations(rows)
     found = [line.split("**")[1] if "**" in line else line.split(": ")[-1] for line in lines]
     assert found == ["holds in part", "holds in part", "holds", "does not hold", "*not measured*.", "holds in part"]
     assert "NFE 1 1.000 < 3.000" in lines[0] and "NFE 4 0.600 ≥ 0.500" in lines[0]
     assert "CTM 1.500 ≥ 1.000" in lines[1] and "CTM, two 0.900 < 1.000; CTM, four 0.800 < 0.900" in lines[2]
-    assert "gap 0.050 < 0.100" in lines[5] and "gap 0.500 ≥ 0.400" in lines[5]
+    assert "D, w = 0, short by 0.010 < 0.020; D, w = 1, short by 0.050 ≥ 0.020" in lines[5] and "S" not in lines[5].split("(")[1]
 
 
 def test_conclusions():
