@@ -110,7 +110,7 @@ METHODS = {
 }
 
 ONE_STEP = [multistep(80.0)]
-ABLATIONS = {  # with cd.py's and ct.py's recipes otherwise: Heun, N = 18, Huber; N = 2 to 151, mu0 = 0.9, l2
+ABLATIONS = {  # with cd.py's and ct.py's recipes otherwise: Heun, N = 18, Huber; N = 2 to 21, mu0 = 0.9, l2
     **{f"cd-{dist}": Method("", CD, f"--teacher {{teacher}} --total-steps {{A}} --dist {dist}", cost, ONE_STEP)
        for dist, cost in (("l1", 1.5), ("l2", 1.5), ("lpips", 100.0))},
     **{f"cd-{solver}-{N}": Method("", CD, f"--teacher {{teacher}} --total-steps {{A}} --solver {solver} --N {N}", cost, ONE_STEP)
@@ -483,7 +483,7 @@ def main(args):
         "## What was expected", "", "Smaller Fréchet distance is better.", "", *expectations(rows), ""]
     if curves or any(name in ABLATIONS for name in failed):
         lines += ["## Consistency models, Figure 3, at this scale", "", f"One-step samples, Fréchet distance after {args.ablation_steps} steps. "
-                  "Settings otherwise: in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 151, mu0 = 0.9, l2."
+                  "Settings otherwise: in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 21, mu0 = 0.9, l2."
                   + " LPIPS takes a GPU and a download." * ("cd-lpips" not in chosen), "", *conclusions(curves), "",
                   *(f"- {name} failed: {error}" for name, error in failed.items() if name in ABLATIONS)]
         picture(draw_figure3, results / f"figure3_{stem}.png", curves)
