@@ -1,9 +1,11 @@
 """The scoreboard: that it trains, measures, resumes and reports as it says. No test of quality."""
 import json
+import subprocess
 import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import bench
 import pytest
@@ -117,14 +119,17 @@ def stub_runs(folder, **whats):
     return commands, folders
 
 
-def test_trainings_in_order(tmp_path, capsys):
+def test_trainings_in_order(tmp_path, capsys, monkeypatch):
     """The teacher first, students after it, the longest first, two at once; what fails is told and the rest goes on."""
     commands, folders = stub_runs(tmp_path, teacher="40", short="5 --teacher", long="5 --teacher", bad="fail",
                                   scratch="9 --teacher none", other="5")
+    begun, start = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: (begun.append(Path(words[2]).name), start(words, **more))[1])
     scoreboard.train(dict(teacher=1, short=1, long=5, bad=2, scratch=3, other=2.5), commands, folders, 2, types.SimpleNamespace(number=0))
     ran = {name: (began, ended) for name, began, ended, _ in map(json.loads, (tmp_path / "order.txt").read_text().splitlines())}
     assert ran.keys() == {"teacher", "short", "long", "scratch", "other"} and ran["scratch"][0] < ran["teacher"][1]
-    assert ran["teacher"][1] < ran["long"][0] < ran["short"][0]
+    assert begun[:2] == ["teacher", "scratch"] and ran["teacher"][1] < min(ran["long"][0], ran["short"][0])
+    assert begun.index("other") < begun.index("bad") and begun.index("long") < begun.index("short")
     assert all(sum(a <= began < b for a, b in ran.values()) <= 2 for began, _ in ran.values())
     records = {name: scoreboard.read_record(folders[name]) for name in folders}
     assert {name for name in records if records[name]["done"]} == ran.keys() and all(records[name]["seconds"] > 0 for name in records)
@@ -144,7 +149,7 @@ def test_a_stopped_training_goes_on(tmp_path):
     stop = types.SimpleNamespace(number=0)
 
     def signal():
-        while not (folders["first"] / "begun").exists():
+        while not all((folders[name] / "begun").exists() for name in ("first", "slow")):
             time.sleep(0.05)
         time.sleep(0.2)
         stop.number = 15
