@@ -1,21 +1,36 @@
-"""Inputs of the reference vectors, closed forms of Gaussian data, and a tiny network."""
+"""Inputs of the reference vectors, closed forms of Gaussian data, a tiny network, and scripts run as a user would."""
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
 import json
 import math
+import multiprocessing
 import os
+import random
+import runpy
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from tqdm import tqdm
 
 import common
 
 ROOT = Path(__file__).parent.parent
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
-TINY = dict(image_size=16, base=32, mult=(1, 2), blocks=1, attention=(8,), head_channels=32)  # the reference's net A
-SMALL = ["--net", "glyphs", "base=32", "mult=1,1", "blocks=1", "--precision", "fp32", "--device", "cpu"]
+TINY = dict(image_size=16, base=32, mult=(1, 2), blocks=1, attention=(8,), head_channels=32)
+SMALL = ["--net", "glyphs", "base=32", "mult=1,1", "blocks=1",
+         "--precision", "fp32", "--device", "cpu"]
 
 
 def chirp(n, phase):
@@ -24,11 +39,13 @@ def chirp(n, phase):
 
 
 def img(shape, phase=0.3, amp=0.9):
-    return torch.tensor(amp * np.sin(0.11 * np.arange(math.prod(shape)) + phase), dtype=torch.float32).reshape(shape)
+    values = amp * np.sin(0.11 * np.arange(math.prod(shape)) + phase)
+    return torch.tensor(values, dtype=torch.float32).reshape(shape)
 
 
 def gauss(shape, phase):
-    return torch.tensor(math.sqrt(2) * chirp(math.prod(shape), phase), dtype=torch.float32).reshape(shape)
+    values = math.sqrt(2) * chirp(math.prod(shape), phase)
+    return torch.tensor(values, dtype=torch.float32).reshape(shape)
 
 
 def fill(net, offset=0.0):
@@ -52,8 +69,9 @@ def numbered_noise(first=101):
 
 
 def close(actual, expected, rtol=1e-5, atol=1e-6):
-    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64).flatten(),
-                               torch.as_tensor(expected, dtype=torch.float64).flatten(), rtol=rtol, atol=atol)
+    actual = torch.as_tensor(actual, dtype=torch.float64).flatten()
+    expected = torch.as_tensor(expected, dtype=torch.float64).flatten()
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def full(x, t):
@@ -66,21 +84,170 @@ def gaussian_denoiser(s):
 
 
 def gaussian_flow(x, t, t_next, s):
-    """The probability-flow map from t to t_next for data N(0, s^2 I): x scales with the marginal's deviation."""
+    """The probability-flow map from t to t_next for N(0, s^2 I): x scales with the deviation."""
     return x * ((s**2 + t_next**2) / (s**2 + t**2)) ** 0.5
 
 
-def run_script(*flags, script="ct.py", cwd, launcher=(), env=None, code=None, timeout=600, prelude=None):
-    """Run a script as a user would. `prelude` is Python that runs before it in the same process. Checks the exit code."""
-    start = ([sys.executable] if prelude is None else
-             [sys.executable, "-c", f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); import common\n{prelude}\n"
-              f"sys.argv[0] = {str(ROOT / script)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"])
-    target = [] if prelude is not None else [str(ROOT / script)]
-    done = subprocess.run([*(launcher or start), *target, *map(str, flags)], cwd=cwd, text=True, capture_output=True,
-                          timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+# ---- scripts, run as a user would
+
+MODULES = ("common", "cd", "ct", "ctm", "guided_distill", "evaluate", "bench", "scoreboard")
+glyphs = functools.lru_cache(4)(common.glyphs)  # a pure function, which takes seconds
+PRELUDE = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common
+import pytest
+monkeypatch = pytest.MonkeyPatch()
+"""
+
+
+def run_script(*flags, script="ct.py", cwd, launcher=(), env=None, code=None, timeout=600,
+               prelude=None, process=False):
+    """Run a script as a user would. Returns its returncode, stdout and stderr; checks `code`.
+
+    It runs in this process, with modules imported anew, unless a launcher, a search path for
+    packages, or `process` asks for another. `prelude` is Python that runs before it and knows
+    `common`; what is not of this project it changes with `monkeypatch.setattr`.
+    """
+    command = [str(ROOT / script), *map(str, flags)]
+    env = {"OMP_NUM_THREADS": "1"} | (env or {})
+    if launcher or process or "PYTHONPATH" in env:
+        start = [*launcher] or [sys.executable]
+        if prelude is not None:
+            end = f"sys.argv[0] = {command[0]!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+            start = [sys.executable, "-c", "\n".join((PRELUDE, prelude, end))]
+            del command[0]
+        done = subprocess.run(start + command, cwd=cwd, text=True, capture_output=True,
+                              timeout=timeout, env=os.environ | env)
+    else:
+        for word in ("SIGKILL", "setrlimit", "PDEATHSIG"):
+            assert word not in (prelude or ""), f"{word} needs process=True"
+        done = run_here(command, cwd, env, timeout, prelude or "")
     if code is not None:
         assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def run_here(command, cwd, env, timeout, prelude):
+    """Run a script and do as the interpreter would; then everything is as it was before."""
+    generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    environment, modules = dict(os.environ), dict(sys.modules)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    handlers = [signal.getsignal(number) for number in numbers]
+
+    def late(number, frame):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    def whole():
+        names = dict(sys=sys, runpy=runpy, common=sys.modules["common"], monkeypatch=patch)
+        exec(prelude, names | {"__name__": "prelude"})
+        runpy.run_path(command[0], run_name="__main__")
+
+    streams = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]
+    with redirected(streams), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "path", [str(Path(command[0]).parent), *sys.path])
+        patch.setattr(sys, "excepthook", sys.__excepthook__)
+        patch.setattr(warnings, "_showwarnmsg_impl", SHOW_WARNING)
+        warnings.resetwarnings()
+        for kind in (ImportWarning, ResourceWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", kind)  # as in an interpreter without options
+        leaving = []
+        patch.setattr(atexit, "register", functools.partial(register, leaving))
+        os.environ.update(env)
+        for name in MODULES:
+            sys.modules.pop(name, None)
+        importlib.import_module("common").glyphs = glyphs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(math.ceil(timeout))
+        try:
+            code = exit_code(whole)
+            for action in reversed(leaving):
+                action()
+        finally:
+            signal.alarm(0)
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)
+            for name, module in list(sys.modules.items()):
+                if name in MODULES or module is None or modules.get(name, module) is not module:
+                    del sys.modules[name]
+            sys.modules.update(modules)
+            os.environ.clear()
+            os.environ.update(environment)
+            torch.set_rng_state(generators[0])
+            np.random.set_state(generators[1])
+            random.setstate(generators[2])
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+            torch.use_deterministic_algorithms(deterministic)
+    out, err = (stream.seek(0) or stream.read() for stream in streams)
+    return subprocess.CompletedProcess(command, code, out, err)
+
+
+SHOW_WARNING = warnings._showwarnmsg_impl  # pytest has put its own in its place while a test runs
+
+
+def register(leaving, action, *values, **more):
+    """atexit.register of the scripts; what a package registers stays until this process ends."""
+    if sys._getframe(1).f_globals["__name__"] not in (*MODULES, "__main__", "prelude"):
+        return AT_EXIT(action, *values, **more)
+    leaving.append(functools.partial(action, *values, **more))
+    return action
+
+
+AT_EXIT = atexit.register
+
+
+@contextlib.contextmanager
+def redirected(streams):
+    """What this process and its children write to stdout and stderr goes to these files."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    before = [os.dup(number) for number in (1, 2)]
+    texts = [open(os.dup(stream.fileno()), "w", buffering=1) for stream in streams]
+    try:
+        for number, stream in enumerate(streams, start=1):
+            os.dup2(stream.fileno(), number)
+        with contextlib.redirect_stdout(texts[0]), contextlib.redirect_stderr(texts[1]):
+            yield
+    finally:
+        for number, text in enumerate(texts, start=1):
+            text.close()
+            os.dup2(before[number - 1], number)
+            os.close(before[number - 1])
+
+
+def exit_code(body):
+    """Call `body`, and end it as the interpreter ends a script."""
+    try:
+        try:
+            body()
+            return 0
+        except (SystemExit, subprocess.TimeoutExpired):
+            raise
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    except SystemExit as end:
+        end_workers()
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+
+
+def end_workers():
+    """End those of loaders, before the garbage collector does, which waits five seconds for each."""
+    if multiprocessing.active_children():
+        for thing in gc.get_objects():
+            if type(thing) is _MultiProcessingDataLoaderIter:
+                thing._shutdown_workers()
 
 
 def free_port():
@@ -90,7 +257,8 @@ def free_port():
 
 
 def torchrun(n, *more, port=None):
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port or free_port()}", *more]
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
+    return [*start, f"--master_port={port or free_port()}", *more]
 
 
 def last(out_dir):
@@ -104,7 +272,8 @@ def snapshot(folder):
 def assert_mistake(flags, message, script, folder):
     """The command ends with exit code 2 and one line that holds `message`, and touches nothing."""
     before = snapshot(folder)
-    done = run_script(*flags, script=script, cwd=folder)
+    done = run_script(*flags, script=script, cwd=folder, code=2)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: ") and message in lines[0], done.stderr
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), done.stderr
+    assert message in lines[0], done.stderr
     assert snapshot(folder) == before
