@@ -9,7 +9,7 @@ torch.set_num_threads(1)  # two wait for each other for ages where the machine i
 
 try:
     import torchvision  # noqa: F401
-except RuntimeError:  # a CUDA build beside torch's CPU build misses its operators; declaring them lets it be imported
+except RuntimeError:  # a CUDA build beside torch's CPU build misses its operators: declare them
     torchvision_ops = torch.library.Library("torchvision", "DEF")
     torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,4 +1,5 @@
-"""Data sets: every layout that can be read, pixels against numpy, one-line errors, the order of batches, the loader."""
+"""Data sets: every layout that can be read, pixels against numpy, one-line errors, the order of
+batches, the loader."""
 import contextlib
 import hashlib
 import io
@@ -15,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import common
-from common import UserError
 
 CPU = torch.device("cpu")
 REAL = Path(__file__).parents[2] / "shared" / "data" / "cifar10-train.zip"
+PLACES = pytest.mark.parametrize("source", ["set", "set.zip"])
 
 
 def pictures(*shape, seed=0):
@@ -28,7 +29,8 @@ def pictures(*shape, seed=0):
 def encoded(image, kind="PNG", **options):
     """The bytes of an image file."""
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -48,7 +50,9 @@ def write(source, files, compression=zipfile.ZIP_STORED):
 PNG, JPEG = (encoded(pictures(16, 16, 3), kind) for kind in ("PNG", "JPEG"))
 
 
-def load(source, size=16):
+def load(source, size=16, name=None):
+    if name:
+        return common.load_dataset(name, str(source), size)
     return common.load_dataset(str(source), None, size)
 
 
@@ -59,9 +63,18 @@ def read(dataset):
     return images.permute(0, 2, 3, 1).numpy(), labels.tolist()
 
 
+def assert_holds(dataset, images, labels):
+    """The data set has these images and labels, None if it has none."""
+    n = len(images)
+    assert len(dataset) == n and dataset.classes == (0 if labels is None else max(labels) + 1)
+    assert np.array_equal(read(dataset)[0], images)
+    assert read(dataset)[1] == ([0] * n if labels is None else list(labels))
+    assert dataset.labels is None if labels is None else dataset.labels.tolist() == list(labels)
+
+
 @contextlib.contextmanager
 def one_line_error(*words):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(common.UserError) as caught:
         yield
     message = str(caught.value)
     assert "\n" not in message and all(str(word) in message for word in words), message
@@ -75,7 +88,8 @@ def test_glyphs_are_a_function_of_the_seed():
     np.random.seed(9)  # the global generators must not matter
     again, other = common.glyphs(50, seed=3), common.glyphs(50, seed=4)
     assert np.array_equal(images, again[0]) and np.array_equal(labels, again[1])
-    assert not np.array_equal(labels, other[1]) and all(not np.array_equal(a, b) for a, b in zip(images, other[0]))
+    assert not np.array_equal(labels, other[1])
+    assert all(not np.array_equal(a, b) for a, b in zip(images, other[0]))
     assert len(np.unique(images.reshape(50, -1), axis=0)) == 50
     assert common.glyphs(2, seed=0, size=24)[0].shape == (2, 24, 24, 3)
 
@@ -83,43 +97,44 @@ def test_glyphs_are_a_function_of_the_seed():
 def test_glyphs_show_the_digit_their_label_says():
     """Each looks most like the upright digit of its label, somewhere near the middle."""
     images, labels = common.glyphs(400, seed=5)
-    contrast = np.abs(images.astype(float) - images[:, :1, :1]).sum(3)  # from the background, whatever the colours
+    contrast = np.abs(images.astype(float) - images[:, :1, :1]).sum(3)  # whatever the colours
     upright = []
     for digit in "0123456789":
         page = Image.new("L", (16, 16))
-        ImageDraw.Draw(page).text((8, 8), digit, fill=255, font=ImageFont.load_default(15), anchor="mm")
-        upright += [np.roll(page, shift, (0, 1)) for shift in np.ndindex(5, 5)]  # shifts 0 to 4, then made -2 to 2
-    upright = np.roll(upright, (-2, -2), (1, 2))
+        font = ImageFont.load_default(15)
+        ImageDraw.Draw(page).text((8, 8), digit, fill=255, font=font, anchor="mm")
+        upright += [np.roll(page, shift, (0, 1)) for shift in np.ndindex(5, 5)]
+    upright = np.roll(upright, (-2, -2), (1, 2))  # shifts 0 to 4 become -2 to 2
 
     def unit(a):
         a = a.reshape(len(a), -1) - a.mean((1, 2))[:, None]
         return a / np.linalg.norm(a, axis=1, keepdims=True)
     guess = (unit(contrast) @ unit(upright).T).argmax(1) // 25
-    seen_as = np.array([np.bincount(guess[labels == digit], minlength=10) for digit in range(10)])
-    assert (seen_as.sum(1) > 20).all() and (seen_as.argmax(1) == range(10)).all() and (guess == labels).mean() > 0.85
+    seen_as = np.array([np.bincount(guess[labels == d], minlength=10) for d in range(10)])
+    assert (seen_as.sum(1) > 20).all() and (seen_as.argmax(1) == range(10)).all()
+    assert (guess == labels).mean() > 0.85
 
 
 def test_glyphs_are_the_default_data_set(monkeypatch):
     few = common.glyphs(7, seed=0)
     monkeypatch.setattr(common, "glyphs", lambda n, seed, size: few)
-    dataset = load("glyphs")
-    assert dataset.classes == max(few[1]) + 1 and np.array_equal(read(dataset)[0], few[0])
-    assert read(dataset)[1] == few[1].tolist() == dataset.labels.tolist()
+    assert_holds(load("glyphs"), *few)
 
 
 # ---- folders and zips
 
 def test_folder_with_a_sub_folder_for_each_class(tmp_path):
     x = pictures(5, 16, 16, 3)
-    junk = {"dog/notes.txt": b"", "cat/.hidden.png": b"", "__MACOSX/._1.png": b"", ".thumbs/1.png": b"", "README": b""}
+    junk = ("dog/notes.txt", "cat/.hidden.png", "__MACOSX/._1.png", ".thumbs/1.png", "README")
     names = ["ant/deep/er.png", "cat/10.png", "cat/9.PNG", "dog/0.png", "dog/1.bmp"]  # sorted
-    files = {name: encoded(image, "BMP" if name.endswith("bmp") else "PNG") for name, image in zip(names, x)}
-    dataset = load(write(tmp_path / "set", dict(reversed((files | junk).items()))))
-    assert len(dataset) == 5 and dataset.classes == 3 and dataset.labels.tolist() == [0, 1, 1, 2, 2]
-    images, labels = read(dataset)
-    assert np.array_equal(images, x) and labels == [0, 1, 1, 2, 2]
+    files = dict.fromkeys(junk, b"")
+    for name, image in zip(names[::-1], x[::-1]):
+        files[name] = encoded(image, "BMP" if name.endswith("bmp") else "PNG")
+    dataset = load(write(tmp_path / "set", files))
+    assert_holds(dataset, x, [0, 1, 1, 2, 2])
     some = dataset.__getitems__(np.array([4, 1, 4]))
-    assert np.array_equal(some[0].permute(0, 2, 3, 1), x[[4, 1, 4]]) and some[1].tolist() == [2, 1, 2]
+    assert np.array_equal(some[0].permute(0, 2, 3, 1), x[[4, 1, 4]])
+    assert some[1].tolist() == [2, 1, 2]
 
 
 def test_classes_may_be_links(tmp_path):
@@ -128,49 +143,38 @@ def test_classes_may_be_links(tmp_path):
     assert load(tmp_path / "set").labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("source, name", [("set", "{}.png"), ("set.zip", "{}.png"), ("set.zip", "folder{}/a.png")])
-def test_images_without_labels(tmp_path, source, name):
+@pytest.mark.parametrize("source, name", [("set", "{}.png"), ("set.zip", "folder{}/a.png")])
+@pytest.mark.parametrize("index", [{}, {"dataset.json": b'{"labels": null}'}], ids=["", "null"])
+def test_images_without_labels(tmp_path, source, name, index):
     """In a zip, only a dataset.json gives labels."""
     x = pictures(3, 16, 16, 3)
-    dataset = load(write(tmp_path / source, {name.format(i): encoded(x[i]) for i in (2, 0, 1)}))
-    assert dataset.labels is None and dataset.classes == 0
-    images, labels = read(dataset)
-    assert np.array_equal(images, x) and labels == [0, 0, 0]
+    files = {name.format(i): encoded(x[i]) for i in (2, 0, 1)}
+    assert_holds(load(write(tmp_path / source, files | index)), x, None)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_labels_of_dataset_json(tmp_path, name, compression):
+@PLACES
+def test_labels_of_dataset_json(tmp_path, source, compression):
     """EDM's layout. The sub-folders there say nothing about the class."""
     x = pictures(3, 16, 16, 3)
     files = {f"0000{i // 2}/img{i}.png": encoded(x[i]) for i in range(3)}
     labels = dict(zip(files, [7, 0, 3])) | {"00009/gone.png": 1}
     files["dataset.json"] = json.dumps({"labels": list(labels.items())[::-1]}).encode()
-    dataset = load(write(tmp_path / name, files, compression))
-    assert dataset.classes == 8 and dataset.labels.tolist() == [7, 0, 3]
-    images, labels = read(dataset)
-    assert np.array_equal(images, x) and labels == [7, 0, 3]
-
-
-@pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_null_labels_of_dataset_json(tmp_path, name):
-    files = {"00000/a.png": encoded(pictures(16, 16, 3)), "dataset.json": b'{"labels": null}'}
-    dataset = load(write(tmp_path / name, files))
-    assert dataset.labels is None and dataset.classes == 0 and len(dataset) == 1
+    assert_holds(load(write(tmp_path / source, files, compression)), x, [7, 0, 3])
 
 
 def test_nothing_is_decoded_before_it_is_asked_for(tmp_path):
-    source = write(tmp_path / "set", {f"{kind}/{i}.jpg": b"garbage" for kind in "ab" for i in range(3)})
-    dataset = load(source)
+    files = {f"{kind}/{i}.jpg": b"garbage" for kind in "ab" for i in range(3)}
+    dataset = load(write(tmp_path / "set", files))
     assert len(dataset) == 6 and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    with one_line_error(source / "b/1.jpg", "image"):
+    with one_line_error(tmp_path / "set/b/1.jpg", "image"):
         dataset.__getitems__(np.array([4]))
 
 
 # ---- pixels
 
-def as_read(image, size=16, source="here"):
-    return common.fit_image(image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image)), size, source)
+def as_read(content, size=16):
+    return common.fit_image(Image.open(io.BytesIO(content)), size, "here")
 
 
 def test_grayscale_alpha_and_palette():
@@ -180,34 +184,36 @@ def test_grayscale_alpha_and_palette():
     palette = Image.fromarray(gray % 5, "P")
     palette.putpalette(rgb[0, :5].tobytes())
     assert np.array_equal(as_read(encoded(palette)), rgb[0][gray % 5])
-    assert np.array_equal(as_read(encoded(Image.fromarray(gray > 99))), np.stack([(gray > 99) * 255] * 3, 2))
+    bits = gray > 99
+    assert np.array_equal(as_read(encoded(Image.fromarray(bits))), np.stack([bits * 255] * 3, 2))
 
 
 def test_sixteen_bit_grayscale():
     values = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
     values[0, :4] = 0, 65535, 128, 129  # the last two lie either side of 0.5 / 255
     read = as_read(encoded(values))
-    assert read.dtype == np.uint8 and np.array_equal(read, np.stack([np.rint(values * (255 / 65535))] * 3, 2))
-    assert read[0, :4, 0].tolist() == [0, 255, 0, 1]
+    assert read.dtype == np.uint8 and read[0, :4, 0].tolist() == [0, 255, 0, 1]
+    assert np.array_equal(read, np.stack([np.rint(values * (255 / 65535))] * 3, 2))
 
 
-@pytest.mark.parametrize("ink, colour", [((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 0, 0), (0, 255, 255)),
-                                         ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 0, 0), (255, 255, 255))])
-def test_cmyk_jpeg(ink, colour):
-    read = as_read(encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95))
-    assert np.abs(read.astype(int) - colour).max() <= 3
+def test_cmyk_jpeg():
+    for ink, colour in (((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 0, 0), (0, 255, 255)),
+                        ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 0, 0), (255, 255, 255))):
+        read = as_read(encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95))
+        assert np.abs(read.astype(int) - colour).max() <= 3
 
 
-@pytest.mark.parametrize("height, width, top, left", [(16, 24, 0, 4), (24, 16, 4, 0), (16, 19, 0, 1), (19, 16, 1, 0)])
-def test_crop_is_central(height, width, top, left):
+def test_crop_is_central():
     """An odd pixel too many is cut off at the right or the bottom, as in ADM."""
-    image = np.full((height, width, 3), 255, np.uint8)
-    image[top:top + 16, left:left + 16] = middle = pictures(16, 16, 3)
-    assert np.array_equal(as_read(encoded(image)), middle)
+    for height, width, top, left in ((16, 24, 0, 4), (24, 16, 4, 0), (16, 19, 0, 1),
+                                     (19, 16, 1, 0)):
+        image = np.full((height, width, 3), 255, np.uint8)
+        image[top:top + 16, left:left + 16] = middle = pictures(16, 16, 3)
+        assert np.array_equal(as_read(encoded(image)), middle)
 
 
 def halved(x):
-    """A box filter that rounds as Pillow does: averaged across, then down, halves rounded up both times."""
+    """A box filter that rounds as Pillow does: across, then down, halves rounded up both times."""
     for axis in (1, 0):
         x = x.swapaxes(0, axis)[:x.shape[axis] // 2 * 2]
         x = ((x[::2] + x[1::2] + 1) // 2).swapaxes(0, axis)
@@ -215,10 +221,16 @@ def halved(x):
 
 
 def bicubic(n, m):
-    """Keys' kernel (a = -1/2), widened for shrinking: the weights (m,n) of n pixels in each of m."""
+    """Keys' kernel (a = -1/2), widened for shrinking: weights (m,n) of n pixels in each of m."""
     x = np.abs((np.arange(n) + 0.5) * m / n - (np.arange(m)[:, None] + 0.5))
-    weights = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+    far = np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0)
+    weights = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, far)
     return weights / weights.sum(1, keepdims=True)
+
+
+def middle_square(x):
+    top, left = (x.shape[0] - 16) // 2, (x.shape[1] - 16) // 2
+    return x[top:top + 16, left:left + 16]
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (64, 64), (64, 128), (160, 64)])
@@ -227,54 +239,47 @@ def test_powers_of_two_are_box_averages(height, width):
     small = x.astype(int)
     while min(small.shape[:2]) > 16:
         small = halved(small)
-    top, left = (small.shape[0] - 16) // 2, (small.shape[1] - 16) // 2
-    assert np.abs(as_read(encoded(x)) - small[top:top + 16, left:left + 16]).max() <= 1  # tall ones go down first
+    assert np.abs(as_read(encoded(x)) - middle_square(small)).max() <= 1  # tall ones go down first
 
 
-@pytest.mark.parametrize("height, width, halvings, new_height, new_width", [(24, 24, 0, 16, 16), (31, 24, 0, 21, 16),
-                                                                            (36, 100, 1, 16, 44), (140, 100, 2, 22, 16)])
+@pytest.mark.parametrize("height, width, halvings, new_height, new_width", [
+    (24, 24, 0, 16, 16), (31, 24, 0, 21, 16), (36, 100, 1, 16, 44), (140, 100, 2, 22, 16)])
 def test_other_sizes_are_bicubic(height, width, halvings, new_height, new_width):
     x = pictures(height, width, 3) // 2 + 64  # no overshoot, which would be clipped
     small = x.astype(int)
     for _ in range(halvings):
         small = halved(small)
-    small = np.einsum("ih,jw,hwc->ijc", bicubic(small.shape[0], new_height), bicubic(small.shape[1], new_width), small)
-    top, left = (new_height - 16) // 2, (new_width - 16) // 2
-    assert np.abs(as_read(encoded(x)) - small[top:top + 16, left:left + 16]).max() < 1.2  # Pillow rounds twice
+    down, across = bicubic(small.shape[0], new_height), bicubic(small.shape[1], new_width)
+    small = middle_square(np.einsum("ih,jw,hwc->ijc", down, across, small))
+    assert np.abs(as_read(encoded(x)) - small).max() < 1.2  # Pillow rounds twice
 
 
 # ---- arrays
 
+@pytest.mark.parametrize("larger", [False, True])
 @pytest.mark.parametrize("layout", ["nhwc", "nchw", "gray", "gray1", "alpha"])
-def test_shapes_of_arrays(tmp_path, layout):
+def test_shapes_of_arrays(tmp_path, layout, larger):
+    """Twice as large, with margins left and right, they are shrunk."""
     x = pictures(3, 16, 16, 3)
     if "gray" in layout:
         x[:] = x[..., :1]
-    np.save(tmp_path / "x.npy", {"nhwc": x, "nchw": x.transpose(0, 3, 1, 2), "gray": x[..., 0], "gray1": x[..., :1],
-                                 "alpha": np.concatenate([x, x[..., :1]], 3)}[layout])
-    assert np.array_equal(read(load(tmp_path / "x.npy"))[0], x)
+    whole = x
+    if larger:
+        whole = np.pad(x.repeat(2, 1).repeat(2, 2), ((0, 0), (0, 0), (6, 6), (0, 0)))
+    np.save(tmp_path / "x.npy", dict(
+        nhwc=whole, nchw=whole.transpose(0, 3, 1, 2), gray=whole[..., 0], gray1=whole[..., :1],
+        alpha=np.concatenate([whole, whole[..., :1]], 3))[layout])
+    assert_holds(load(tmp_path / "x.npy"), x, None)
 
 
-@pytest.mark.parametrize("planar", [False, True])
-def test_larger_arrays_are_shrunk(tmp_path, planar):
-    x = pictures(2, 16, 16, 3)
-    wide = np.pad(x.repeat(2, 1).repeat(2, 2), ((0, 0), (0, 0), (6, 6), (0, 0)))
-    np.save(tmp_path / "x.npy", wide.transpose(0, 3, 1, 2) if planar else wide)
-    assert np.array_equal(read(load(tmp_path / "x.npy"))[0], x)
-
-
-@pytest.mark.parametrize("keys", [("arr_0", "arr_1"), ("images", "labels"), ("arr_0",)])
+@pytest.mark.parametrize("keys", [("arr_0", "arr_1"), ("images", "labels"), ("x", "y"), ("data",)])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz(tmp_path, save, keys):
     x, y = pictures(6, 16, 16, 3), np.array([3, 1, 0, 0, 2, 1], np.int32)
     save(tmp_path / "x.npz", **dict(zip(keys, (x, y))))
     dataset = load(tmp_path / "x.npz")
-    images, labels = read(dataset)
-    assert np.array_equal(images, x) and isinstance(dataset.parts[0], np.memmap)
-    if len(keys) == 2:
-        assert dataset.classes == 4 and dataset.labels.tolist() == labels == y.tolist() and dataset.labels.dtype == np.int64
-    else:
-        assert dataset.classes == 0 and dataset.labels is None and labels == [0] * 6
+    assert isinstance(dataset.parts[0], np.memmap)
+    assert_holds(dataset, x, y if len(keys) == 2 else None)
 
 
 def test_stored_arrays_are_mapped_in_place(tmp_path):
@@ -284,7 +289,8 @@ def test_stored_arrays_are_mapped_in_place(tmp_path):
     np.savez(tmp_path / "fortran.npz", np.asfortranarray(x))
     for name in ("x.npy", "x.npz", "fortran.npz"):
         images = load(tmp_path / name).parts[0]
-        assert isinstance(images, np.memmap) and Path(images.filename) == tmp_path / name and np.array_equal(images, x)
+        assert isinstance(images, np.memmap) and Path(images.filename) == tmp_path / name
+        assert np.array_equal(images, x)
         with pytest.raises(ValueError):  # read-only
             images[0] = 0
     assert len(list(tmp_path.iterdir())) == 3
@@ -295,51 +301,57 @@ def test_compressed_arrays_are_unpacked_once(tmp_path):
     np.savez_compressed(path, x)
     images = load(path).parts[0]
     unpacked, = tmp_path.glob("*.npy")
-    assert isinstance(images, np.memmap) and Path(images.filename) == unpacked and np.array_equal(np.load(unpacked), x)
+    assert isinstance(images, np.memmap) and Path(images.filename) == unpacked
+    assert np.array_equal(np.load(unpacked), x)
     first = unpacked.stat()
     load(path)
-    assert (unpacked.stat().st_ino, unpacked.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    again = unpacked.stat()
+    assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
     np.savez_compressed(path, 255 - x)
-    os.utime(path, (first.st_mtime + 9, first.st_mtime + 9))  # newer than what was unpacked of its predecessor
+    os.utime(path, (first.st_mtime + 9, first.st_mtime + 9))  # newer than what was unpacked
     assert np.array_equal(read(load(path))[0], 255 - x)
 
 
 def write_imagenet64(folder, compressed=(), batches=10):
-    """Ten official batches, two images each, of which the first is labelled with the number of the batch. -> images"""
+    """Ten official batches of two images, the first labelled with the batch's number. -> images"""
     x = pictures(batches, 2, 64, 64, 3)
     for i in range(batches):
         part = folder / f"part{i // 5}"
         part.mkdir(parents=True, exist_ok=True)
-        rows = np.stack([image.transpose(2, 0, 1).ravel() for image in x[i]])  # (2,12288): all of red, green, then blue
+        rows = x[i].transpose(0, 3, 1, 2).reshape(2, -1)  # all of red, green, then blue
         save = np.savez_compressed if i in compressed else np.savez
-        save(part / f"train_data_batch_{i + 1}.npz", data=rows, labels=np.array([i + 1, 1000]), mean=np.zeros(12288))
+        save(part / f"train_data_batch_{i + 1}.npz", data=rows, labels=np.array([i + 1, 1000]),
+             mean=np.zeros(12288))
     return x.reshape(-1, 64, 64, 3)
 
 
 def test_official_imagenet64(tmp_path):
     x = write_imagenet64(tmp_path, compressed=[3])
-    dataset = common.load_dataset("imagenet64", str(tmp_path), 64)
-    expected = [label for i in range(10) for label in (i, 999)]
-    assert len(dataset) == 20 and dataset.classes == 1000 and dataset.labels.tolist() == expected
-    images, labels = read(dataset)
-    assert np.array_equal(images, x) and labels == expected
+    dataset = load(tmp_path, 64, "imagenet64")
+    assert_holds(dataset, x, [label for i in range(10) for label in (i, 999)])
     assert all(isinstance(part, np.memmap) for part in dataset.parts)
-    half = read(common.load_dataset("imagenet64", str(tmp_path), 32))[0]
+    half = read(load(tmp_path, 32, "imagenet64"))[0]
     assert np.abs(half - x.reshape(20, 32, 2, 32, 2, 3).mean((2, 4))).max() <= 1
 
 
-def test_imagenet64_from_images(tmp_path):
-    x = pictures(2, 64, 64, 3)
-    source = write(tmp_path / "set", {f"n{i}/a.png": encoded(x[i]) for i in range(2)})
-    dataset = common.load_dataset("imagenet64", str(source), 64)
-    assert np.array_equal(read(dataset)[0], x) and dataset.labels.tolist() == [0, 1]
+def test_imagenet_classes_are_renumbered_by_their_names(tmp_path):
+    """Official batches count classes as map_clsloc.txt does; released networks by their names."""
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 12288), np.uint8),
+             labels=np.array([1, 2, 3, 1]))
+    assert load(tmp_path, 64, "imagenet64").labels.tolist() == [0, 1, 2, 0]
+    classes = tmp_path / "map_clsloc.txt"
+    classes.write_text("n300 1 kit_fox\nn100 3 dhole\nn200 2 dingo\n")
+    assert load(tmp_path, 64, "imagenet64").labels.tolist() == [2, 1, 0, 2]
+    classes.write_text("kit_fox\n")
+    with one_line_error("map_clsloc.txt is not ImageNet's list"):
+        load(tmp_path, 64, "imagenet64")
 
 
 # ---- CIFAR-10
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory):
-    """An archive like the official one: image j of batch i is labelled (i + j) % 10, its colour is (i, j % 251, row)."""
+    """Like the official one: image j of batch i has label (i + j) % 10, colour i, j % 251, row."""
     path = tmp_path_factory.mktemp("mirror") / "cifar-10-binary.tar.gz"
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for i in range(1, 6):
@@ -357,42 +369,48 @@ def cifar10(tmp_path_factory):
 @pytest.mark.parametrize("folder", ["missing/folder", "."])
 def test_cifar10_is_fetched_and_checked(cifar10, tmp_path, monkeypatch, folder):
     monkeypatch.setattr(common, "CIFAR10_URL", cifar10.as_uri())
-    monkeypatch.setattr(common, "CIFAR10_MD5", "0" * 32)
-    fetched = tmp_path / folder / cifar10.name
-    with one_line_error(fetched, "damaged"):
-        common.load_dataset("cifar10", str(tmp_path / folder), 32)
-    assert not fetched.exists()  # what arrives damaged is not kept
     monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(cifar10.read_bytes()).hexdigest())
-    assert len(common.load_dataset("cifar10", str(tmp_path / folder), 32)) == 50000
-    assert fetched.read_bytes() == cifar10.read_bytes() and list(fetched.parent.iterdir()) == [fetched]
+    fetched = tmp_path / folder / cifar10.name
+    assert len(load(tmp_path / folder, 32, "cifar10")) == 50000
+    assert fetched.read_bytes() == cifar10.read_bytes()
+    assert list(fetched.parent.iterdir()) == [fetched]
     fetched.write_bytes(b"something else")
     with one_line_error(fetched, "damaged"):
-        common.load_dataset("cifar10", str(tmp_path / folder), 32)
+        load(tmp_path / folder, 32, "cifar10")
+    fetched.unlink()
+    monkeypatch.setattr(common, "CIFAR10_MD5", "0" * 32)
+    with one_line_error(fetched, "damaged"):  # on the way, say
+        load(tmp_path / folder, 32, "cifar10")
 
 
 def test_cifar10_is_fetched_only_if_missing(cifar10, monkeypatch):
     monkeypatch.setattr(common, "CIFAR10_URL", "file:///nowhere/" + cifar10.name)
     monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(cifar10.read_bytes()).hexdigest())
-    dataset = common.load_dataset("cifar10", str(cifar10.parent), 32)
+    dataset = load(cifar10.parent, 32, "cifar10")
+    i, j = np.arange(50000) // 10000 + 1, np.arange(50000) % 10000
     assert len(dataset) == 50000 and dataset.classes == 10
-    assert np.array_equal(dataset.labels, (np.arange(50000) // 10000 + 1 + np.arange(50000) % 10000) % 10)
-    images, labels = dataset.__getitems__(np.array([0, 9999, 10000, 49999]))
+    assert np.array_equal(dataset.labels, (i + j) % 10)
+    some = np.array([0, 9999, 10000, 49999])
+    images, labels = dataset.__getitems__(some)
     assert images.shape == (4, 3, 32, 32) and labels.tolist() == [1, 0, 2, 4]
-    for image, i, j in zip(images, (1, 1, 2, 5), (0, 9999, 0, 9999)):
-        assert (image[0] == i).all() and (image[1] == j % 251).all()
+    for image, at in zip(images, some):
+        assert (image[0] == i[at]).all() and (image[1] == j[at] % 251).all()
         assert torch.equal(image[2], torch.arange(32, dtype=torch.uint8)[:, None].expand(32, 32))
 
 
 def test_cifar10_that_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "CIFAR10_URL", "file:///nowhere/cifar-10-binary.tar.gz")
-    with one_line_error("file:///nowhere/cifar-10-binary.tar.gz", tmp_path / "new", "--data-dir"):
-        common.load_dataset("cifar10", str(tmp_path / "new"), 32)
-    assert not (tmp_path / "new").exists()
+    with one_line_error(common.CIFAR10_URL, tmp_path / "new", "--data-dir"):
+        load(tmp_path / "new", 32, "cifar10")
+    assert not list(tmp_path.rglob("*.*"))
 
 
-def test_cifar10_from_other_images(tmp_path):
-    source = write(tmp_path / "set.zip", {"a.png": encoded(pictures(32, 32, 3))})
-    assert len(common.load_dataset("cifar10", str(source), 32)) == 1
+@pytest.mark.parametrize("name", common.NAMED)
+def test_a_named_data_set_from_other_images(tmp_path, name):
+    x = pictures(2, 32, 32, 3)
+    files = {f"n{i}/a.png": encoded(x[i]) for i in range(2)}
+    assert_holds(load(write(tmp_path / "set", files), 32, name), x, [0, 1])
+    assert_holds(load(write(tmp_path / "set.zip", files), 32, name), x, None)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real images: {REAL.name} is not there")
@@ -401,22 +419,24 @@ def test_real_cifar10():
         label_of = dict(json.loads(archive.read("dataset.json"))["labels"])
         names = sorted(label_of)
         dataset = load(REAL, 32)
-        assert len(dataset) == 50000 and dataset.classes == 10 and np.bincount(dataset.labels).tolist() == [5000] * 10
+        assert len(dataset) == 50000 and dataset.classes == 10
         assert dataset.labels.tolist() == [label_of[name] for name in names]
         some = np.random.default_rng(0).integers(0, 50000, 64)
         images, labels = dataset.__getitems__(some)
-        assert images.shape == (64, 3, 32, 32) and labels.tolist() == [label_of[names[i]] for i in some]
-        for image, i in zip(images, some):
+        assert images.shape == (64, 3, 32, 32)
+        for image, label, i in zip(images, labels, some):
+            assert label == label_of[names[i]]
             assert np.array_equal(image.permute(1, 2, 0), Image.open(archive.open(names[i])))
 
 
 # ---- errors: one line that names the file
 
-@pytest.mark.parametrize("source", ["set", "set.zip"])
+@PLACES
 @pytest.mark.parametrize("name, content", [
-    ("text.png", b"not an image\nat all"), ("empty.jpg", b""), ("header.png", PNG[:20]), ("cut.png", PNG[:len(PNG) // 2]),
-    ("cut.jpg", JPEG[:len(JPEG) // 2]), ("damaged.png", PNG[:60] + bytes(60) + PNG[120:]),
-    ("low.png", encoded(pictures(15, 40, 3))), ("narrow.png", encoded(pictures(16, 15).astype(np.uint16)))])
+    ("text.png", b"not an image\nat all"), ("empty.jpg", b""), ("header.png", PNG[:20]),
+    ("cut.png", PNG[:len(PNG) // 2]), ("cut.jpg", JPEG[:len(JPEG) // 2]),
+    ("damaged.png", PNG[:60] + bytes(60) + PNG[120:]), ("low.png", encoded(pictures(15, 40, 3))),
+    ("narrow.png", encoded(pictures(16, 15).astype(np.uint16)))])
 def test_bad_images(tmp_path, source, name, content):
     dataset = load(write(tmp_path / source, {"0.png": PNG, name: content}))
     dataset.__getitems__(np.array([0]))
@@ -440,33 +460,26 @@ def test_damage_within_a_zip(tmp_path, damage):
 
 
 def test_zip_damage_elsewhere(tmp_path):
-    source = tmp_path / "set.zip"
-    source.write_bytes(b"no zip")
-    with one_line_error(source):
-        load(source)
-    write(source, {"a.png": PNG})
+    source = write(tmp_path / "set.zip", {"a.png": PNG})
     whole = source.read_bytes()
-    source.write_bytes(whole[:-10])
-    with one_line_error(source):
-        load(source)
-    directory = whole.index(b"PK\1\2")
-    source.write_bytes(whole[:directory + 6] + b"\xff" + whole[directory + 7:])  # wants a version of zip yet to come
-    with one_line_error(source):
-        load(source)
+    directory = whole.index(b"PK\1\2") + 6
+    future = whole[:directory] + b"\xff" + whole[directory + 1:]  # a version of zip yet to come
+    for content in (b"no zip", whole[:-10], future):
+        source.write_bytes(content)
+        with one_line_error(source):
+            load(source)
 
 
 def test_nothing_there(tmp_path):
-    with one_line_error(tmp_path / "gone"):
-        load(tmp_path / "gone")
-    with one_line_error("--data-dir", tmp_path / "gone"):
-        common.load_dataset("bedroom256", str(tmp_path / "gone"), 256)
+    write(tmp_path / "empty.zip", {"notes.txt": b""})
+    for words, source, name in (
+            (["gone"], "gone", None), (["--data-dir", "gone"], "gone", "cat256"),
+            ([tmp_path, "no images"], ".", None), (["empty.zip", "no images"], "empty.zip", None)):
+        with one_line_error(*words):
+            load(tmp_path / source, 64, name)
     for name in ("imagenet64", "bedroom256", "cat256"):
         with one_line_error("--data-dir", name):
             common.load_dataset(name, None, 64)
-    with one_line_error(tmp_path, "no images"):
-        load(tmp_path)
-    with one_line_error(tmp_path / "empty.zip", "no images"):
-        load(write(tmp_path / "empty.zip", {"notes.txt": b""}))
 
 
 def test_loose_files_beside_class_folders(tmp_path):
@@ -474,23 +487,29 @@ def test_loose_files_beside_class_folders(tmp_path):
         load(write(tmp_path / "set", {"cat/1.png": PNG, "loose.png": PNG, "dog/1.png": PNG}))
 
 
-@pytest.mark.parametrize("source", ["set", "set.zip"])
 @pytest.mark.parametrize("text, word", [
-    (b'{"labels": [', "dataset.json"), (b"\xff\xfe", "dataset.json"), (b"[]", "dataset.json"), (b"{}", "labels"),
-    (b'{"labels": [["a.png", 0]]}', "b.png"), (b'{"labels": []}', "a.png"), (b'{"labels": [["a.png"]]}', "dataset.json"),
-    (b'{"labels": [["a.png", "0"], ["b.png", "1"]]}', "'0'"), (b'{"labels": [["a.png", 0], ["b.png", 1.5]]}', "1.5"),
-    (b'{"labels": [["a.png", 0], ["b.png", true]]}', "True"), (b'{"labels": [["a.png", 0], ["b.png", [0, 1]]]}', "[0, 1]"),
-    (b'{"labels": [["a.png", 0], ["b.png", -1]]}', "none negative"), (b'{"labels": {"a.png": 0, "b.png": 0}}', "dataset.json"),
+    (b'{"labels": [', "dataset.json"), (b"\xff\xfe", "dataset.json"), (b"[]", "dataset.json"),
+    (b"{}", "labels"), (b'{"labels": [["a.png", 0]]}', "b.png"), (b'{"labels": []}', "a.png"),
+    (b'{"labels": [["a.png"]]}', "dataset.json"),
+    (b'{"labels": [["a.png", "0"], ["b.png", "1"]]}', "'0'"),
+    (b'{"labels": [["a.png", 0], ["b.png", 1.5]]}', "1.5"),
+    (b'{"labels": [["a.png", 0], ["b.png", true]]}', "True"),
+    (b'{"labels": [["a.png", 0], ["b.png", [0, 1]]]}', "[0, 1]"),
+    (b'{"labels": [["a.png", 0], ["b.png", -1]]}', "none negative"),
     (b'{"labels": [["a.png", 0], ["b.png", 99999999999999999999]]}', "integers")])
-def test_bad_dataset_json(tmp_path, source, text, word):
-    with one_line_error(tmp_path / source, word):
-        load(write(tmp_path / source, {"a.png": PNG, "b.png": PNG, "dataset.json": text}))
+def test_bad_dataset_json(tmp_path, text, word):
+    for source in ("set", "set.zip"):
+        write(tmp_path / source, {"a.png": PNG, "b.png": PNG, "dataset.json": text})
+        with one_line_error(tmp_path / source, word):
+            load(tmp_path / source)
 
 
 @pytest.mark.parametrize("images, word", [
-    (np.zeros((2, 16, 16, 3), np.float32), "float32"), (np.zeros((2, 16, 16, 2), np.uint8), "(2, 16, 16, 2)"),
-    (np.zeros((2, 3072), np.uint8), "(2, 3072)"), (np.zeros((1, 2, 16, 16, 3), np.uint8), "(1, 2, 16, 16, 3)"),
-    (np.zeros((0, 16, 16, 3), np.uint8), "(0, 16, 16, 3)"), (np.uint8(1), "()"), (np.array([["text"]]), "uint8")])
+    (np.zeros((2, 16, 16, 3), np.float32), "float32"),
+    (np.zeros((2, 16, 16, 2), np.uint8), "(2, 16, 16, 2)"), (np.uint8(1), "()"),
+    (np.zeros((2, 3072), np.uint8), "(2, 3072)"), (np.array([["text"]]), "uint8"),
+    (np.zeros((1, 2, 16, 16, 3), np.uint8), "(1, 2, 16, 16, 3)"),
+    (np.zeros((0, 16, 16, 3), np.uint8), "(0, 16, 16, 3)")])
 def test_bad_arrays(tmp_path, images, word):
     np.save(tmp_path / "x.npy", images)
     np.savez(tmp_path / "x.npz", images)
@@ -505,26 +524,28 @@ def test_arrays_of_small_images(tmp_path):
         load(tmp_path / "x.npy").__getitems__(np.array([2]))
 
 
-@pytest.mark.parametrize("labels", [np.arange(3), np.zeros(4), np.eye(4, dtype=int), np.array([0, 1, -1, 2]),
-                                    np.array(["a", "b", "c", "d"])])
+@pytest.mark.parametrize("labels", [np.arange(3), np.zeros(4), np.eye(4, dtype=int),
+                                    np.array([0, 1, -1, 2]), np.array(["a", "b", "c", "d"])])
 def test_bad_labels_of_arrays(tmp_path, labels):
     np.savez(tmp_path / "x.npz", pictures(4, 16, 16, 3), labels)
     with one_line_error(tmp_path / "x.npz", "labels"):
         load(tmp_path / "x.npz")
 
 
+SAVE = {"x.npy": np.save, "x.npz": np.savez, "c.npz": np.savez_compressed}
+
+
 @pytest.mark.parametrize("content", ["half", "header", "garbage", "empty", "other", "crc"])
-@pytest.mark.parametrize("name", ["x.npy", "x.npz", "c.npz"])
+@pytest.mark.parametrize("name", SAVE)
 def test_damaged_arrays(tmp_path, name, content):
     def saved(name):
         file = io.BytesIO()
-        {"x.npy": np.save, "x.npz": np.savez, "c.npz": np.savez_compressed}[name](file, pictures(4, 16, 16, 3))
+        SAVE[name](file, pictures(4, 16, 16, 3))
         return file.getvalue()
-    whole = saved(name)
-    (tmp_path / name).write_bytes({
-        "half": whole[:len(whole) // 2], "header": whole[:40], "garbage": b"garbage", "empty": b"",
-        "other": saved("x.npz" if name == "x.npy" else "x.npy"),  # one kind under the other's name
-        "crc": whole[:20] + bytes(100) + whole[120:]}[content])
+    whole, other = saved(name), saved("x.npz" if name == "x.npy" else "x.npy")
+    (tmp_path / name).write_bytes(dict(
+        half=whole[:len(whole) // 2], header=whole[:40], garbage=b"garbage", empty=b"",
+        other=other, crc=whole[:20] + bytes(100) + whole[120:])[content])
     with one_line_error(tmp_path / name):
         load(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -545,35 +566,38 @@ class Bomb:
         return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("save", ["npy", "stored images", "stored labels", "compressed images", "compressed labels"])
-def test_pickles_are_never_loaded(tmp_path, save):
-    crater, path = tmp_path / "crater", tmp_path / ("x.npy" if save == "npy" else "x.npz")
-    x, bombs = pictures(4, 16, 16, 3), np.array([Bomb(crater)] * 4)
-    if save == "npy":
-        np.save(path, bombs)
-    else:
-        (np.savez if "stored" in save else np.savez_compressed)(path, *((bombs,) if "images" in save else (x, bombs)))
+@pytest.mark.parametrize("part", ["images", "labels"])
+@pytest.mark.parametrize("name", SAVE)
+def test_pickles_are_never_loaded(tmp_path, name, part):
+    crater, path = tmp_path / "crater", tmp_path / name
+    bombs = np.array([Bomb(crater)] * 4)
+    arrays = [bombs] if part == "images" or name == "x.npy" else [pictures(4, 16, 16, 3), bombs]
+    SAVE[name](path, *arrays)
     with one_line_error(path):
         load(path)
     assert not crater.exists()
     loaded = np.load(path, allow_pickle=True)
-    list(loaded if save == "npy" else loaded.values())
+    list(loaded if name == "x.npy" else loaded.values())
     assert crater.exists()  # the bomb was live
 
 
-@pytest.mark.parametrize("damage", ["pickle", "dtype", "shape", "label", "labels", "few labels", "empty", "name"])
-def test_bad_imagenet64(tmp_path, damage):
+DATA, LABELS = np.zeros((2, 12288), np.uint8), np.array([1, 2])
+
+
+@pytest.mark.parametrize("damage, arrays", [
+    ("dtype", dict(data=DATA.astype(float), labels=LABELS)), ("empty", {}), ("name", {}),
+    ("shape", dict(data=DATA[:, 1:], labels=LABELS)), ("label", dict(data=DATA, labels=LABELS - 1)),
+    ("labels", dict(data=DATA)), ("few labels", dict(data=DATA, labels=LABELS[:1])),
+    ("pickle", dict(data=DATA, labels=np.array([Bomb("crater"), 1])))])
+def test_bad_imagenet64(tmp_path, monkeypatch, damage, arrays):
+    monkeypatch.chdir(tmp_path)
     write_imagenet64(tmp_path, batches=2)
     path = tmp_path / "part0" / "train_data_batch_2.npz"
-    data, labels = np.zeros((2, 12288), np.uint8), np.array([1, 2])
-    np.savez(path, **{"pickle": dict(data=data, labels=np.array([Bomb(tmp_path / "crater"), 1])),
-                      "dtype": dict(data=data.astype(float), labels=labels), "shape": dict(data=data[:, 1:], labels=labels),
-                      "label": dict(data=data, labels=labels - 1), "labels": dict(data=data),
-                      "few labels": dict(data=data, labels=labels[:1])}.get(damage, {}))
+    np.savez(path, **arrays)
     if damage == "name":
         path = path.rename(path.with_name("train_data_batch_2_of_2.npz"))
     with one_line_error(tmp_path if damage in ("dtype", "shape", "label", "few labels") else path):
-        common.load_dataset("imagenet64", str(tmp_path), 64)
+        load(tmp_path, 64, "imagenet64")
     assert not (tmp_path / "crater").exists()
 
 
@@ -595,27 +619,26 @@ def test_each_pass_shows_every_image_once(n):
 
 
 def test_order_is_shuffled_by_the_seed():
-    first, again, other = batches(1000, seed=0), batches(1000, seed=0), batches(1000, seed=1)
+    first, again, other = (batches(1000, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert not np.array_equal(np.sort(np.concatenate(first)), np.arange(40))
 
 
-@pytest.mark.parametrize("step", range(6))
-def test_order_does_not_depend_on_the_first_step(step):
-    assert np.array_equal(batches(step=step), batches()[2 * step:])
+def test_order_depends_neither_on_the_first_step_nor_on_the_micro_batch():
+    for step in range(6):
+        assert np.array_equal(batches(step=step), batches()[2 * step:])
+    ones, eights = batches(micro_batch=1), batches(micro_batch=8)
+    assert np.array_equal(np.concatenate(ones), np.concatenate(eights))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 def test_order_does_not_depend_on_the_number_of_processes(world):
-    """Micro-batch m belongs to rank m % world. Three processes share four of them unevenly; of five, one gets none."""
+    """Micro-batch m belongs to rank m % world: of three 2, 1 and 1; of five, one gets none."""
     settings = dict(n=21, batch_size=8, micro_batch=2)
     ranks = [iter(batches(**settings, rank=rank, world=world)) for rank in range(world)]
     together = [next(ranks[m % world]) for k in range(5) for m in range(4)]
-    assert np.array_equal(together, batches(**settings)) and all(next(rank, None) is None for rank in ranks)
-
-
-def test_order_does_not_depend_on_the_micro_batch():
-    assert np.array_equal(np.concatenate(batches(micro_batch=1)), np.concatenate(batches(micro_batch=8)))
+    assert np.array_equal(together, batches(**settings))
+    assert all(next(rank, None) is None for rank in ranks)
 
 
 # ---- the loader, and the way to the device
@@ -623,33 +646,36 @@ def test_order_does_not_depend_on_the_micro_batch():
 def numbered(source, n):
     """n images, of which number i is of brightness i and has the label n - i."""
     files = {f"{i:03d}.png": encoded(np.full((16, 16, 3), i, np.uint8)) for i in range(n)}
-    files["dataset.json"] = json.dumps({"labels": [[f"{i:03d}.png", n - i] for i in range(n)]}).encode()
-    return write(source, files)
+    labels = [[name, n - i] for i, name in enumerate(files)]
+    return write(source, files | {"dataset.json": json.dumps({"labels": labels}).encode()})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", ["set", "set.zip"])
-def test_loader_keeps_the_order(tmp_path, workers, name):
-    dataset = load(numbered(tmp_path / name, 50))
+@PLACES
+def test_loader_keeps_the_order(tmp_path, workers, source):
+    dataset = load(numbered(tmp_path / source, 50))
     read(dataset)  # the zip is open already when the workers start
     indices = [np.random.default_rng(i).integers(0, 50, 8) for i in range(30)]
     loaded = list(common.make_loader(dataset, iter(indices), workers, CPU))
     assert len(loaded) == 30
     for (images, labels), i in zip(loaded, indices):
-        assert images.shape == (8, 3, 16, 16) and (images == torch.tensor(i)[:, None, None, None]).all()
+        assert images.shape == (8, 3, 16, 16)
+        assert (images == torch.tensor(i)[:, None, None, None]).all()
         assert labels.tolist() == (50 - i).tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_of_workers_arrive(tmp_path, workers):
-    source = write(tmp_path / "set", {f"{i}.png": b"garbage" if i == 7 else PNG for i in range(10)})
+    files = {f"{i}.png": b"garbage" if i == 7 else PNG for i in range(10)}
+    source = write(tmp_path / "set", files)
     loader = common.make_loader(load(source), iter(np.arange(10).reshape(5, 2)), workers, CPU)
     for _ in range(3):
         next(loader)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(common.UserError) as caught:
         next(loader)
     message = str(caught.value).strip().splitlines()[-1]  # what the scripts print
-    assert message.removeprefix("common.UserError: ").startswith(f"{source}/7.png cannot be read as an image")
+    message = message.removeprefix("common.UserError: ")
+    assert message.startswith(f"{source}/7.png cannot be read as an image")
     assert len(list(loader)) == 1  # an exhausted loader ends its workers at once
 
 
@@ -660,14 +686,15 @@ def test_arrays_need_no_workers(tmp_path):
     assert len(next(loader)[0]) == 2 and not set(multiprocessing.active_children()) - before
 
 
-@pytest.mark.skipif(not hasattr(os, "getpgid"), reason="this system has no process groups")
 def test_workers_outlive_a_signal_to_the_group(tmp_path):
-    """Ctrl-C, and torchrun's SIGTERM, go to the whole process group: the step they interrupt still needs its images."""
+    """Ctrl-C goes to the whole process group: the step it interrupts still needs its images."""
     before = set(multiprocessing.active_children())
-    loader = common.make_loader(load(numbered(tmp_path / "set", 9)), iter([np.arange(9)] * 20), 2, CPU)
+    dataset = load(numbered(tmp_path / "set", 9))
+    loader = common.make_loader(dataset, iter([np.arange(9)] * 20), 2, CPU)
     next(loader), next(loader)  # one of each, so both are up
     workers = set(multiprocessing.active_children()) - before
-    assert len(workers) == 2 and all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)
+    assert len(workers) == 2
+    assert all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)
     assert len(list(loader)) == 18
 
 
@@ -677,27 +704,16 @@ def test_pixels_become_minus_one_to_one():
     assert x0.dtype == torch.float32 and y.tolist() == [3, 1]
     assert x0[0, 0, 0, 0] == -1 and x0[0, 0, 0, 255] == 1
     assert (x0.double() - (levels.double() * 2 - 255) / 255).abs().max() < 1e-7
-    assert torch.equal(((x0 + 1) * 127.5).round().to(torch.uint8), levels)
+    assert torch.equal(common.to_uint8(x0), levels.permute(0, 2, 3, 1))
 
 
 def test_half_of_the_images_are_mirrored():
-    images = torch.from_numpy(pictures(400, 3, 4, 6))
+    images, y = torch.from_numpy(pictures(400, 3, 4, 6)), torch.arange(400)
     plain = images.float() / 127.5 - 1
     torch.manual_seed(0)
-    flipped, y = common.to_device((images, torch.arange(400)), CPU, flip=True)
-    same, mirrored = (flipped == plain).flatten(1).all(1), (flipped == plain.flip(3)).flatten(1).all(1)
-    assert (same ^ mirrored).all() and 160 < mirrored.sum() < 240 and torch.equal(y, torch.arange(400))
+    flipped, y_flipped = common.to_device((images, y), CPU, flip=True)
+    same, mirrored = ((flipped == x).flatten(1).all(1) for x in (plain, plain.flip(3)))
+    assert (same ^ mirrored).all() and 160 < mirrored.sum() < 240 and torch.equal(y, y_flipped)
     torch.manual_seed(0)
-    assert torch.equal(common.to_device((images, y), CPU, flip=True)[0], flipped)  # a function of the seed
+    assert torch.equal(common.to_device((images, y), CPU, flip=True)[0], flipped)  # seeded
     assert torch.equal(common.to_device((images, y), CPU, flip=False)[0], plain)
-
-
-def test_imagenet_classes_are_renumbered_by_their_names(tmp_path):
-    """The official batches count classes in the order of map_clsloc.txt; released networks in the order of the names."""
-    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 12288), np.uint8), labels=np.array([1, 2, 3, 1]))
-    assert common.load_dataset("imagenet64", str(tmp_path), 64).labels.tolist() == [0, 1, 2, 0]
-    (tmp_path / "map_clsloc.txt").write_text("n300 1 kit_fox\nn100 3 dhole\nn200 2 dingo\n")
-    assert common.load_dataset("imagenet64", str(tmp_path), 64).labels.tolist() == [2, 1, 0, 2]
-    (tmp_path / "map_clsloc.txt").write_text("kit_fox\n")
-    with pytest.raises(common.UserError, match="map_clsloc.txt is not ImageNet's list"):
-        common.load_dataset("imagenet64", str(tmp_path), 64)

@@ -1,4 +1,4 @@
-"""Inputs of the reference vectors, closed forms of Gaussian data, a tiny network, and scripts run as a user would."""
+"""Inputs of the reference vectors, closed forms of Gaussian data, scripts run as a user would."""
 import atexit
 import contextlib
 import functools
@@ -243,7 +243,7 @@ def exit_code(body):
 
 
 def end_workers():
-    """End those of loaders, before the garbage collector does, which waits five seconds for each."""
+    """End those of loaders: the garbage collector would wait five seconds for each."""
     if multiprocessing.active_children():
         for thing in gc.get_objects():
             if type(thing) is _MultiProcessingDataLoaderIter:
