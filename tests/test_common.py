@@ -1,0 +1,370 @@
+"""The machine room: totals of a step, resuming and saving, the log, seeds, grids of samples."""
+import argparse
+import copy
+import json
+import math
+import signal
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from util import TINY, fill
+
+RUN = types.SimpleNamespace(rank=0, world=1, main=True, restarted=False, device=torch.device("cpu"),
+                            dtype=torch.float32, compile=False)
+STOP = types.SimpleNamespace(number=0)
+
+
+def settings(folder, **changes):
+    return argparse.Namespace(**dict(
+        out_dir=str(folder), overwrite=False, tensorboard=False, total_steps=20, batch_size=8,
+        micro_batch=4, log_every=1, lr=0.1, seed=3, p_t=[-1.1, 2.0], dist="l2") | changes)
+
+
+def rank(r, world):
+    return types.SimpleNamespace(**vars(RUN) | dict(rank=r, world=world, main=r == 0))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- what the ranks sum
+
+def fill_totals(totals, t, losses, share=1.0):
+    totals.add(share, loss=losses.sum(), kl=2 * losses.sum())
+    totals.bin(t, losses)
+
+
+def test_totals_of_a_step():
+    """Numbers by their names, shares of them, losses between 0.1, 1 and 10; zero() forgets."""
+    totals = common.Totals(RUN, "loss", "kl")
+    t, losses = torch.tensor([0.05, 0.5, 0.7, 20.0]), torch.tensor([1.0, 2.0, 4.0, 8.0])
+    for _ in range(2):
+        totals.zero()
+        fill_totals(totals, t, losses.requires_grad_(), 0.25)
+        totals.add(0.5, kl=torch.tensor(10.0))
+        assert common.sum_over_ranks(RUN, STOP, torch.zeros(3), totals) is False
+        assert (totals["loss"], totals["kl"]) == (15 / 4, 15 / 2 + 5)
+        bins = totals.loss_bins()
+        assert bins[:2] == [1.0, 3.0] and math.isnan(bins[2]) and bins[3] == 8.0
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_ranks_sum_gradients_and_totals_and_stop_together(monkeypatch, stopped):
+    ranks, sums = [], []
+    for r in range(2):
+        gradients, totals = torch.full((3,), 1.0 + r), common.Totals(RUN, "loss", "kl")
+        fill_totals(totals, torch.tensor([0.5, 5.0]), torch.tensor([1.0, 2.0]) + r)
+        ranks.append((gradients, totals))
+        sums.append([gradients.clone(), totals.numbers.clone()])
+    sums[1][1][-1] = float(stopped)  # the other rank got a signal
+    calls = iter(sums[1])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(next(calls)))
+    gradients, totals = ranks[0]
+    assert common.sum_over_ranks(rank(0, 2), STOP, gradients, totals) == bool(stopped)
+    assert gradients.tolist() == [3.0] * 3 and next(calls, None) is None
+    assert (totals["loss"], totals["kl"]) == (3 + 5, 2 * (3 + 5))
+    assert np.isnan(totals.loss_bins()[0]) and totals.loss_bins()[1:3] == [1.5, 2.5]
+
+
+def test_a_signal_stops_after_the_step_and_a_second_one_at_once():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        stop, totals = common.StopSignal(), common.Totals(RUN, "loss")
+        assert not common.sum_over_ranks(RUN, stop, torch.zeros(1), totals)
+        signal.raise_signal(signal.SIGTERM)
+        assert common.sum_over_ranks(RUN, stop, torch.zeros(1), totals) is True
+        for given, code in ((None, 0), (stop, 128 + signal.SIGTERM)):
+            with pytest.raises(SystemExit) as end:
+                common.finish(RUN, given)
+            assert end.value.code == code
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def test_micro_batches_are_shared_out_in_turn():
+    args = settings("x", batch_size=10, micro_batch=2)
+    assert [list(common.micro_batches(args, rank(r, 2))) for r in range(2)] == [[0, 2, 4], [1, 3]]
+    assert [step for step in range(7) if common.due(3, step)] == [0, 3, 6]
+    assert not any(common.due(0, step) for step in range(7))
+
+
+# ---- resuming and saving
+
+def new_parts(seed):
+    torch.manual_seed(seed)
+    net = common.UNet(**TINY, cond=True)
+    ema, target = copy.deepcopy(net), fill(copy.deepcopy(net))
+    optimizer = torch.optim.RAdam(net.parameters(), 0.1)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return dict(net=net, ema=ema, optimizer=optimizer, target=target, critic=None)
+
+
+MODEL_ARGS = TINY | dict(cond=True, classes=0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    parts = new_parts(0)
+    common.save_run(settings(folder), RUN, "ct", 7, 2, MODEL_ARGS, parts, round=3)
+    common.save_run(settings(folder / "none"), rank(1, 2), "ct", 7, 2, MODEL_ARGS, parts)
+    return folder, parts
+
+
+def test_what_a_checkpoint_holds(saved):
+    folder, parts = saved
+    state = common.load_checkpoint(folder / "last.pt")
+    assert {key: state[key] for key in ("script", "step", "images", "skipped", "round")} == dict(
+        script="ct", step=7, images=56, skipped=2, round=3)
+    assert state["args"] == vars(settings(folder)) and state["model_args"] == MODEL_ARGS
+    ema = common.load_checkpoint(folder / "ema.pt")
+    assert all(torch.equal(ema[name], p) for name, p in parts["ema"].state_dict().items())
+    assert sorted(path.name for path in folder.iterdir()) == ["ema.pt", "last.pt"]  # rank 0's
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_resume_loads_every_part(saved, tmp_path, old):
+    """Of a checkpoint from before too, in which p_t was called times, and cond extra."""
+    folder, parts = saved
+    state = torch.load(folder / "last.pt", weights_only=True)
+    if old:
+        state["args"]["times"] = state["args"].pop("p_t")
+        state["model_args"]["extra"] = state["model_args"].pop("cond")
+    torch.save(state, tmp_path / "last.pt")
+    again = new_parts(1)
+    args = settings(tmp_path, log_every=9, teacher="elsewhere")  # what may change
+    assert common.resume(args, RUN, "ct", MODEL_ARGS, again) == (7, 2)
+    for key in ("net", "ema", "target"):
+        for name, value in parts[key].state_dict().items():
+            assert torch.equal(again[key].state_dict()[name], value), (key, name)
+    for p, q in zip(parts["net"].parameters(), again["net"].parameters()):
+        moments, loaded = parts["optimizer"].state[p], again["optimizer"].state[q]
+        assert all(torch.equal(moments[key], loaded[key]) for key in moments)
+        assert loaded["exp_avg"].stride() == q.stride()
+    net, trained = common.load_network(tmp_path / "last.pt", ("ct",))
+    assert net.cond and trained["args"]["p_t"] == [-1.1, 2.0]
+
+
+@pytest.mark.parametrize("script, changes, model, message", [
+    ("cd", {}, {}, "holds a run of ct.py; choose another, or --overwrite it"),
+    ("ct", dict(lr=0.5), {}, "other settings (--lr 0.1 there, 0.5 now)"),
+    ("ct", dict(p_t=["uniform"]), {}, "(--p-t -1.1,2.0 there, uniform now)"),
+    ("ct", dict(mu=0.9), {}, "(--mu none there, 0.9 now)"),
+    ("ct", {}, dict(blocks=2), "(blocks 1 there, 2 now)")])
+def test_another_run_is_not_resumed(saved, script, changes, model, message):
+    folder, _ = saved
+    args, parts = settings(folder, **changes), dict(net=None)
+    with pytest.raises(common.UserError) as error:
+        common.resume(args, RUN, script, MODEL_ARGS | model, parts)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert (folder / "last.pt").exists()
+
+
+def test_no_run_half_a_run_and_overwrite(saved, tmp_path):
+    folder, parts = saved
+    assert common.resume(settings(tmp_path), RUN, "ct", MODEL_ARGS, parts) == (0, 0)
+    (tmp_path / "ema.pt").write_bytes(b"")
+    with pytest.raises(common.UserError, match="holds an ema.pt without its last.pt"):
+        common.resume(settings(tmp_path), RUN, "ct", MODEL_ARGS, parts)
+    for path in ("last.pt", "samples/1.png", "tensorboard/events.1", "samples/mine.txt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((folder / "last.pt").read_bytes())
+    args = settings(tmp_path, overwrite=True)
+    restarted = types.SimpleNamespace(**vars(RUN) | dict(restarted=True))
+    state = common.load_checkpoint(tmp_path / "last.pt")  # a restarted run has obeyed already
+    assert state["step"] == 7
+    with pytest.raises(common.UserError, match="--overwrite it"):
+        common.resume(args, restarted, "cd", MODEL_ARGS, parts)
+    assert common.resume(args, RUN, "cd", MODEL_ARGS, parts) == (0, 0)
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == ["mine.txt"]
+
+
+def test_a_new_network_is_seeded_and_begins_as_its_teacher():
+    args, args_4 = settings("x"), settings("x", seed=4)
+    a, b, c = (common.new_network(s, RUN, MODEL_ARGS) for s in (args, args, args_4))
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+    assert not torch.equal(a.input_blocks[0][0].weight, c.input_blocks[0][0].weight)
+    teacher = fill(common.UNet(**TINY))
+    student = common.new_network(args, RUN, MODEL_ARGS, teacher).state_dict()
+    assert student.keys() > teacher.state_dict().keys()
+    for name, value in student.items():
+        assert torch.equal(value, teacher.state_dict().get(name, a.state_dict()[name])), name
+
+
+def test_only_what_is_there_is_compiled_and_once():
+    class Module(torch.nn.Module):
+        def compile(self):
+            compiled.append(self)
+    a, b, compiled = Module(), Module(), []
+    common.compile_in_place(RUN, a)
+    assert not compiled
+    common.compile_in_place(types.SimpleNamespace(compile=True), a, None, b, a)
+    assert len(compiled) == 2 and set(compiled) == {a, b}
+
+
+# ---- the log
+
+@pytest.fixture
+def log(tmp_path):
+    log = common.start_run(settings(tmp_path, log_every=3), RUN, torch.nn.Linear(2, 2), 0, 0)
+    yield log
+    log.close()
+    common.ranks_differ = False
+
+
+def test_lines_of_the_log(tmp_path, log):
+    """When due, and at the end; with what was passed last, and null for what is no number."""
+    for step in range(1, 6):
+        values = dict(loss=step / 2, bins=[1.0, math.nan], **dict(N=11) if step == 1 else {})
+        log.step(step, finite=step != 2, last=step == 5, **values)
+    first, second = records(tmp_path)
+    assert (first["step"], first["images"], first["loss"], first["N"]) == (3, 24, 1.5, 11)
+    assert (second["step"], second["images"], second["loss"], second["N"]) == (5, 40, 2.5, 11)
+    assert first["bins"] == [1.0, None] and first["lr"] == 0.1 and first["skipped"] == 1
+    assert first["images_per_s"] > 0 and first["peak_gb"] > 0 and log.skipped == 1
+    assert log.bar.n == 5
+
+
+def test_a_resumed_log_drops_what_came_after(tmp_path):
+    lines = ['{"step": 1}', '{"step": 2}', '{"step": 3}', '{"st']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    log = common.start_run(settings(tmp_path), RUN, torch.nn.Linear(2, 2), 2, 5)
+    log.step(3, True, False, loss=1.0)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert records(tmp_path)[-1]["skipped"] == 5 and log.bar.initial == 2
+    common.append_record(tmp_path / "log.jsonl", dict(step=4))
+    log.close()
+    common.start_run(settings(tmp_path), RUN, torch.nn.Linear(2, 2), 0, 0).close()
+    assert not records(tmp_path)  # a new run
+
+
+@pytest.mark.parametrize("process", [RUN, rank(1, 2)])
+def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, process):
+    """Of one player: those of another do not count, a good one begins anew. Alike on all ranks."""
+    monkeypatch.setattr(sys, "argv", ["/x/ct.py"])
+    log = common.start_run(settings(tmp_path), process, torch.nn.Linear(2, 2), 0, 0)
+    for step in range(1, 10):
+        log.step(step, False, False, loss=math.nan)
+    log.step(10, True, False, player=1)
+    log.step(11, False, False, player=1)
+    log.step(12, True, False)
+    for step in range(13, 22):
+        log.step(step, False, False, loss=math.nan)
+    with pytest.raises(SystemExit) as end:
+        log.step(22, False, False, loss=math.nan, grad_norm=1.0)
+    message = str(end.value.code)
+    assert message.startswith("ct.py: stopped at step 22: the loss or its gradient was not finite")
+    assert "--lr" in message and "\n" not in message and log.skipped == 20
+    assert (tmp_path / "log.jsonl").exists() == process.main
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = common.start_run(settings(tmp_path / "x"), rank(1, 2), torch.nn.Linear(2, 2), 0, 0)
+    log.step(1, True, True, loss=1.0)
+    log.close()
+    assert not (tmp_path / "x").exists() and not any(capsys.readouterr())
+
+
+def test_more_processes_than_micro_batches_are_noted(tmp_path, capsys):
+    common.start_run(settings(tmp_path), rank(0, 3), torch.nn.Linear(2, 2), 4, 0).close()
+    out = capsys.readouterr().out
+    assert "note: 3 processes share 2 micro-batches" in out and "resumed at step 4" in out
+    assert "p_t=-1.1,2.0" in out and "tensorboard=false" in out
+
+
+# ---- seeds and samples
+
+def test_seeds_of_different_uses_differ():
+    def draw(*key):
+        common.seed_everything(*key)
+        return torch.rand(2).tolist()
+    step = common.STEP
+    keys = [(common.INIT, 0), (step, 0, 1, 2), (step, 0, 2, 1), (step, 1, 1, 2)]
+    drawn = [draw(*key) for key in keys]
+    assert len({tuple(numbers) for numbers in drawn}) == 4
+    assert [draw(*key) for key in keys] == drawn
+    assert len({common.INIT, common.STEP, common.SAMPLE, common.SOLVER}) == 4
+
+
+def test_noise_of_an_image_is_its_own():
+    whole = common.SeededNoise(torch.arange(5), 7)
+    part = common.SeededNoise(torch.tensor([3, 1]), 7)
+    x = torch.zeros(5, 3, 4, 4)
+    first, second = whole(x), whole(x)
+    assert torch.equal(part(x[:2]), first[[3, 1]]) and torch.equal(part(x[:2]), second[[3, 1]])
+    assert part.indices.tolist() == [3, 1] and not torch.equal(first, second)
+    assert len({tuple(image.flatten()[:3].tolist()) for image in first}) == 5
+    assert not torch.equal(common.SeededNoise(torch.arange(5), 8)(x), first)
+    assert abs(first.std() - 1) < 0.2
+    net = torch.nn.Linear(1, 1)
+    again = common.SeededNoise(torch.arange(5), 7)
+    assert torch.equal(common.initial_noise(net, again, x.shape, 80.0), 80 * first)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_images_do_not_depend_on_batches_nor_ranks(monkeypatch, world):
+    sizes = []
+
+    def draw(y, noise, shape):
+        sizes.append(len(noise.indices))
+        assert len(y) == shape[0] == sizes[-1]
+        x = noise(torch.zeros(shape)).clamp(-1, 1)
+        return x / 4 + common.bcast(y / 20, x)
+    n, y, shape = 8, torch.arange(8) % 5, (3, 4, 4)
+    whole = common.to_uint8(draw(y, common.SeededNoise(torch.arange(n), 2), (n, *shape))).numpy()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    parts = [common.draw_many(rank(r, world), draw, n, y, shape, 2, batch=3) for r in range(world)]
+    assert np.array_equal(sum(parts), whole) and sorted(sizes) == [2, 3, 3, 8]
+
+
+@pytest.mark.parametrize("classes, columns", [(0, 8), (3, 3), (100, 10)])
+def test_grid_of_samples(tmp_path, classes, columns):
+    """8 rows, a column a class, a block for each way to draw; the same noise every time."""
+    seen = []
+
+    def draw(y, noise, shape):
+        seen.append((y, noise.indices))
+        return noise(torch.zeros(shape)).clamp(-1, 1)
+    args = settings(tmp_path, micro_batch=64)
+    log = common.start_run(args, RUN, torch.nn.Linear(2, 2), 0, 0)
+    for step in (1, 2):
+        common.sample_grid(args, RUN, log, step, [draw, draw], classes, (3, 16, 16), name="_x")
+    log.close()
+    pictures = [np.asarray(Image.open(tmp_path / "samples" / f"00000{s}_x.png")) for s in (1, 2)]
+    assert np.array_equal(*pictures)
+    assert pictures[0].shape == (3 * 8 * 16, 3 * (2 * 16 * columns + 4), 3)
+    block = 3 * 16 * columns
+    assert np.array_equal(pictures[0][:, :block], pictures[0][:, -block:])
+    indices = torch.cat([part for _, part in seen])
+    assert indices.tolist() == list(range(8 * columns)) * 4
+    if classes:
+        labels = torch.cat([y for y, _ in seen])[:8 * columns]
+        assert labels.tolist() == [i % classes for i in range(8 * columns)]
+    else:
+        assert seen[0][0] is None
+
+
+def test_labels_to_draw():
+    net = types.SimpleNamespace(classes=3)
+    draw = common.labels_to_draw
+    assert draw(argparse.Namespace(labels=None), net, 5, "cpu").tolist() == [0, 1, 2, 0, 1]
+    assert draw(argparse.Namespace(labels=[2, 0]), net, 3, "cpu").tolist() == [2, 0, 2]
+    assert draw(argparse.Namespace(labels=None), types.SimpleNamespace(classes=0), 3, "cpu") is None
+    with pytest.raises(common.UserError, match="--labels 3: this network has the labels 0 to 2"):
+        draw(argparse.Namespace(labels=[3]), net, 3, "cpu")
+    with pytest.raises(common.UserError, match="--labels 0: this network has no labels"):
+        draw(argparse.Namespace(labels=[0]), types.SimpleNamespace(classes=0), 3, "cpu")
