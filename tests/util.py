@@ -269,10 +269,10 @@ def snapshot(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def assert_mistake(flags, message, script, folder):
+def assert_mistake(flags, message, script, folder, prelude=None):
     """The command ends with exit code 2 and one line that holds `message`, and touches nothing."""
     before = snapshot(folder)
-    done = run_script(*flags, script=script, cwd=folder, code=2)
+    done = run_script(*flags, script=script, cwd=folder, prelude=prelude, code=2)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), done.stderr
     assert message in lines[0], done.stderr
