@@ -64,7 +64,7 @@ RHO, SIGMA_DATA = 7.0, 0.5
 # Noise levels
 # --------------------------------------------------------------------------------------------------
 
-def karras_times(N: int, t_min=T_MIN, t_max=T_MAX, rho=RHO) -> Tensor:
+def karras_times(N, t_min=T_MIN, t_max=T_MAX, rho=RHO):
     """The N noise levels t_min = times[0] < ... < times[N-1] = t_max: (N,), N-1 intervals.
 
     The paper counts t_1 .. t_N; times[n] is its t_{n+1}. EDM and openai's code count downwards.
@@ -77,7 +77,7 @@ def karras_times(N: int, t_min=T_MIN, t_max=T_MAX, rho=RHO) -> Tensor:
     return ((low + i / (N - 1) * (high - low)) ** rho).float()
 
 
-def interval_probabilities(times: Tensor, p_t) -> Tensor:
+def interval_probabilities(times, p_t):
     """P(n), n = 0 .. N-2, of drawing the interval times[n] .. times[n+1]: (N-1,) float32.
 
     Args:    p_t: ["uniform"] over n (CM Alg. 2 and 3), or [mean, std]: what ln t ~
@@ -91,7 +91,7 @@ def interval_probabilities(times: Tensor, p_t) -> Tensor:
     return (P / P.sum()).float()
 
 
-def random_times(n: int, p_t, device) -> Tensor:
+def random_times(n, p_t, device):
     """(n,) noise levels: ln t ~ Normal(mean, std^2), not clipped; or uniform in t^(1/RHO), which is
     karras_times with N -> infinity.
 
@@ -110,23 +110,23 @@ def random_times(n: int, p_t, device) -> Tensor:
 # Preconditioning
 # --------------------------------------------------------------------------------------------------
 
-def bcast(t: Tensor, x: Tensor) -> Tensor:
+def bcast(t, x):
     """(B,) -> (B,1,1,1), to multiply x."""
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
-def levels_like(x: Tensor, t: float) -> Tensor:
+def levels_like(x, t):
     """(B,): the noise level t for each image of x."""
     return torch.full_like(x[:, 0, 0, 0], t)
 
 
-def edm_scalings(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def edm_scalings(t):
     """c_skip, c_out, c_in of a denoiser at noise level t, each like t. Source: EDM Table 1."""
     root = (t**2 + SIGMA_DATA**2).sqrt()
     return (SIGMA_DATA / root) ** 2, t * SIGMA_DATA / root, 1 / root
 
 
-def cm_scalings(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cm_scalings(t):
     """c_skip, c_out, c_in of a consistency function: c_skip(t_min) = 1, c_out(t_min) = 0, exactly.
 
     Source:  CM App. C; t_min is subtracted in the numerator of c_out, not under its root.
@@ -136,7 +136,7 @@ def cm_scalings(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return c_skip, SIGMA_DATA * (t - T_MIN) / root, 1 / root
 
 
-def c_noise(t: Tensor) -> Tensor:
+def c_noise(t):
     """What the network is told of t: EDM's ln(t)/4, times 1000 as ADM's embedding expects."""
     return 250 * t.log()
 
@@ -148,7 +148,7 @@ def precondition(net, x, t, y, cond, scalings):
     return c_skip * x + c_out * F_x
 
 
-def denoise(net, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None):
+def denoise(net, x, t, y=None, cond=None):
     """D(x, t), an estimate of E[x0 | x_t = x]. Source: EDM Eq. 7.
 
     Args:    net: a UNet.  x: (B,C,H,W) float32 at noise level t.  t: (B,) float32, > 0.
@@ -158,7 +158,7 @@ def denoise(net, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | N
     return precondition(net, x, t, y, cond, edm_scalings)
 
 
-def consistency(net, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None):
+def consistency(net, x, t, y=None, cond=None):
     """f(x, t), the end at t_min of the probability-flow trajectory through (x, t).
 
     f(x, t_min) = x to the last bit. Args, returns as `denoise`. Source: CM Sec. 3, App. C.
@@ -170,7 +170,7 @@ def consistency(net, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor
 # Solvers and samplers
 # --------------------------------------------------------------------------------------------------
 
-def euler_step(D, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def euler_step(D, x, t, t_next):
     """One Euler step of the probability-flow ODE dx/dt = (x - D(x, t)) / t, from t to t_next.
 
     Args:    D: (x (B,C,H,W), t (B,)) -> clean estimate (B,C,H,W).  t: (B,) > 0.  t_next: (B,).
@@ -181,7 +181,7 @@ def euler_step(D, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return x + bcast(t_next - t, x) * d_cur
 
 
-def heun_step(D, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def heun_step(D, x, t, t_next):
     """One Heun step of the same ODE: Euler, then the trapezoid rule. Where t_next is 0 Euler's stands.
 
     Args, returns as `euler_step`. Always two calls of D. Source: EDM Alg. 1, lines 3-8.
@@ -194,8 +194,8 @@ def heun_step(D, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return torch.where(bcast(t_next > 0, x), x + dt * (d_cur + d_prime) / 2, x_next)
 
 
-def heun_sample(D, x_T: Tensor, N: int, churn=0.0, churn_min=0.05, churn_max=50.0,
-                churn_noise=1.003, noise=torch.randn_like) -> Tensor:
+def heun_sample(D, x_T, N, churn=0.0, churn_min=0.05, churn_max=50.0,
+                churn_noise=1.003, noise=torch.randn_like):
     """Solve the ODE from T_MAX to 0 in N Heun steps; with churn, EDM's stochastic sampler.
 
     Args:    D: as `euler_step`.  x_T: (B,C,H,W), T_MAX * unit noise.  churn, churn_min, churn_max,
@@ -216,12 +216,12 @@ def heun_sample(D, x_T: Tensor, N: int, churn=0.0, churn_min=0.05, churn_max=50.
     return x
 
 
-def renoised(x: Tensor, tau: float, noise) -> Tensor:
+def renoised(x, tau, noise):
     """x at t_min, noised up to level tau (CM Alg. 1, line 4)."""
     return x + math.sqrt(max(tau**2 - T_MIN**2, 0)) * noise(x)
 
 
-def multistep_sample(f, x_T: Tensor, taus, noise=torch.randn_like) -> Tensor:
+def multistep_sample(f, x_T, taus, noise=torch.randn_like):
     """Draw with a consistency function, in one step or several.
 
     Args:    f: (x (B,C,H,W), t (B,)) -> (B,C,H,W).  x_T: (B,C,H,W), taus[0] * unit noise.
@@ -235,7 +235,7 @@ def multistep_sample(f, x_T: Tensor, taus, noise=torch.randn_like) -> Tensor:
     return x
 
 
-def edit(f, y: Tensor, known, taus, noise=torch.randn_like) -> Tensor:
+def edit(f, y, known, taus, noise=torch.randn_like):
     """Fill in what an image does not say, with a consistency function never trained to.
 
     Args:    f, taus, noise: as `multistep_sample`.  y: (B,C,H,W) reference.  known: x -> the part
@@ -256,7 +256,7 @@ def edit(f, y: Tensor, known, taus, noise=torch.randn_like) -> Tensor:
 # Denoisers D(x, t, y)
 # --------------------------------------------------------------------------------------------------
 
-def ideal_denoiser(data: Tensor, labels: Tensor | None = None, chunk: int = 4096):
+def ideal_denoiser(data, labels=None, chunk=4096):
     """The denoiser that minimises EDM's loss on a finite data set: the posterior mean over it.
 
     Args:    data: (n,C,H,W), uint8 or float in [-1, 1], on the device to compute on.
@@ -266,7 +266,7 @@ def ideal_denoiser(data: Tensor, labels: Tensor | None = None, chunk: int = 4096
     Source:  EDM App. B.3. The logits -|x - x_i|^2 / 2t^2 reach 1e9 at t = 0.002, so they are taken
              in float64, without |x|^2, which all share, and summed with a running maximum.
     """
-    def D(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def D(x, t, y=None):
         if y is not None and (labels is None or not torch.isin(y, labels).all()):
             raise ValueError("the data has no image of a label that was asked for")
         flat = x.flatten(1).double()  # (B,D)
@@ -311,23 +311,23 @@ def guide(D, y, w):
 # What losses are made of: distances d(x, y) -> (B,), weights, shared randomness
 # --------------------------------------------------------------------------------------------------
 
-def l1(x: Tensor, y: Tensor) -> Tensor:
+def l1(x, y):
     """Mean absolute difference over pixels and channels."""
     return (x - y).abs().flatten(1).mean(1)
 
 
-def l2(x: Tensor, y: Tensor) -> Tensor:
+def l2(x, y):
     """Mean squared difference over pixels and channels (the papers call the square l2 too)."""
     return (x - y).square().flatten(1).mean(1)
 
 
-def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
+def pseudo_huber(x, y):
     """sqrt(|x - y|^2 + c^2) - c, one norm an image, c = 0.00054 sqrt(C*H*W). Source: iCT Table 1."""
     c = 0.00054 * math.sqrt(x[0].numel())
     return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
-def norm(x: Tensor, y: Tensor) -> Tensor:
+def norm(x, y):
     """|x - y|, one norm an image; its gradient where x = y is 0. Source: ECT (pseudo-Huber, c = 0)."""
     return torch.linalg.vector_norm((x - y).flatten(1), dim=1)
 
@@ -339,7 +339,7 @@ class LPIPS(nn.Module):
     Raises:  UserError if `lpips` or its torchvision cannot be imported, or there are no weights.
     Source:  CM App. C. Pooling and sizes as in openai's code; the paper does not name the pooling.
     """
-    def __init__(self, pretrained: bool = True):
+    def __init__(self, pretrained=True):
         super().__init__()
         lpips = import_optional("lpips", "--dist lpips needs the packages lpips and torchvision")
         try:
@@ -354,21 +354,21 @@ class LPIPS(nn.Module):
                 if isinstance(layer, nn.MaxPool2d):
                     setattr(part, name, nn.AvgPool2d(2))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x, y):
         if x.shape[-1] < 256:
             x = F.interpolate(x, size=(224, 224), mode="bilinear")
             y = F.interpolate(y, size=(224, 224), mode="bilinear")
         return self.model(x, y).flatten()  # (B,1,1,1) -> (B,)
 
 
-def make_distance(name: str, device):
+def make_distance(name, device):
     """The distance called l1, l2, norm, huber or lpips. LPIPS' weights are sought only here."""
     if name == "lpips":
         return LPIPS().to(device)
     return {"l1": l1, "l2": l2, "norm": norm, "huber": pseudo_huber}[name]
 
 
-def edm_loss(net, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, cond=None) -> Tensor:
+def edm_loss(net, x0, noise, t, y, cond=None):
     """The denoising loss of each image, weighted by lambda(t) = 1/t^2 + 1/sigma_data^2.
 
     Args:    net: a UNet.  x0, noise: (B,C,H,W).  t: (B,).  y, cond: as `denoise`.
@@ -403,7 +403,7 @@ def replay_random(device):
 # Continuous time: the limits N -> infinity of the consistency losses
 # --------------------------------------------------------------------------------------------------
 
-def consistency_jvp(net, x: Tensor, t: Tensor, dx_dt: Tensor, y=None, cond=None):
+def consistency_jvp(net, x, t, dx_dt, y=None, cond=None):
     """f(x, t) and df/dt along a path through (x, t) with velocity dx_dt, exact, in float32.
 
     Args:    as `consistency`; dx_dt: (B,C,H,W).
@@ -421,7 +421,7 @@ def consistency_jvp(net, x: Tensor, t: Tensor, dx_dt: Tensor, y=None, cond=None)
         return torch.func.jvp(f, (x, t), (dx_dt, torch.ones_like(t)))
 
 
-def continuous_loss(net, x_t: Tensor, t: Tensor, dx_dt: Tensor, y, cond, stop_gradient: bool):
+def continuous_loss(net, x_t, t, dx_dt, y, cond, stop_gradient):
     """|df/dt|^2 of each image, the mean over pixels: 0 for a consistency function.
 
     Args:    as `consistency_jvp`.  stop_gradient: differentiate with respect to f but not df/dt, as
@@ -468,7 +468,7 @@ def zeroed(layer):
     return layer
 
 
-def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+def sinusoidal_embedding(t, dim):
     """(B,) -> (B,dim): cosines, then sines, of t times frequencies from 1 down to nearly 1/10000."""
     half = dim // 2
     powers = torch.arange(half, device=t.device, dtype=t.dtype)
@@ -501,11 +501,11 @@ class ResBlock(nn.Module):
         width = 2 * c_out if scale_shift else c_out
         self.scale_shift, self.resample = scale_shift, resample
         conv_in = Conv2d(c_in, c_out, 3, padding=1)
-        conv_out = zeroed(Conv2d(c_out, c_out, 3, padding=1))
         self.in_layers = nn.Sequential(GroupNorm32(c_in), nn.SiLU(), conv_in)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, width))
         if cond:  # zero: a net with the second scalar begins as the net without it
             self.emb_layers_s = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(emb_dim, width)))
+        conv_out = zeroed(Conv2d(c_out, c_out, 3, padding=1))  # here: the order of draws
         self.out_layers = nn.Sequential(GroupNorm32(c_out), nn.SiLU(), nn.Dropout(dropout), conv_out)
         self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
@@ -617,8 +617,9 @@ class UNet(nn.Module):
                 skips.append(width)
                 size //= 2
 
-        middle = AttentionBlock(width, head_channels)
-        self.middle_block = Layers(res(width, width), middle, res(width, width))
+        first = res(width, width)
+        attention_block = AttentionBlock(width, head_channels)
+        self.middle_block = Layers(first, attention_block, res(width, width))
 
         self.output_blocks = nn.ModuleList()
         for level, wide in reversed(list(enumerate(widths))):
@@ -633,7 +634,7 @@ class UNet(nn.Module):
         head = zeroed(Conv2d(width, channels, 3, padding=1))
         self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), head)
 
-    def forward(self, x: Tensor, c_noise: Tensor, y=None, cond=None, dtype=None) -> Tensor:
+    def forward(self, x, c_noise, y=None, cond=None, dtype=None):
         """x (B,C,H,W) float32, c_noise (B,), y (B,) iff `classes`, cond (B,) iff `cond` -> like x.
 
         Convolutions and attention run in `dtype`, by default self.dtype; embeddings, norms and the
@@ -675,7 +676,7 @@ NETS = {
 }
 
 
-def parse_like(example, text: str):
+def parse_like(example, text):
     """`text` as a value of the example's type: ints between commas, true or false, a number."""
     if isinstance(example, tuple):
         return tuple(int(word) for word in text.split(",") if word)
@@ -684,7 +685,7 @@ def parse_like(example, text: str):
     return type(example)(text)
 
 
-def net_settings(words) -> dict:
+def net_settings(words):
     """The model arguments that `--net NAME KEY=VALUE ...` asks for. Raises UserError."""
     name, *changes = words
     if name not in NETS:
@@ -702,14 +703,14 @@ def net_settings(words) -> dict:
     return settings
 
 
-def show_value(value) -> str:
+def show_value(value):
     """A setting as it is written on the command line."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
     return str(value).lower() if value in (None, True, False) else str(value)
 
 
-def make_net(settings: dict) -> UNet:
+def make_net(settings):
     """The UNet of these settings. Raises UserError if they do not fit each other."""
     try:
         return UNet(**settings)
@@ -718,7 +719,7 @@ def make_net(settings: dict) -> UNet:
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, net: nn.Module, decay: float):
+def ema_update(average, net, decay):
     """average <- decay * average + (1 - decay) * net, in one fused call; decay 0 copies."""
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
@@ -761,13 +762,13 @@ def one_line_errors(kind, error, trace):
     raise SystemExit(2)
 
 
-def first_line(error) -> str:
+def first_line(error):
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text.split(" <_io.")[0]  # Pillow names the Python object it read from
 
 
 @contextlib.contextmanager
-def explain(what: str):
+def explain(what):
     """Whatever goes wrong inside becomes a UserError: damaged files surface in many ways."""
     try:
         yield
@@ -778,7 +779,7 @@ def explain(what: str):
         raise UserError(f"{what}: {reason}") from error
 
 
-def import_optional(name: str, need: str):
+def import_optional(name, need):
     """Import a package of an optional feature. Raises UserError that begins with `need`."""
     import importlib
     try:
@@ -816,7 +817,7 @@ def atomic_file(path, mode="wb"):
 # `classes` their number, 0 without labels.
 # --------------------------------------------------------------------------------------------------
 
-def glyphs(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+def glyphs(n, seed, size=16):
     """n coloured digits in Pillow's font: shifted, turned, slanted, stretched, light on dark.
 
     Returns: images (n,size,size,3) uint8, labels (n,) int64, the digits. Pure in its arguments.
@@ -825,10 +826,9 @@ def glyphs(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     font, big = ImageFont.load_default(60), 4 * size  # drawn four times as large, then averaged
     digits = []
     for digit in "0123456789":
-        page = Image.new("L", (64, 64))
-        pen = ImageDraw.Draw(page)
+        digits.append(Image.new("L", (64, 64)))
+        pen = ImageDraw.Draw(digits[-1])
         pen.text((32, 32), digit, fill=255, font=font, anchor="mm", stroke_width=2)
-        digits.append(page)
 
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n)
@@ -854,7 +854,7 @@ def glyphs(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def fit_image(image, size: int, source) -> np.ndarray:
+def fit_image(image, size, source):
     """A Pillow image as (size,size,3) uint8: RGB, shrunk to `size` on its short side, centre-cropped.
 
     Raises:  UserError naming `source` if the image is smaller than that.
@@ -864,9 +864,9 @@ def fit_image(image, size: int, source) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits a pixel
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     image = image.convert("RGB")
-    if min(image.size) < size:
-        raise UserError(f"{source} is {image.width}x{image.height}, smaller than the {size} pixels "
-                        "of the network")
+    width, height = image.size
+    if min(width, height) < size:
+        raise UserError(f"{source} is {width}x{height}, smaller than the network's {size} pixels")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -876,49 +876,42 @@ def fit_image(image, size: int, source) -> np.ndarray:
     return np.asarray(image)[above:above + size, left:left + size]
 
 
-def as_batch(images: np.ndarray, labels) -> tuple[Tensor, Tensor]:
-    """(b,H,W,3) uint8 and labels or None -> the batch a data set answers with."""
-    if labels is None:
-        labels = np.zeros(len(images), np.int64)
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.copy())
-
-
-def check_labels(labels, n: int, source):
-    """-> labels (n,) int64 or None, number of classes (0 without labels). Raises UserError."""
-    if labels is None:
-        return None, 0
-    labels = np.asarray(labels)
-    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise UserError(f"{source}: the labels must be {n} integers, none negative, and are "
-                        f"{labels.dtype} of shape {labels.shape}")
-    return labels.astype(np.int64), int(labels.max()) + 1
-
-
-class ArrayImages:
-    """Images in arrays (n,H,W,C), C = 1, 3, 4, or planar (n,3,H,W): in memory or memory-mapped."""
-    def __init__(self, parts, labels, size, source):
-        self.parts, self.size, self.source = parts, size, source
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.labels, self.classes = check_labels(labels, self.ends[-1], source)
+class Images:
+    """n images of `size` pixels: `read(i)` gives one, (size,size,3) uint8."""
+    def __init__(self, n, labels, size, source):
+        self.n, self.size, self.source = n, size, source
+        self.labels, self.classes = None, 0
+        if labels is not None:
+            labels = np.asarray(labels)
+            if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+                raise UserError(f"{source}: the labels must be {n} integers, none negative, and are "
+                                f"{labels.dtype} of shape {labels.shape}")
+            self.labels, self.classes = labels.astype(np.int64), int(labels.max()) + 1
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.n
 
     def __getitems__(self, indices):
-        images = np.stack([self.read(i) for i in indices])
-        return as_batch(images, None if self.labels is None else self.labels[indices])
+        images = np.stack([self.read(int(i)) for i in indices])  # (b,H,W,3)
+        labels = np.zeros(len(images), np.int64) if self.labels is None else self.labels[indices]
+        return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)
+
+
+class ArrayImages(Images):
+    """Images in arrays (n,H,W,3) uint8, one after the other: in memory or memory-mapped."""
+    def __init__(self, parts, labels, size, source):
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+        super().__init__(int(self.ends[-1]), labels, size, source)
 
     def read(self, i):
         from PIL import Image
         part = int(np.searchsorted(self.ends, i, side="right"))
         image = np.asarray(self.parts[part][i - self.ends[part]])  # counted from the part's end
-        if image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4):  # planar
-            image = image.transpose(1, 2, 0)
         if image.shape == (self.size, self.size, 3):
             return image
-        if image.shape[2] == 1:
-            image = image[:, :, 0]
-        return fit_image(Image.fromarray(image), self.size, f"{self.source}: image {i}")
+        image = Image.fromarray(np.ascontiguousarray(image))
+        return fit_image(image, self.size, f"{self.source}: image {i}")
 
 
 @functools.lru_cache(1)
@@ -926,70 +919,63 @@ def open_zip(path, pid):  # one handle a process: forked ones would share their 
     return zipfile.ZipFile(path)
 
 
-class FileImages:
+class FileImages(Images):
     """Image files of a folder or a zip, decoded when asked for."""
     def __init__(self, source, names, labels, size):
-        self.source, self.size = source, size
         self.names = np.array([os.fsencode(name) for name in names])  # bytes: compact, and shared
-        self.labels, self.classes = check_labels(labels, len(names), source)
+        super().__init__(len(names), labels, size, source)
 
-    def __len__(self):
-        return len(self.names)
-
-    def __getitems__(self, indices):
-        images = np.stack([self.read(os.fsdecode(name)) for name in self.names[indices]])
-        return as_batch(images, None if self.labels is None else self.labels[indices])
-
-    def read(self, name):
+    def read(self, i):
         from PIL import Image
+        name = os.fsdecode(self.names[i])
         with explain(f"{self.source}/{name} cannot be read as an image"):
-            if self.source.is_file():
-                data = open_zip(self.source, os.getpid()).read(name)
-            else:
-                data = (self.source / name).read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(read_file(self.source, name))) as image:
                 image.load()
                 return fit_image(image, self.size, f"{self.source}/{name}")
+
+
+def read_file(source, name):
+    """A file's bytes, of a folder or zip."""
+    if source.is_file():
+        return open_zip(source, os.getpid()).read(name)
+    return (source / name).read_bytes()
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def is_image(name: str) -> bool:
+def is_image(name):
     hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
     return name.lower().endswith(IMAGE_SUFFIXES) and not hidden
 
 
-def load_files(source: Path, size: int) -> FileImages:
+def load_files(source, size):
     """A folder or zip of images, labelled by `dataset.json` (EDM's layout) or by sub-folders."""
-    index, text = "dataset.json", None
     with explain(f"{source} cannot be read"):
         if source.is_file():
             files = open_zip(source, os.getpid()).namelist()
-            if index in files:
-                text = open_zip(source, os.getpid()).read(index)
         else:
             files = [Path(folder, file).relative_to(source).as_posix()  # a class may be a link
                      for folder, _, names in os.walk(source, followlinks=True) for file in names]
-            if index in files:
-                text = (source / index).read_bytes()
+        index = read_file(source, "dataset.json") if "dataset.json" in files else None
     names = sorted(filter(is_image, files))
     if not names:
         raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     labels = None
-    if text is not None:
-        labels = read_labels(text, names, f"{source}/{index}")
+    if index is not None:
+        labels = read_labels(index, names, f"{source}/dataset.json")
     elif source.is_dir() and any("/" in name for name in names):
-        loose = [name for name in names if "/" not in name]
-        if loose:
-            raise UserError(f"{source}/{loose[0]} has no label: other images lie in sub-folders, "
-                            "one for each class")
-        folders = [name.split("/")[0] for name in names]
-        labels = np.searchsorted(sorted(set(folders)), folders)
+        folders, _, files = zip(*(name.rpartition("/") for name in names))
+        if "" in folders:
+            loose = files[folders.index("")]
+            raise UserError(f"{source}/{loose} has no label: other images lie in sub-folders, one "
+                            "for each class")
+        classes = [name.split("/")[0] for name in names]
+        labels = np.searchsorted(sorted(set(classes)), classes)
     return FileImages(source, names, labels, size)
 
 
-def read_labels(text: bytes, names, source):
+def read_labels(text, names, source):
     """The labels that a `dataset.json` gives the images `names`, or None. Raises UserError."""
     try:
         pairs = json.loads(text)["labels"]
@@ -1003,11 +989,11 @@ def read_labels(text: bytes, names, source):
     except KeyError as error:
         raise UserError(f"{source} has no entry {error}") from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{source} is not a list of [file, integer label]: "
-                        f"{first_line(error)}") from None
+        reason = first_line(error)
+        raise UserError(f"{source} is not a list of [file, integer label]: {reason}") from None
 
 
-def map_array(path: Path, key: str | None = None) -> np.ndarray:
+def map_array(path, key=None):
     """Memory-map a .npy file, or one array of an .npz; a compressed one is unpacked beside it first.
 
     Raises:  UserError naming the file if it is none, or holds pickled objects: never loaded.
@@ -1019,98 +1005,85 @@ def map_array(path: Path, key: str | None = None) -> np.ndarray:
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo(f"{key}.npy")
             if member.compress_type == zipfile.ZIP_STORED:
-                with archive.open(member) as file:
-                    version = np.lib.format.read_magic(file)
-                    reader = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-                    shape, fortran, dtype = reader(file)
-                    header = file.tell()
-                if not dtype.hasobject:
-                    start = data_offset(path, member) + header
-                    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+                return map_stored(path, archive, member)
             unpacked = path.with_name(f"{path.stem}.{key}.npy")
             if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
                 with archive.open(member) as source, atomic_file(unpacked) as target:
                     shutil.copyfileobj(source, target, 1 << 24)
-            return np.lib.format.open_memmap(unpacked, mode="r")
+        return np.lib.format.open_memmap(unpacked, mode="r")
 
 
-def data_offset(path, member) -> int:
-    """Where a zip's member begins: after its local header of 30 bytes, its name and extra field."""
-    with open(path, "rb") as file:
+def map_stored(path, archive, member):
+    """Memory-map an array that lies in a zip as it is."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)[0]
+        read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
+        shape, fortran, dtype = read_header(file)
+        header = file.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    with open(path, "rb") as file:  # its data follow a local header of 30 bytes, name, extra field
         file.seek(member.header_offset + 26)
-        name_length, extra_length = np.frombuffer(file.read(4), "<u2").tolist()
-    return member.header_offset + 30 + name_length + extra_length
+        lengths = np.frombuffer(file.read(4), "<u2")
+    start = member.header_offset + 30 + int(lengths.sum(dtype=int)) + header
+    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
 IMAGE_KEYS = "arr_0", "images", "x", "data"
-LABEL_KEYS = "arr_1", "labels", "y"
 
 
-def load_arrays(path: Path, size: int) -> ArrayImages:
-    """A .npy of images, or an .npz with them as one of IMAGE_KEYS and labels as one of LABEL_KEYS."""
+def load_arrays(path, size):
+    """A .npy of images, or an .npz with them as one of IMAGE_KEYS, labels as arr_1, labels or y."""
     labels = None
     if path.suffix == ".npz":
-        with explain(f"{path} cannot be read as an npz"):
-            keys = [name.removesuffix(".npy") for name in zipfile.ZipFile(path).namelist()]
+        with explain(f"{path} cannot be read as an npz"), zipfile.ZipFile(path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
         image_keys = [key for key in IMAGE_KEYS if key in keys]
-        label_keys = [key for key in LABEL_KEYS if key in keys]
+        label_keys = [key for key in ("arr_1", "labels", "y") if key in keys]
         if not image_keys:
-            raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0 and the labels "
-                            "arr_1")
+            raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0, the labels arr_1")
         images = map_array(path, image_keys[0])
         if label_keys:
             labels = map_array(path, label_keys[0])
     else:
         images = map_array(path)
+    shape = images.shape
     if images.ndim == 3:
         images = images[..., None]
-    shaped = images.ndim == 4 and len(images) and {images.shape[1], images.shape[3]} & {1, 3, 4}
-    if images.dtype != np.uint8 or not shaped:
+    if images.ndim == 4 and images.shape[3] not in (1, 3, 4):  # planar
+        images = images.transpose(0, 2, 3, 1)
+    if images.dtype != np.uint8 or not len(images) or images.ndim != 4 or images.shape[3] not in (1, 3, 4):
         raise UserError(f"{path}: images must be uint8 of shape (n, height, width, 3), got "
-                        f"{images.dtype} {images.shape}")
-    return ArrayImages([images], labels, size, path)
+                        f"{images.dtype} {shape}")
+    if images.shape[3] == 1:  # grey
+        images = np.broadcast_to(images, (*images.shape[:3], 3))
+    return ArrayImages([images[..., :3]], labels, size, path)
 
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
-def fetch_cifar10(folder: Path) -> bytes:
-    need = (f"--dataset cifar10: put {CIFAR10_URL} into {folder}, or name other images with "
-            "--data-dir; it cannot be fetched")
-    with explain(need), urllib.request.urlopen(CIFAR10_URL, timeout=60) as source:
-        length = int(source.headers["Content-Length"] or 0)
-        bar = progress_bar(total=length, unit="B", unit_scale=True, desc="fetching CIFAR-10")
-        data = b""
-        while block := source.read(1 << 20):
-            data += block
-            bar.update(len(block))
-        bar.close()
-        return data
-
-
-def load_cifar10(folder: Path, size: int) -> ArrayImages:
+def load_cifar10(folder, size):
     """CIFAR-10's 50,000 training images, from its binary archive in `folder`, fetched if missing."""
     archive = folder / CIFAR10_URL.split("/")[-1]
-    there = archive.exists()
-    data = archive.read_bytes() if there else fetch_cifar10(folder)
-    if hashlib.md5(data).hexdigest() != CIFAR10_MD5:
-        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it, if it is "
-                        "there, and fetch it again")
-    if not there:
-        with explain(f"--data-dir {folder}"):
+    if not archive.exists():
+        with explain(f"--dataset cifar10: put {CIFAR10_URL} into {folder}, or name other images with "
+                     "--data-dir; it cannot be fetched"):
             folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(archive) as file:
-            file.write(data)
+            torch.hub.download_url_to_file(CIFAR10_URL, str(archive))
+    data = archive.read_bytes()
+    if hashlib.md5(data).hexdigest() != CIFAR10_MD5:
+        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it, fetch it again")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         names = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
         parts = [np.frombuffer(tar.extractfile(name).read(), np.uint8) for name in names]
     rows = np.concatenate(parts).reshape(50000, 3073)  # one byte of label, then planes of 32x32
-    images = rows[:, 1:].reshape(-1, 3, 32, 32)
+    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return ArrayImages([images], rows[:, 0].astype(np.int64), size, archive)
 
 
-def load_imagenet64(path: Path, batches, size: int) -> ArrayImages:
+def load_imagenet64(path, batches, size):
     """The official train_data_batch_*.npz, whose labels count from 1, in an order of their own.
 
     With ImageNet's map_clsloc.txt ("n02119789 1 kit_fox") beside them the classes are renumbered to
@@ -1119,21 +1092,21 @@ def load_imagenet64(path: Path, batches, size: int) -> ArrayImages:
     parts = [map_array(batch, "data") for batch in batches]
     if any(part.dtype != np.uint8 or part.shape[1:] != (3 * 64 * 64,) for part in parts):
         raise UserError(f"{path}: the batches must be uint8 of shape (n, 12288)")
+    parts = [part.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1) for part in parts]
     labels = np.concatenate([map_array(batch, "labels") for batch in batches]).astype(np.int64) - 1
     names = path / "map_clsloc.txt"
     if names.exists():
         with explain(f"{names} is not ImageNet's list of classes"):
             lines = [line.split() for line in names.read_text().splitlines()]
             wnids = [line[0] for line in sorted(lines, key=lambda line: int(line[1]))]
-            position = {wnid: i for i, wnid in enumerate(sorted(wnids))}
-            labels = np.array([position[wnid] for wnid in wnids])[labels]
-    return ArrayImages([part.reshape(-1, 3, 64, 64) for part in parts], labels, size, path)
+            labels = np.searchsorted(sorted(wnids), wnids)[labels]
+    return ArrayImages(parts, labels, size, path)
 
 
 NAMED = "cifar10", "imagenet64", "bedroom256", "cat256"
 
 
-def load_dataset(name: str, data_dir: str | None, size: int):
+def load_dataset(name, data_dir, size):
     """The data set called `name`, or the one at that path, with images of `size` pixels.
 
     Args:    name: glyphs, one of NAMED, or a path: a folder or zip of images, an .npz or .npy.
@@ -1145,9 +1118,8 @@ def load_dataset(name: str, data_dir: str | None, size: int):
         return ArrayImages([images], labels, size, name)
     known = name in NAMED
     if known and data_dir is None and name != "cifar10":
-        official = ", or the folder of the official train_data_batch_*.npz"
-        raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images"
-                        + official * (name == "imagenet64"))
+        raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images, or, of "
+                        "imagenet64, the folder of the official train_data_batch_*.npz")
     path = Path(data_dir or "data") if known else Path(name)
     if name == "cifar10":
         archive = path / CIFAR10_URL.split("/")[-1]
@@ -1155,19 +1127,18 @@ def load_dataset(name: str, data_dir: str | None, size: int):
         if data_dir is None or archive.exists() or empty:
             return load_cifar10(path, size)
     if not path.exists():
-        flag = "--data-dir" if known else "--dataset"
-        hint = "" if known else f"; the named data sets are glyphs, {', '.join(NAMED)}"
-        raise UserError(f"{flag} {path} does not exist{hint}")
+        raise UserError(f"{'--data-dir' if known else '--dataset'} {path} does not exist; the named "
+                        f"data sets are glyphs, {', '.join(NAMED)}")
     if path.suffix in (".npz", ".npy"):
         return load_arrays(path, size)
-    batches = list(path.rglob("train_data_batch_*.npz")) if name == "imagenet64" else []
-    if batches:
-        batches.sort(key=lambda batch: (len(batch.stem), batch.stem))  # 10 comes after 9
-        return load_imagenet64(path, batches, size)
+    official = list(path.rglob("train_data_batch_*.npz")) if name == "imagenet64" else []
+    if official:
+        official.sort(key=lambda batch: (len(batch.stem), batch.stem))  # 10 comes after 9
+        return load_imagenet64(path, official, size)
     return load_files(path, size)
 
 
-def open_dataset(args, run, size: int):
+def open_dataset(args, run, size):
     """`--dataset`, loaded by rank 0 first, which may have to fetch or unpack it."""
     with main_process_first(run):
         return load_dataset(args.dataset, args.data_dir, size)
@@ -1195,16 +1166,13 @@ def unchanged(batch):
 
 def leave_group(worker):
     """Ctrl-C and torchrun's SIGTERM go to a process group, but their step still needs its images."""
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
+    os.setpgrp()
 
 
-def make_loader(dataset, batches, workers: int | None, device):
+def make_loader(dataset, batches, workers, device):
     """The batches that the iterator of indices `batches` asks for, decoded ahead by `workers`."""
     if workers is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count()
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
         workers = min(max(share, 1), 8) if isinstance(dataset, FileImages) else 0
     ahead = dict(prefetch_factor=4, worker_init_fn=leave_group) if workers else {}
     return iter(torch.utils.data.DataLoader(
@@ -1212,19 +1180,19 @@ def make_loader(dataset, batches, workers: int | None, device):
         pin_memory=device.type == "cuda", **ahead))
 
 
-def batches(args, run, dataset, step: int):
+def batches(args, run, dataset, step):
     """This rank's micro-batches (uint8 images, labels), from step `step` on."""
     indices = index_batches(len(dataset), args.seed, step, args.total_steps, args.batch_size,
                             args.micro_batch, run.rank, run.world)
     return make_loader(dataset, indices, args.workers, run.device)
 
 
-def micro_batches(args, run) -> range:
+def micro_batches(args, run):
     """The numbers of this rank's micro-batches in every step."""
     return range(run.rank, args.batch_size // args.micro_batch, run.world)
 
 
-def to_device(batch, device, flip: bool) -> tuple[Tensor, Tensor]:
+def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
     x0, y = (part.to(device, non_blocking=True) for part in batch)
     x0 = x0.float() / 127.5 - 1
@@ -1240,7 +1208,7 @@ def to_device(batch, device, flip: bool) -> tuple[Tensor, Tensor]:
 # share it, nor on where it was resumed.
 # --------------------------------------------------------------------------------------------------
 
-def choose_device(name: str, local: int):
+def choose_device(name, local):
     """The torch.device of `--device`, of this process. Raises UserError if it is not there."""
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1257,7 +1225,7 @@ def choose_device(name: str, local: int):
     return device
 
 
-def join_processes(device, rank: int, world: int, restarts: int):
+def join_processes(device, rank, world, restarts):
     """Make the process group of what torchrun started. Returns the restarts of any node."""
     # Before there is a group: imported later, as by the optimizer, its default arguments would hold
     # the group, whose threads then outlive destroy_process_group and at times abort the process.
@@ -1307,7 +1275,7 @@ def main_process_first(run):
         torch.distributed.barrier()
 
 
-def place(net: nn.Module, run):
+def place(net, run):
     """Move a net to the device, in the memory format and compute dtype that suit it."""
     net.dtype = run.dtype
     channels_last = run.device.type == "cuda"
@@ -1326,12 +1294,12 @@ def compile_in_place(run, *modules):
 INIT, STEP, SAMPLE, SOLVER = 1, 2, 3, 4
 
 
-def seed_everything(*key: int):
+def seed_everything(*key):
     """Seed torch's generators of all devices with a hash of the integers `key`."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-def new_network(args, run, model_args: dict, teacher=None) -> UNet:
+def new_network(args, run, model_args, teacher=None):
     """The network to train, placed: seeded, with the teacher's weights for all that it has."""
     seed_everything(INIT, args.seed)
     net = make_net(model_args)
@@ -1340,7 +1308,7 @@ def new_network(args, run, model_args: dict, teacher=None) -> UNet:
     return place(net, run)
 
 
-def flatten_gradients(net: nn.Module) -> Tensor:
+def flatten_gradients(net):
     """One buffer (P,) that holds all gradients, as views. Zero it instead of calling zero_grad."""
     parameters = list(net.parameters())
     gradients = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -1375,21 +1343,21 @@ class Totals:
         for name, value in values.items():
             self.sums[self.names.index(name)] += share * value.detach()
 
-    def bin(self, t: Tensor, losses: Tensor):
+    def bin(self, t, losses):
         """Add the losses (B,) of images at noise levels t (B,) to their bins."""
         which = torch.bucketize(t, self.edges)
         self.bin_losses.index_add_(0, which, losses.detach())
         self.bin_counts.index_add_(0, which, torch.ones_like(losses))
 
-    def __getitem__(self, name) -> float:
+    def __getitem__(self, name):
         return self.values[name]
 
-    def loss_bins(self) -> list[float]:
+    def loss_bins(self):
         """The mean loss of each bin; not a number where there was no image."""
         return (self.bin_losses / self.bin_counts).tolist()
 
 
-def sum_over_ranks(run, stop, gradients: Tensor, totals: Totals) -> bool:
+def sum_over_ranks(run, stop, gradients, totals):
     """Sum the gradients and the totals over the ranks. Returns whether any rank is to stop."""
     totals.stop.fill_(stop.number > 0)
     if run.world > 1:
@@ -1412,7 +1380,7 @@ class StopSignal:
         self.number = number
 
 
-def finish(run, stop: StopSignal | None = None):
+def finish(run, stop=None):
     """Leave: exit code 0, or 128 + the number of the signal that stopped the run, on any rank."""
     if run.world > 1:
         torch.distributed.barrier()  # or torchrun would interrupt the saving of another
@@ -1433,7 +1401,7 @@ def save_checkpoint(path, state):
 RENAMED = {"times": "p_t", "extra": "cond"}  # settings of checkpoints written before
 
 
-def load_checkpoint(path) -> dict:
+def load_checkpoint(path):
     """Read a checkpoint. Raises UserError if it is missing, damaged, or could run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1452,7 +1420,7 @@ def load_checkpoint(path) -> dict:
     return state
 
 
-def file_sha(path) -> str:
+def file_sha(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
@@ -1462,7 +1430,7 @@ FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sampl
               "tensorboard", "workers", "device", "compile", "ckpt"}
 
 
-def delete_run(out_dir: Path):
+def delete_run(out_dir):
     """`--overwrite`: what a run left in its folder is deleted."""
     with explain(f"--out-dir {out_dir}"):
         for pattern in ("last.pt", "ema.pt", "samples/*.png", "tensorboard/events.*"):
@@ -1470,13 +1438,13 @@ def delete_run(out_dir: Path):
                 old.unlink(missing_ok=True)
 
 
-def settings_of_run(args: dict, model_args: dict) -> dict[str, str]:
+def settings_of_run(args, model_args):
     """What a resumed run must share with the one before, as written on the command line."""
     flags = {flag_name(key): value for key, value in args.items() if key not in FREE_FLAGS}
     return {key: show_value(value) for key, value in (flags | model_args).items()}
 
 
-def check_resumable(args, state: dict, script: str, model_args: dict):
+def check_resumable(args, state, script, model_args):
     """Raises UserError if the run of the checkpoint `state` was another script's, or had other flags."""
     if state.get("script") != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose "
@@ -1484,7 +1452,7 @@ def check_resumable(args, state: dict, script: str, model_args: dict):
     old = settings_of_run(state["args"], state["model_args"])
     new = settings_of_run(vars(args), model_args)
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
-               for key in sorted(old.keys() | new.keys())
+               for key in sorted({"--teacher-digest", *new})  # what else old has does not apply
                if old.get(key, "none") != new.get(key, "none")]
     if changed:
         raise UserError(f"--out-dir {args.out_dir} holds a run with other settings "
@@ -1492,7 +1460,7 @@ def check_resumable(args, state: dict, script: str, model_args: dict):
                         "--out-dir, or --overwrite it")
 
 
-def check_shared_folder(args, run, step: int):
+def check_shared_folder(args, run, step):
     """Raises UserError if the nodes see different folders, and so would resume at different steps."""
     if run.world == 1:
         return
@@ -1503,7 +1471,7 @@ def check_shared_folder(args, run, step: int):
                         "resume at different steps")
 
 
-def resume(args, run, script: str, model_args: dict, parts: dict) -> tuple[int, int]:
+def resume(args, run, script, model_args, parts):
     """Load `parts` from the run found in `args.out_dir`, if there is one.
 
     Args:    parts: networks and optimizers (or None) by their key in the checkpoint.
@@ -1531,7 +1499,7 @@ def resume(args, run, script: str, model_args: dict, parts: dict) -> tuple[int, 
     return state["step"], state["skipped"]
 
 
-def load_optimizer(optimizer, state: dict):
+def load_optimizer(optimizer, state):
     """Restore an optimizer, its tensors in the strides of their parameters, as fused updates need."""
     optimizer.load_state_dict(state)
     for p, values in optimizer.state.items():
@@ -1540,7 +1508,7 @@ def load_optimizer(optimizer, state: dict):
                 values[key] = torch.empty_like(p).copy_(value)
 
 
-def save_run(args, run, script: str, step: int, skipped: int, model_args: dict, parts: dict, **more):
+def save_run(args, run, script, step, skipped, model_args, parts, **more):
     """Write last.pt, which resumes the run, and ema.pt, which other tools can load; on rank 0.
 
     Args:    parts: as `resume`; its `ema` is what samples are drawn with.  more: further entries.
@@ -1555,7 +1523,7 @@ def save_run(args, run, script: str, step: int, skipped: int, model_args: dict, 
     save_checkpoint(out_dir / "ema.pt", states["ema"])
 
 
-def from_nvidia(state: dict) -> dict:
+def from_nvidia(state):
     """The weights of NVlabs/edm's DhariwalUNet under the names used here; in order of construction.
 
     NVIDIA numbers the qkv channels by (head, channel, which of q k v), ADM by (which, head, channel).
@@ -1600,11 +1568,11 @@ def from_nvidia(state: dict) -> dict:
     return renamed
 
 
-def shapes_of(state: dict) -> dict:
+def shapes_of(state):
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def network_of_weights(path, state: dict, scripts) -> tuple[UNet, dict]:
+def network_of_weights(path, state, scripts):
     """The one of NETS that a plain state dict fits, NVIDIA's names included, and its model_args."""
     state = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     changes = {}
@@ -1632,7 +1600,7 @@ def network_of_weights(path, state: dict, scripts) -> tuple[UNet, dict]:
     raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}")
 
 
-def load_network(path, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
+def load_network(path, scripts):
     """The network to sample with: `ema` of a checkpoint, or a plain state dict of one of NETS.
 
     Returns: the net in eval mode on the CPU, without gradients; and the checkpoint, of which
@@ -1666,7 +1634,7 @@ def summary_writer():
     return SummaryWriter
 
 
-def append_record(path: Path, record: dict):
+def append_record(path, record):
     """Add a line of JSON to a file, after whatever a killed process may have left there."""
     try:
         with open(path, "a+b") as file:
@@ -1684,7 +1652,7 @@ class Log:
     On other ranks than 0 it only counts. What a killed run wrote after the step it resumes from is
     dropped from log.jsonl, and TensorBoard is told to forget it.
     """
-    def __init__(self, args, run, step: int, skipped: int):
+    def __init__(self, args, run, step, skipped):
         self.args, self.main = args, run.main
         self.path, self.events = Path(args.out_dir) / "log.jsonl", None
         self.skipped, self.bad_in_a_row = skipped, {}
@@ -1700,7 +1668,7 @@ class Log:
             atexit.register(self.events.close)  # however the run ends
         self.bar = progress_bar(total=args.total_steps, initial=step, unit="step")
 
-    def forget_after(self, step: int):
+    def forget_after(self, step):
         kept = []
         if step and self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -1710,7 +1678,7 @@ class Log:
         with atomic_file(self.path, "w") as file:
             file.writelines(kept)
 
-    def step(self, step: int, finite: bool, last: bool, player=0, **values):
+    def step(self, step, finite, last, player=0, **values):
         """Count a step, and write a line of the log every --log-every steps.
 
         Args:    finite: was its loss, and was it taken?  last: of this process.  player: whose step
@@ -1730,7 +1698,7 @@ class Log:
             if due(self.args.log_every, step) or (last and self.args.log_every):
                 self.report(step)
 
-    def report(self, step: int):
+    def report(self, step):
         before, then = self.reported
         now = time.perf_counter()
         speed = (step - before) * self.args.batch_size / (now - then)
@@ -1742,7 +1710,7 @@ class Log:
         shown = {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
         self.bar.set_postfix(**shown, **{"img/s": f"{speed:.0f}"})
 
-    def write(self, record: dict):
+    def write(self, record):
         text = json.dumps(record)
         record = json.loads(text, parse_constant=lambda word: None)  # JSON knows no NaN
         append_record(self.path, record)
@@ -1752,7 +1720,7 @@ class Log:
                 self.events.add_scalar(tag, number, step)
             self.events.flush()  # a killed run loses nothing
 
-    def grid(self, step: int, blocks: list[np.ndarray], columns: int, name: str = ""):
+    def grid(self, step, blocks, columns, name=""):
         """Write samples/STEP.png, `name` after STEP, see `save_grid`."""
         path = self.path.parent / "samples" / f"{step:06d}{name}.png"
         picture = save_grid(path, blocks, columns)
@@ -1765,7 +1733,7 @@ class Log:
             self.bar.close()
 
 
-def flat_numbers(record: dict):
+def flat_numbers(record):
     """(tag, number) of each number of a record; those of a list are called key/0, key/1, .."""
     for key, value in record.items():
         numbers = {key: value}
@@ -1776,11 +1744,11 @@ def flat_numbers(record: dict):
                 yield tag, number
 
 
-def due(every: int, step: int) -> bool:
+def due(every, step):
     return every > 0 and step % every == 0
 
 
-def start_run(args, run, net, step: int, skipped: int) -> Log:
+def start_run(args, run, net, step, skipped):
     """Make the output folder, say what runs, open the log. Raises UserError if it cannot be written."""
     global ranks_differ
     ranks_differ = True
@@ -1800,7 +1768,7 @@ def start_run(args, run, net, step: int, skipped: int) -> Log:
     return Log(args, run, step, skipped)
 
 
-def peak_memory_gb(device) -> float:
+def peak_memory_gb(device):
     """The most memory this process has held: the GPU's where there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -1812,12 +1780,12 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def to_uint8(x: Tensor) -> Tensor:
+def to_uint8(x):
     """(n,C,H,W) in [-1, 1] -> (n,H,W,C) uint8, rounded, so that it inverts x/127.5 - 1."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def save_grid(path, blocks: list[np.ndarray], columns: int) -> np.ndarray:
+def save_grid(path, blocks, columns):
     """Write a PNG: each block (n,H,W,C) uint8 a grid of `columns`, the blocks side by side.
 
     Small images are enlarged. Returns: the picture, (H,W,C) uint8.
@@ -1840,7 +1808,7 @@ def save_grid(path, blocks: list[np.ndarray], columns: int) -> np.ndarray:
     return np.asarray(picture)
 
 
-def make_save_path(path) -> Path:
+def make_save_path(path):
     """See that samples can be saved at `path`, before hours are spent on drawing them."""
     path = Path(path)
     if path.suffix not in ("", ".png", ".npz"):
@@ -1851,7 +1819,7 @@ def make_save_path(path) -> Path:
     return path
 
 
-def save_samples(path: Path, images: np.ndarray, labels: Tensor | None, columns: int):
+def save_samples(path, images, labels, columns):
     """Write samples (n,H,W,C) uint8 as a .png grid, a folder of PNGs, or an .npz as ADM's evaluator
     reads it: arr_0 the images, arr_1 the labels."""
     from PIL import Image
@@ -1876,29 +1844,29 @@ class SeededNoise:
 
     It is seeded by (seed, i), so a sample depends neither on its batch nor on the device.
     """
-    def __init__(self, indices: Tensor, seed: int):
+    def __init__(self, indices, seed):
         self.indices, self.generators = indices, []
         for i in indices.tolist():
             key = np.random.SeedSequence((SAMPLE, seed, i)).generate_state(1, np.uint64)[0] >> 1
             self.generators.append(torch.Generator().manual_seed(int(key)))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x):
         noise = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
         return torch.stack(noise).to(x.device)
 
 
-def initial_noise(net, noise, shape, t: float) -> Tensor:
+def initial_noise(net, noise, shape, t):
     """t * unit noise (b,C,H,W), on the device of the net: where sampling begins."""
     return t * noise(torch.zeros(shape, device=next(net.parameters()).device))
 
 
-def draw_part(draw, part: Tensor, y: Tensor | None, shape, seed: int) -> Tensor:
+def draw_part(draw, part, y, shape, seed):
     """Images `part` (b,) of those that `draw_many` draws: (b,H,W,C) uint8."""
     y_part = None if y is None else y[part]
     return to_uint8(draw(y_part, SeededNoise(part, seed), (len(part), *shape)))
 
 
-def draw_many(run, draw, n: int, y: Tensor | None, shape, seed: int, batch: int = 64):
+def draw_many(run, draw, n, y, shape, seed, batch=64):
     """n images (n,H,W,C) uint8, shared out among the ranks; image i depends on (seed, i) alone.
 
     Args:    draw: (y (b,), noise, shape (b,C,H,W)) -> images (b,C,H,W) in [-1, 1], b at most `batch`.
@@ -1915,7 +1883,7 @@ def draw_many(run, draw, n: int, y: Tensor | None, shape, seed: int, batch: int 
     return images.cpu().numpy()
 
 
-def sample_grid(args, run, log: Log, step: int, draws, classes: int, shape, name="", columns=None):
+def sample_grid(args, run, log, step, draws, classes, shape, name="", columns=None):
     """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`.
 
     Args:    draws: as `draw_many`.  classes: a column each, at most 10; 0: no labels, 8 columns.
@@ -1928,7 +1896,7 @@ def sample_grid(args, run, log: Log, step: int, draws, classes: int, shape, name
         log.grid(step, blocks, columns, name)
 
 
-def labels_to_draw(args, net, n: int, device, key: str = "labels") -> Tensor | None:
+def labels_to_draw(args, net, n, device, key="labels"):
     """`--labels` in turn, or all classes in turn, for n images: (n,) int64; None without labels."""
     labels = getattr(args, key)
     if labels and max(labels) >= net.classes:
@@ -1941,7 +1909,7 @@ def labels_to_draw(args, net, n: int, device, key: str = "labels") -> Tensor | N
     return torch.tensor([labels[i % len(labels)] for i in range(n)], device=device)
 
 
-def sampling_net(args, run, scripts: tuple[str, ...]) -> tuple[UNet, dict]:
+def sampling_net(args, run, scripts):
     """The network of `--ckpt`, placed, and its checkpoint, see `load_network`."""
     net, trained = load_network(args.ckpt, scripts)
     return place(net, run), trained
@@ -1958,7 +1926,7 @@ def import_evaluate():
     return evaluate
 
 
-def sample_checkpoint(args, run, net, draw, calls: int, trained: dict):
+def sample_checkpoint(args, run, net, draw, calls, trained):
     """`--ckpt`: draw images and save them, or with `--eval n` measure them.
 
     Args:    draw: as `draw_many`.  calls: of the network for an image, to be said.
@@ -1982,7 +1950,7 @@ def sample_checkpoint(args, run, net, draw, calls: int, trained: dict):
         print(f"{n} samples, {calls} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
 
 
-def dataset_of(args, trained: dict) -> tuple[str, str | None]:
+def dataset_of(args, trained):
     """`--dataset` and `--data-dir`, by default those the checkpoint was trained on."""
     settings = trained.get("args", {})
     name = args.dataset or settings.get("dataset")
@@ -1999,7 +1967,7 @@ def dataset_of(args, trained: dict) -> tuple[str, str | None]:
 # Flags. Each is said once, where it is added, with the condition under which it applies.
 # --------------------------------------------------------------------------------------------------
 
-def flag_name(key: str) -> str:
+def flag_name(key):
     return "--" + key.replace("_", "-")
 
 
@@ -2024,7 +1992,7 @@ def p_of_t(word):
     return word if word == "uniform" else float(word)
 
 
-def check_p_t(p_t, times: Tensor):
+def check_p_t(p_t, times):
     """See that p(t) can be drawn from on the grid `times`. Raises UserError."""
     if p_t == ["uniform"]:
         return
@@ -2034,21 +2002,21 @@ def check_p_t(p_t, times: Tensor):
                         "ln t, or uniform")
 
 
-def condition_holds(value, wanted) -> bool:
+def condition_holds(value, wanted):
     """Of a setting: True, False: it is truthy, falsy; otherwise it is `wanted`, or one of a tuple."""
     if isinstance(wanted, bool):
         return bool(value) == wanted
     return value in (wanted if isinstance(wanted, tuple) else (wanted,))
 
 
-def with_setting(key: str, value) -> str:
+def with_setting(key, value):
     """"with --key value" as a message says it, "without --key" if there is no value."""
     if value is True:
         return f"with {flag_name(key)}"
     return f"with {flag_name(key)} {show_value(value)}" if value else f"without {flag_name(key)}"
 
 
-def describe(only: dict) -> str:
+def describe(only):
     """The condition in words, for --help."""
     parts = []
     for key, wanted in only.items():
@@ -2059,12 +2027,12 @@ def describe(only: dict) -> str:
 
 class FlagGroup:
     """Flags under one title of --help, all with the conditions `only`."""
-    def __init__(self, parser, title: str, only: dict):
+    def __init__(self, parser, title, only):
         self.parser, self.only = parser, only
         note = f" ({describe(only)})" if only else ""
         self.group = parser.add_argument_group(title + note)
 
-    def flag(self, name: str, *, only=None, default=None, help: str, **settings):
+    def flag(self, name, *, only=None, default=None, help, **settings):
         """Add a flag.
 
         Args:    only: the settings with which it applies, {key: what `condition_holds` takes}, or a
@@ -2085,7 +2053,7 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.conditions, self.defaults = {}, {}
 
-    def group(self, title: str, **only) -> FlagGroup:
+    def group(self, title, **only):
         return FlagGroup(self, title, only)
 
     def error(self, message):
@@ -2095,7 +2063,7 @@ class Parser(argparse.ArgumentParser):
             message += f" (did you mean {near[0]}?)" if near else ""
         raise UserError(message)
 
-    def why_not(self, key: str, settings: dict) -> str | None:
+    def why_not(self, key, settings):
         """Why a flag does not apply with these settings: "with --recipe ect"; None if it applies."""
         failures = []
         for only in self.conditions.get(key, [{}]):
@@ -2107,7 +2075,7 @@ class Parser(argparse.ArgumentParser):
             failures.append((met_before, with_setting(failed[0], settings.get(failed[0]))))
         return max(failures)[1]  # of the alternative that came nearest
 
-    def can_sample(self, key: str) -> bool:
+    def can_sample(self, key):
         """Whether a flag may apply with --ckpt."""
         return any(only.get("ckpt") is not False for only in self.conditions.get(key, [{}]))
 
@@ -2120,7 +2088,7 @@ SAMPLING_DEFAULTS = dict(sample=64, micro_batch=64, save="samples.png", seed=0, 
                          precision="auto", compile=False)
 
 
-def add_shared_flags(parser: Parser, **only):
+def add_shared_flags(parser, **only):
     """The flags that mean the same in all four scripts. only: further conditions, by key."""
     def flag(group, name, help, only_here=None, **settings):
         key = name.removeprefix("--").replace("-", "_")
@@ -2193,7 +2161,7 @@ def add_shared_flags(parser: Parser, **only):
     flag(both, "--compile", "torch.compile the network (default: on CUDA, when training)", **switch)
 
 
-def parse_flags(parser: Parser, recipe, check=None):
+def parse_flags(parser, recipe, check=None):
     """Read the command line. From here on an error is one line, and exit code 2.
 
     Args:    recipe: flags -> the settings they imply; flags: a dict of what the user gave.
@@ -2224,7 +2192,8 @@ def parse_flags(parser: Parser, recipe, check=None):
     if batch_size % settings["micro_batch"]:
         raise UserError(f"--batch-size {batch_size} is not a multiple of --micro-batch "
                         f"{settings['micro_batch']}")
-    kept = {key: value for key, value in settings.items() if not parser.why_not(key, settings)}
+    kept = {key: value for key, value in settings.items()
+            if key in FREE_FLAGS or not parser.why_not(key, settings)}
     args = argparse.Namespace(**kept)
     if check:
         check(args)
@@ -2233,7 +2202,7 @@ def parse_flags(parser: Parser, recipe, check=None):
     return args
 
 
-def refuse(args, keys, why: str):
+def refuse(args, keys, why):
     """Raises UserError for the first of `keys` that is set: "--key does not apply {why}"."""
     for key in keys:
         if getattr(args, key):
@@ -2255,13 +2224,13 @@ DATASETS = {  # what a teacher and the students distilled from it have in common
 }
 
 
-def known_dataset(flags: dict) -> str:
+def known_dataset(flags):
     """The name under which the recipes of `--dataset` stand: "path" for your own images."""
     dataset = flags.get("dataset", "glyphs")
     return dataset if dataset in DATASETS else "path"
 
 
-def train_first_teacher(args, run, stop: StopSignal, script: str, label_dropout: float = 0.0):
+def train_first_teacher(args, run, stop, script, label_dropout=0.0):
     """Train the teacher that a `script` without `--teacher` begins with, by cd.py; args then names it.
 
     Raises:  UserError if cd.py is not there.
@@ -2274,7 +2243,7 @@ def train_first_teacher(args, run, stop: StopSignal, script: str, label_dropout:
     cd.train_first_teacher(args, run, stop, script, label_dropout)
 
 
-def open_teacher(args, run) -> tuple[UNet | None, dict]:
+def open_teacher(args, run):
     """The network of `--teacher FILE`, placed, and its model arguments.
 
     For `ideal` and `none` no network, and the arguments of --net. The file's digest is kept in
@@ -2294,14 +2263,14 @@ def open_teacher(args, run) -> tuple[UNet | None, dict]:
     return place(teacher, run), trained["model_args"]
 
 
-def choose_classes(args, dataset) -> int:
+def choose_classes(args, dataset):
     """How many labels the net is to know, 0 for none. Raises UserError if there are too few."""
     if args.class_cond and not dataset.classes:
         raise UserError(f"--class-cond: {args.dataset} has no labels")
     return 0 if args.class_cond is False else dataset.classes
 
 
-def teacher_denoiser(args, run, teacher: UNet | None, dataset):
+def teacher_denoiser(args, run, teacher, dataset):
     """What the student is distilled from.
 
     Returns: D(x, t, y or None) -> denoised x, None for `none`; how many labels the student is to know.
@@ -2331,25 +2300,25 @@ def teacher_denoiser(args, run, teacher: UNet | None, dataset):
 LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
 
 
-def luminance(x: Tensor) -> Tensor:
+def luminance(x):
     """The projection of each pixel's colour onto the direction of luminance: what a grey picture says."""
     q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
     return q * (q * x).sum(1, keepdim=True)
 
 
-def grey(x: Tensor) -> Tensor:
+def grey(x):
     """A grey picture, to look at: the projection is tinted."""
     weights = x.new_tensor(LUMINANCE).view(3, 1, 1)
     return (weights * x).sum(1, keepdim=True).expand_as(x)
 
 
-def patch_means(x: Tensor, factor: int) -> Tensor:
+def patch_means(x, factor):
     """Each factor x factor patch replaced by its mean: what a small picture says."""
     means = F.avg_pool2d(x, factor)
     return means.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def slerp(z1: Tensor, z2: Tensor, a: Tensor) -> Tensor:
+def slerp(z1, z2, a):
     """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). CM App. D."""
     cosine = F.cosine_similarity(z1.flatten(1), z2.flatten(1))
     a, psi = bcast(a, z1), bcast(cosine.arccos(), z1)
@@ -2361,7 +2330,7 @@ TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], de
              interpolate=[T_MAX])  # the noise levels of each
 
 
-def add_edit_flags(parser: Parser):
+def add_edit_flags(parser):
     group = parser.group("editing", ckpt=True)
     group.flag("--edit", only=dict(eval=False), choices=TASKS, help="what to do to the --image files, "
                "--sample results each (default 4; denoise 1, interpolate 10 steps)")
@@ -2377,7 +2346,7 @@ def add_edit_flags(parser: Parser):
                help="the images carry that noise already; add none")
 
 
-def read_image(path, size: int, factor: int | None = None, flag: str = "--image"):
+def read_image(path, size, factor=None, flag="--image"):
     """An image file -> (3,size,size) in [-1, 1], and whether it was whole.
 
     With `factor` an image of size / factor pixels will do too, and is not.
@@ -2392,7 +2361,7 @@ def read_image(path, size: int, factor: int | None = None, flag: str = "--image"
         return pixels.permute(2, 0, 1) / 127.5 - 1, not small
 
 
-def read_mask(path, size: int) -> Tensor:
+def read_mask(path, size):
     """(1,1,size,size): 1 where the mask image is nearer to white. Without one the central square."""
     mask = torch.zeros(1, 1, size, size)
     if path is None:
@@ -2422,7 +2391,7 @@ def check_edit(args, net):
                         "or one for each")
 
 
-def edit_factor(args, net) -> int:
+def edit_factor(args, net):
     return args.factor or max(2, net.image_size // 32)
 
 
