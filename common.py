@@ -1934,7 +1934,7 @@ def sample_checkpoint(args, run, net, draw, calls, trained):
     """
     compile_in_place(run, net)
     shape = 3, net.image_size, net.image_size
-    n = args.eval or args.sample
+    n = args.eval or args.sample or 64
     y = labels_to_draw(args, net, n, run.device)
     if args.eval:
         evaluate = import_evaluate()
@@ -2084,7 +2084,7 @@ class Parser(argparse.ArgumentParser):
 SHARED_DEFAULTS = dict(dataset="glyphs", data_dir=None, class_cond=None, workers=None,
                        overwrite=False, seed=0, log_every=50, sample_every=500, save_every=500,
                        tensorboard=False, device="auto", precision="auto", compile=None)
-SAMPLING_DEFAULTS = dict(sample=64, micro_batch=64, save="samples.png", seed=0, device="auto",
+SAMPLING_DEFAULTS = dict(micro_batch=64, save="samples.png", seed=0, device="auto",
                          precision="auto", compile=False)
 
 
