@@ -103,7 +103,7 @@ def test_micro_batches_are_shared_out_in_turn():
 def new_parts(seed):
     torch.manual_seed(seed)
     net = common.UNet(**TINY, cond=True)
-    ema, target = copy.deepcopy(net), fill(copy.deepcopy(net))
+    ema, target = copy.deepcopy(net), fill(copy.deepcopy(net), seed)
     optimizer = torch.optim.RAdam(net.parameters(), 0.1)
     for p in net.parameters():
         p.grad = torch.randn_like(p)
@@ -142,6 +142,7 @@ def test_resume_loads_every_part(saved, tmp_path, old):
     if old:
         state["args"]["times"] = state["args"].pop("p_t")
         state["model_args"]["extra"] = state["model_args"].pop("cond")
+        state["args"]["mu"] = None  # and settings were kept that do not apply
     torch.save(state, tmp_path / "last.pt")
     again = new_parts(1)
     args = settings(tmp_path, log_every=9, teacher="elsewhere")  # what may change
@@ -162,6 +163,7 @@ def test_resume_loads_every_part(saved, tmp_path, old):
     ("ct", dict(lr=0.5), {}, "other settings (--lr 0.1 there, 0.5 now)"),
     ("ct", dict(p_t=["uniform"]), {}, "(--p-t -1.1,2.0 there, uniform now)"),
     ("ct", dict(mu=0.9), {}, "(--mu none there, 0.9 now)"),
+    ("ct", dict(teacher_digest="abc"), {}, "(--teacher-digest none there, abc now)"),
     ("ct", {}, dict(blocks=2), "(blocks 1 there, 2 now)")])
 def test_another_run_is_not_resumed(saved, script, changes, model, message):
     folder, _ = saved

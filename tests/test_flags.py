@@ -28,7 +28,8 @@ def parser():
 
 def recipe(flags):
     name = flags.get("recipe", "ct")
-    return dict(recipe=name, s0=10, mu=0.5, batch_size=12, micro_batch=8, total_steps=7, lr=1e-3)
+    return dict(recipe=name, s0=10, mu=0.5, batch_size=12, micro_batch=8, total_steps=7, lr=1e-3,
+                class_cond=True)
 
 
 def parse(monkeypatch, words, check=None):
@@ -78,7 +79,7 @@ def test_flags_go_before_recipes_before_defaults(monkeypatch):
     assert (args.s0, args.mu, args.recipe, args.stage) == (4, 0.5, "ct", "student")
     assert (args.lr, args.seed, args.out_dir, args.ckpt) == (1e-3, 0, "out/ct", None)
     assert (args.dataset, args.data_dir, args.teacher_steps) == ("cifar10", "x", None)
-    assert args.log_every == 50 and args.overwrite is False and args.compile is None
+    assert (args.class_cond, args.log_every, args.compile) == (True, 50, None)
 
 
 def test_the_largest_micro_batch_that_divides(monkeypatch):
@@ -100,7 +101,7 @@ def test_settings_that_do_not_apply_are_dropped(monkeypatch):
 def test_settings_with_a_checkpoint(monkeypatch):
     """No recipe has a say; what may apply is there, with its default."""
     args = parse(monkeypatch, "--ckpt x.pt --seed 3")
-    assert (args.ckpt, args.seed, args.sample, args.micro_batch) == ("x.pt", 3, 64, 64)
+    assert (args.ckpt, args.seed, args.sample, args.micro_batch) == ("x.pt", 3, None, 64)
     assert (args.sigmas, args.labels, args.eval, args.dataset, args.w) == (None,) * 5
     assert (args.save, args.device, args.compile) == ("samples.png", "auto", False)
     assert not vars(args).keys() & {"lr", "recipe", "s0", "out_dir", "stage"}
