@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import common
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 TINY = dict(image_size=16, base=32, mult=(1, 2), blocks=1, attention=(8,), head_channels=32)
 SMALL = ["--net", "glyphs", "base=32", "mult=1,1", "blocks=1",
@@ -145,11 +145,12 @@ def run_here(command, cwd, env, timeout, prelude):
         exec(prelude, names | {"__name__": "prelude"})
         runpy.run_path(command[0], run_name="__main__")
 
+    elsewhere = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
     streams = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]
     with redirected(streams), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.chdir(cwd)
         patch.setattr(sys, "argv", command)
-        patch.setattr(sys, "path", [str(Path(command[0]).parent), *sys.path])
+        patch.setattr(sys, "path", [str(ROOT), *elsewhere])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
         patch.setattr(warnings, "_showwarnmsg_impl", SHOW_WARNING)
         warnings.resetwarnings()
@@ -161,6 +162,9 @@ def run_here(command, cwd, env, timeout, prelude):
         for name in MODULES:
             sys.modules.pop(name, None)
         importlib.import_module("common").glyphs = glyphs
+        if not prelude:
+            sys.path.remove(str(ROOT))
+        sys.path.insert(0, str(Path(command[0]).parent))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGALRM, late)
         signal.alarm(math.ceil(timeout))
