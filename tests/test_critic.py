@@ -1,4 +1,4 @@
-"""CTM's critics: DiffAugment, taps, projections and heads against the notes of the reference; weights, spectral norms, hinge loss."""
+"""CTM's critics against notes of the reference: DiffAugment, taps, projections, heads, weights."""
 import copy
 import itertools
 import math
@@ -30,17 +30,27 @@ def parametrized(module):
     return [layer for layer in module.modules() if nn.utils.parametrize.is_parametrized(layer)]
 
 
-def plain(B):
-    """Draws of colours that change nothing, and of a shift by nothing."""
-    return torch.zeros(B), torch.ones(B), torch.ones(B), torch.zeros(B, 2, dtype=torch.long)
+def convolutions(module):
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def same_state(a, b):
+    return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def upsampled(n, position):
+    """(m,n): the weights of linear interpolation between n pixels at m positions."""
+    return (1 - (position[:, None] - torch.arange(n)).abs()).clamp(0)
 
 
 # ---- augmentation
 
 def test_augment_vector():
     draws, x = WANTED["diffaug"], (torch.arange(216) / 100 - 1).view(2, 3, 6, 6)
-    shift, hole = (torch.tensor([draws[f"{kind}_x"], draws[f"{kind}_y"]]).T for kind in ("trans", "offset"))
-    y = ctm.augment(x, *(torch.tensor(draws[key]) for key in ("brightness", "saturation", "contrast")), shift, hole)
+    shift, hole = (torch.tensor([draws[f"{kind}_x"], draws[f"{kind}_y"]]).T
+                   for kind in ("trans", "offset"))
+    colours = [torch.tensor(draws[key]) for key in ("brightness", "saturation", "contrast")]
+    y = ctm.augment(x, *colours, shift, hole)
     close(y[0, 0], sum(draws["y_b0_c0"], []))
     close(y[1, 2], sum(draws["y_b1_c2"], []))
     close(y.sum(), draws["sum"], 1e-5, 1e-5)
@@ -53,10 +63,13 @@ def clamped(first, side, size):
 
 @pytest.mark.parametrize("size", [16, 32])
 def test_augment_pixel_by_pixel(size):
-    rng, B, reach, side = np.random.default_rng(size), 8, int(0.125 * size + 0.5), int(0.2 * size + 0.5)
-    x, colours = rng.uniform(-1, 1, (B, 3, size, size)), rng.uniform([-0.5, 0, 0.5], [0.5, 2, 1.5], (B, 3)).T
-    shift, hole = rng.integers(-reach, reach + 1, (B, 2)), rng.integers(0, size + 1 - side % 2, (B, 2))
-    shift[:2], hole[:2] = [[reach, -reach], [-reach, reach]], [[0, size - side % 2], [size - side % 2, 0]]
+    rng, B = np.random.default_rng(size), 8
+    reach, side = int(0.125 * size + 0.5), int(0.2 * size + 0.5)
+    last = size - side % 2
+    x = rng.uniform(-1, 1, (B, 3, size, size))
+    colours = rng.uniform([-0.5, 0, 0.5], [0.5, 2, 1.5], (B, 3)).T
+    shift, hole = rng.integers(-reach, reach + 1, (B, 2)), rng.integers(0, last + 1, (B, 2))
+    shift[:2], hole[:2] = [[reach, -reach], [-reach, reach]], [[0, last], [last, 0]]
     found = ctm.augment(*(torch.tensor(value) for value in (x, *colours, shift, hole)))
     expected = np.zeros_like(x)
     for b in range(B):
@@ -67,41 +80,48 @@ def test_augment_pixel_by_pixel(size):
             row, column = i + shift[b, 0], j + shift[b, 1]
             if 0 <= row < size and 0 <= column < size:
                 expected[b, :, i, j] = image[:, row, column]
-        expected[b][:, clamped(hole[b, 0], side, size)[:, None], clamped(hole[b, 1], side, size)] = 0
+        rows, columns = (clamped(hole[b, i], side, size) for i in (0, 1))
+        expected[b][:, rows[:, None], columns] = 0
     close(found, expected, 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("size, side", [(8, 2), (13, 3), (16, 3), (20, 4), (32, 6)])
 def test_holes_at_all_places_are_the_references(size, side):
     places = list(itertools.product(range(size + 1 - side % 2), repeat=2))
-    found = ctm.augment(torch.ones(len(places), 1, size, size), *plain(len(places)), torch.tensor(places))
+    n = len(places)
+    zeros, ones, still = torch.zeros(n), torch.ones(n), torch.zeros(n, 2, dtype=torch.long)
+    white, places = torch.ones(n, 1, size, size), torch.tensor(places)
+    found = ctm.augment(white, zeros, ones, ones, still, places)
     expected = torch.ones_like(found)
-    for image, (i, j) in zip(expected.numpy(), places):
+    for image, (i, j) in zip(expected.numpy(), places.tolist()):
         image[0][clamped(i, side, size)[:, None], clamped(j, side, size)] = 0
     assert torch.equal(found, expected)
 
 
 def test_gradient_of_augment():
-    colours, places = torch.tensor([[0.1, -0.2], [1.5, 0.5], [0.8, 1.2]]).double(), torch.tensor([[[1, -1], [0, 2]], [[2, 3], [5, 0]]])
+    colours = torch.tensor([[0.1, -0.2], [1.5, 0.5], [0.8, 1.2]]).double()
+    places = torch.tensor([[[1, -1], [0, 2]], [[2, 3], [5, 0]]])
     x = img((2, 3, 6, 6)).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: ctm.augment(x, *colours, *places), x)
 
 
 @pytest.mark.parametrize("ranges", WANTED["aug_ranges"], ids=lambda ranges: str(ranges["size"]))
 def test_random_draws(ranges, monkeypatch):
-    """Each uniform on its range, both ends included, and independent of the others and of other images'."""
-    B, size, r, top = 40_000, ranges["size"], ranges["shift"], ranges["offset_exclusive_hi"]
+    """Each even on its range, both ends included, independent of the others and other images'."""
+    B, size, r, end = 40_000, ranges["size"], ranges["shift"], ranges["offset_exclusive_hi"]
     monkeypatch.setattr(ctm, "augment", lambda x, *draws: draws)
     *colours, shift, hole = seeded(lambda: ctm.random_augment(torch.empty(B, 0, size, size)))
     for draw, low in zip(colours, (-0.5, 0.0, 0.5)):
-        width = 2 if low == 0 else 1
-        assert draw.shape == (B,) and low <= draw.min() < low + 0.001 and low + width - 0.001 < draw.max() <= low + width
-        assert (torch.histc(draw, 10, low, low + width) / B - 0.1).abs().max() < 0.01
-    for draw, low, high in ((shift, -r, r + 1), (hole, 0, top)):
+        high = low + (2 if low == 0 else 1)
+        assert draw.shape == (B,)
+        assert low <= draw.min() < low + 0.001 and high - 0.001 < draw.max() <= high
+        assert (torch.histc(draw, 10, low, high) / B - 0.1).abs().max() < 0.01
+    for draw, low, high in ((shift, -r, r + 1), (hole, 0, end)):
         assert draw.shape == (B, 2) and draw.min() == low and draw.max() == high - 1
         for i in (0, 1):
             counts = torch.bincount(draw[:, i] - low, minlength=high - low)
-            assert (counts / B * (high - low) - 1).abs().max() < 6 * math.sqrt((high - low) / B)
+            worst = (counts / B * (high - low) - 1).abs().max()
+            assert worst < 6 * math.sqrt((high - low) / B)
     together = torch.corrcoef(torch.stack([*colours, *shift.T, *hole.T]))
     assert (together - torch.eye(7)).abs().max() < 0.03
 
@@ -134,15 +154,15 @@ def small_critic(seed=0, size=16):
 
 def test_power_iteration_advances_once_a_step_and_never_in_a_pass():
     critic, x = small_critic(), img((2, 3, 16, 16))
-    before = copy.deepcopy(critic.state_dict())
+    before = copy.deepcopy(critic)
     critic(x).sum().backward()
-    assert all(torch.equal(value, before[key]) for key, value in critic.state_dict().items())
+    assert same_state(critic.state_dict(), before.state_dict())
     ctm.renew_norms(critic)
     assert not any(module.training for module in critic.modules())
-    for layer in parametrized(critic):
-        norm, W = layer.parametrizations.weight[0], layer.parametrizations.weight.original.detach().flatten(1)
-        old = before[next(key for key, value in critic.state_dict().items() if value.data_ptr() == norm._v.data_ptr())]
-        u = torch.nn.functional.normalize(W @ old, dim=0)
+    for layer, old in zip(parametrized(critic), parametrized(before), strict=True):
+        W = layer.parametrizations.weight.original.detach().flatten(1)
+        norm = layer.parametrizations.weight[0]
+        u = torch.nn.functional.normalize(W @ old.parametrizations.weight[0]._v, dim=0)
         close(norm._u, u, 1e-4, 1e-5)
         close(norm._v, torch.nn.functional.normalize(W.T @ u, dim=0), 1e-4, 1e-5)
 
@@ -155,9 +175,8 @@ def test_spectral_norms_become_1(build):
             p.mul_(3).add_(0.1)
     for _ in range(100):
         ctm.renew_norms(critic)
-    convolutions = [module for module in critic.modules() if isinstance(module, nn.Conv2d)]
-    assert convolutions == parametrized(critic) != []
-    for layer in convolutions:
+    assert convolutions(critic) == parametrized(critic) != []
+    for layer in convolutions(critic):
         close(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0], 1, 1e-4)
 
 
@@ -165,15 +184,18 @@ def test_heads_use_batch_statistics_in_eval_mode_too():
     block = seeded(lambda: ctm.down(3, 8)).eval()
     x, norm = img((4, 3, 16, 16), 0.5), block[1]
     wide = block[0](x).detach()
-    expected = (wide - wide.mean((0, 2, 3), True)) / (wide.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    deviation = (wide.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = (wide - wide.mean((0, 2, 3), True)) / deviation
     close(block(x).detach(), torch.where(expected > 0, expected, 0.2 * expected), 1e-4, 1e-5)
-    assert block(x).shape == (4, 8, 8, 8) and norm.weight.requires_grad and not list(norm.buffers())
+    assert block(x).shape == (4, 8, 8, 8)
+    assert norm.weight.requires_grad and not list(norm.buffers())
     assert not any("running" in key for key in small_critic().state_dict())
 
 
 # ---- the small critic
 
-@pytest.mark.parametrize("size, logits", [(8, [16, 16, 4]), (16, [16, 16, 16]), (32, [16, 16, 16]), (64, [16, 16, 16])])
+@pytest.mark.parametrize("size, logits", [(8, [16, 16, 4]), (16, [16] * 3), (32, [16] * 3),
+                                          (64, [16] * 3)])
 def test_conv_critic_judges_three_scales(size, logits, monkeypatch):
     critic, x, seen = small_critic(size=size), img((2, 3, size, size)), []
     monkeypatch.setattr(ctm, "random_augment", lambda x: x.flip(3))
@@ -182,22 +204,23 @@ def test_conv_critic_judges_three_scales(size, logits, monkeypatch):
     out = critic(x)
     assert out.shape == (2, sum(logits)) and [part[0].numel() for _, part in seen] == logits
     assert torch.equal(out, torch.cat([part.flatten(1) for _, part in seen], 1))
-    widths = [layer.out_channels for layer in critic.heads[0].modules() if isinstance(layer, nn.Conv2d)]
+    widths = [layer.out_channels for layer in convolutions(critic.heads[0])]
     assert widths == [8, 16, 32, 32, 32][:int(math.log2(size)) - 1] + [1]
-    for scale, (given, _) in enumerate(seen):
+    for scale, (shown, _) in enumerate(seen):
         n = 2**scale
-        close(given, x.flip(3).view(2, 3, size // n, n, size // n, n).mean((3, 5)))
+        close(shown, x.flip(3).view(2, 3, size // n, n, size // n, n).mean((3, 5)))
 
 
 def test_conv_critic_learns_a_shape():
-    """Stripes lie or stand: told apart, whatever the colours; against stripes of its own kind the loss stays that of not knowing."""
-    def stripes(which):
-        wave = torch.randn(16, 3, 1, 1) * torch.sign(torch.sin(math.pi / 2 * (torch.arange(16) + 0.5))).view(1, 1, 16, 1)
-        return (0.5 * (wave if which else wave.mT)).expand(16, 3, 16, 16)
+    """Stripes lie or stand: told apart, whatever the colours; those of one kind are not."""
+    def stripes(stand):
+        bands = torch.sign(torch.sin(math.pi / 2 * (torch.arange(16) + 0.5))).view(1, 1, 16, 1)
+        wave = torch.randn(16, 3, 1, 1) * bands
+        return (0.5 * (wave if stand else wave.mT)).expand(16, 3, 16, 16)
     losses = []
     for other in (1, 0):
-        critic = small_critic(1)
-        optimizer, history = torch.optim.RAdam(critic.heads.parameters(), 5e-3, betas=(0.5, 0.9)), []
+        critic, history = small_critic(1), []
+        optimizer = torch.optim.RAdam(critic.heads.parameters(), 5e-3, betas=(0.5, 0.9))
         for _ in range(60):
             ctm.renew_norms(critic)
             loss = ctm.hinge_loss(critic, stripes(0), stripes(other))
@@ -212,35 +235,40 @@ def test_conv_critic_learns_a_shape():
 def test_a_seed_is_a_critic_and_its_draws():
     x = img((2, 3, 16, 16))
     a, b, c = small_critic(), small_critic(), small_critic(1)
-    assert all(torch.equal(a.state_dict()[key], value) for key, value in b.state_dict().items())
+    assert same_state(a.state_dict(), b.state_dict())
     assert torch.equal(seeded(lambda: a(x)), seeded(lambda: b(x)))
-    assert not torch.equal(seeded(lambda: a(x)), seeded(lambda: a(x), 1)) and not torch.equal(seeded(lambda: a(x)), seeded(lambda: c(x)))
+    assert not torch.equal(seeded(lambda: a(x)), seeded(lambda: a(x), 1))
+    assert not torch.equal(seeded(lambda: a(x)), seeded(lambda: c(x)))
 
 
-@pytest.mark.parametrize("build", [small_critic, lambda: efficientnet_critic()], ids=["conv", "projected"])
+@pytest.mark.parametrize("build", [small_critic, lambda: efficientnet_critic()],
+                         ids=["conv", "projected"])
 def test_generator_and_critic_get_gradient_in_turn(build):
     critic, x = build(), img((2, 3, 16, 16)).requires_grad_()
     critic.heads.requires_grad_(False)
     (-critic(x).mean()).backward()
-    assert (x.grad.flatten(1).abs().sum(1) > 0).all() and all(p.grad is None for p in critic.parameters())
+    assert (x.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(p.grad is None for p in critic.parameters())
     critic.heads.requires_grad_(True)
     ctm.hinge_loss(critic, x.detach(), 0.5 * x.detach().flip(2)).backward()
     assert all(p.grad.isfinite().all() for p in critic.heads.parameters())
-    assert all(p.grad.any() for name, p in critic.heads.named_parameters() if p.ndim == 4)
+    assert all(p.grad.any() for p in critic.heads.parameters() if p.ndim == 4)
 
 
 # ---- the projected critic
 
 @pytest.fixture(scope="module")
 def projectors():
-    """Both, random, with what they and their networks were given and gave: {name: (projector, seen)}."""
+    """Both, random, with what they and their networks were shown and gave: {name: (it, seen)}."""
     pytest.importorskip("timm")
     found = {}
     for name in (EFFICIENTNET, DEIT):
-        torch.manual_seed(0)
-        projector, seen = ctm.Projector(name, pretrained=False), {}
-        for key, module in (("taps", projector.features[0]), *((f"layer{i}_ccm", layer) for i, layer in enumerate(projector.channels))):
-            module.register_forward_hook(lambda module, args, out, key=key, seen=seen: seen.update({key: (args[0].detach(), out)}))
+        projector, seen = seeded(lambda: ctm.Projector(name, pretrained=False)), {}
+        modules = {f"layer{i}_ccm": layer for i, layer in enumerate(projector.channels)}
+        for key, module in (modules | dict(taps=projector.features[0])).items():
+            def keep(module, args, out, key=key, seen=seen):
+                seen[key] = args[0].detach(), out
+            module.register_forward_hook(keep)
         seen["x"] = img((2, 3, 32, 32)).requires_grad_()
         seen["features"] = projector(seen["x"])
         found[name] = projector, seen
@@ -252,25 +280,28 @@ def test_shapes_along_the_way(name, projectors):
     _, seen = projectors[name]
     for key, shapes in WANTED[name]["ccm_in_out"].items():
         assert [list(value.shape) for value in seen[key]] == shapes, key
-    assert [list(feature.shape) for feature in seen["features"]] == list(WANTED[name]["features"].values())
+    shapes = [list(feature.shape) for feature in seen["features"]]
+    assert shapes == list(WANTED[name]["features"].values())
 
 
 @BOTH
 def test_taps_are_those_of_the_whole_network(name, projectors):
-    """EfficientNet after stages 1, 2, 4, 6; DeiT after blocks 2, 5, 8, 11, before the last norm, without class and distillation token."""
+    """EfficientNet after stages 1, 2, 4, 6; DeiT after blocks 2, 5, 8, 11, before the last norm,
+    without class and distillation token."""
     import timm
     projector, seen = projectors[name]
     whole, outputs = timm.create_model(name).eval(), []
-    state = {key.removeprefix("model."): value for key, value in projector.features[0].state_dict().items()}
+    features = projector.features[0].state_dict()
+    state = {key.removeprefix("model."): value for key, value in features.items()}
     missing, unexpected = whole.load_state_dict(state, strict=False)
-    assert not unexpected and all(key.split(".")[0] in ("conv_head", "bn2", "classifier", "norm", "head", "head_dist") for key in missing)
+    ends = {"conv_head", "bn2", "classifier", "norm", "head", "head_dist"}
+    assert not unexpected and {key.split(".")[0] for key in missing} <= ends
     for i in (1, 2, 4, 6) if name == EFFICIENTNET else (2, 5, 8, 11):
         whole.blocks[i].register_forward_hook(lambda module, args, out: outputs.append(out))
-    given, taps = seen["taps"]
+    shown, taps = seen["taps"]
     with torch.no_grad():
-        whole.forward_features(given[:1])
-    assert len(taps) == len(outputs) == 4
-    for tap, output in zip(taps, outputs):
+        whole.forward_features(shown[:1])
+    for tap, output in zip(taps, outputs, strict=True):
         if name == DEIT:
             assert output.shape == (1, 198, 768)
             output = output[:, 2:].mT.reshape(1, 768, 14, 14)
@@ -282,38 +313,43 @@ def test_the_network_sees_normalised_images_of_224_pixels(name, projectors):
     _, seen = projectors[name]
     mean, std = (torch.tensor(WANTED[name]["norm"][key]).view(3, 1, 1) for key in ("mean", "std"))
     x = ((seen["x"].detach() + 1) / 2 - mean) / std
-    position = ((torch.arange(224) + 0.5) * 32 / 224 - 0.5).clamp(0)  # bilinear, corners not aligned
-    weights = (1 - (position[:, None] - torch.arange(32)).abs()).clamp(0)
-    weights[position > 31] = torch.eye(32)[31]
+    position = ((torch.arange(224) + 0.5) * 32 / 224 - 0.5).clamp(0, 31)  # corners not aligned
+    weights = upsampled(32, position)
     close(seen["taps"][0], weights @ x @ weights.T, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("size", [224, 256, 320])
 def test_large_images_are_resized_too(size, projectors):
     """DeiT takes 224 pixels only."""
-    projector, given = copy.deepcopy(projectors[DEIT][0]), []
-    projector.features = (lambda x: given.append(x) or [torch.zeros(2, 768, 14, 14)] * 4,)
-    assert [feature.shape[-1] for feature in projector(img((2, 3, size, size)))] == [112, 56, 28, 14]
-    assert given[0].shape == (2, 3, 224, 224)
+    projector, shown = copy.deepcopy(projectors[DEIT][0]), []
+    projector.features = (lambda x: shown.append(x) or [torch.zeros(2, 768, 14, 14)] * 4,)
+    features = projector(img((2, 3, size, size)))
+    assert [feature.shape[-1] for feature in features] == [112, 56, 28, 14]
+    assert shown[0].shape == (2, 3, 224, 224)
 
 
 @BOTH
 def test_projections_step_by_step(name, projectors):
     """From the taps: across channels, then from coarse to fine, by the weights alone."""
     projector, seen = projectors[name]
-    state, F, coarse = projector.state_dict(), torch.nn.functional, None
+    state, F, coarse = projector.state_dict(), torch.nn.functional, 0
     for i in (3, 2, 1, 0):
         x = seen["taps"][1][i].detach()
         if name == DEIT:
-            x = F.conv2d(x, state[f"reassemble.{i}.0.weight"], state[f"reassemble.{i}.0.bias"])
-            w, b = (state.get(f"reassemble.{i}.1.{kind}") for kind in ("weight", "bias"))
-            x = x if i == 2 else F.conv2d(x, w, b, 2, 1) if i == 3 else F.conv_transpose2d(x, w, b, [4, 2][i])
-        x = torch.einsum("bchw,ic->bihw", x, state[f"channels.{i}.weight"][:, :, 0, 0]) + state[f"channels.{i}.bias"].view(-1, 1, 1)
-        x = x if coarse is None else x + coarse
+            weight, bias = (state[f"reassemble.{i}.0.{kind}"] for kind in ("weight", "bias"))
+            x = F.conv2d(x, weight, bias)
+            weight, bias = (state.get(f"reassemble.{i}.1.{kind}") for kind in ("weight", "bias"))
+            if i == 3:
+                x = F.conv2d(x, weight, bias, 2, 1)
+            elif i < 2:
+                x = F.conv_transpose2d(x, weight, bias, [4, 2][i])
+        x = torch.einsum("bchw,ic->bihw", x, state[f"channels.{i}.weight"][:, :, 0, 0])
+        x = x + state[f"channels.{i}.bias"].view(-1, 1, 1) + coarse
         n = x.shape[-1]
         position = torch.arange(2 * n) * (n - 1) / (2 * n - 1)  # corners aligned
-        weights = (1 - (position[:, None] - torch.arange(n)).abs()).clamp(0)
-        coarse = torch.einsum("bchw,ic->bihw", weights @ x @ weights.T, state[f"scales.{i}.weight"][:, :, 0, 0])
+        weights = upsampled(n, position)
+        large, mix = weights @ x @ weights.T, state[f"scales.{i}.weight"][:, :, 0, 0]
+        coarse = torch.einsum("bchw,ic->bihw", large, mix)
         coarse = coarse + state[f"scales.{i}.bias"].view(-1, 1, 1)
         close(seen["features"][i].detach(), coarse, 1e-3, 1e-4)
 
@@ -322,26 +358,33 @@ def test_projections_step_by_step(name, projectors):
 def test_gradient_reaches_the_image_from_every_scale(name, projectors):
     """The coarsest alone, through the whole network, and the finest by its own tap."""
     _, seen = projectors[name]
-    for i in (3, 0):
-        target = seen["x"] if i == 3 else seen["taps"][1][0]
-        gradient, = torch.autograd.grad(seen["features"][i].square().sum(), target, retain_graph=True)
+    for i, target in ((3, seen["x"]), (0, seen["taps"][1][0])):
+        loss = seen["features"][i].square().sum()
+        gradient, = torch.autograd.grad(loss, target, retain_graph=True)
         assert (gradient.flatten(1).abs().sum(1) > 0).all()
 
 
 @BOTH
 def test_frozen_projections_are_saved_and_the_network_is_not(name, projectors):
-    """Weights by the reference's names; its counts: projections, and the module with the network and the resampling layers."""
+    """Weights by the reference's names; its counts of projections, network and resampling."""
     projector, _ = projectors[name]
     state, wanted = projector.state_dict(), WANTED[name]
-    names = {f"channels.{i}": f"layer{i}_ccm" for i in range(4)} | {f"scales.{i}": f"layer{i}_csm.out_conv" for i in range(4)}
+    names = {f"channels.{i}": f"layer{i}_ccm" for i in range(4)}
+    names |= {f"scales.{i}": f"layer{i}_csm.out_conv" for i in range(4)}
     names |= {f"reassemble.{i}.{j}": f"layer{i + 1}.{j + 3}" for i in range(4) for j in range(2)}
-    shapes = {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": list(value.shape) for key, value in state.items()}
+    shapes, resampling = {}, 0
+    for key, value in state.items():
+        layer, _, kind = key.rpartition(".")
+        shapes[f"{names[layer]}.{kind}"] = list(value.shape)
+        resampling += value.numel() * layer.startswith("reassemble")
     assert shapes == wanted["scratch_weights"] | wanted.get("reassemble_weights", {})
-    extra = sum(value.numel() for key, value in state.items() if key.startswith("reassemble"))
-    assert sum(value.numel() for value in state.values()) - extra == wanted["n_params_scratch"]
-    unused = 2 * 769_000 + 1536 if name == DEIT else 0  # classifiers and last norm, which the reference keeps
-    assert sum(p.numel() for p in projector.features[0].parameters()) + extra + unused == wanted["n_params_backbone_module"]
-    assert not any(p.requires_grad for module in (projector, projector.features[0]) for p in module.parameters())
+    total = sum(value.numel() for value in state.values())
+    assert total - resampling == wanted["n_params_scratch"]
+    network = list(projector.features[0].parameters())
+    unused = 2 * 769_000 + 1536 if name == DEIT else 0  # its classifiers and last norm
+    total = sum(p.numel() for p in network) + resampling + unused
+    assert total == wanted["n_params_backbone_module"]
+    assert not any(p.requires_grad for p in (*projector.parameters(), *network))
 
 
 def efficientnet_critic(seed=0):
@@ -353,7 +396,7 @@ def efficientnet_critic(seed=0):
 
 
 def test_heads_of_the_projected_critic(projectors, monkeypatch):
-    """Both networks see the image, augmented anew; head by head the reference's shapes and counts; 64 logits a network."""
+    """Both networks see the image, augmented anew; head by head the reference's shapes, counts."""
     class Known(nn.Module):
         TAPS = ctm.Projector.TAPS
 
@@ -366,37 +409,45 @@ def test_heads_of_the_projected_critic(projectors, monkeypatch):
             return [feature.detach() for feature in projectors[self.name][1]["features"]]
     monkeypatch.setattr(ctm, "Projector", Known)
     critic, seen = seeded(lambda: ctm.ProjectedCritic(32)).eval(), []
-    assert [(projector.name, projector.pretrained) for projector in critic.projectors] == [(EFFICIENTNET, True), (DEIT, True)]
+    built = [(projector.name, projector.pretrained) for projector in critic.projectors]
+    assert built == [(EFFICIENTNET, True), (DEIT, True)]
     for head in critic.heads:
         head.register_forward_hook(lambda head, args, out: seen.append((args[0], out)))
     x = img((2, 3, 32, 32))
     logits = critic(x)
     for n, (name, wanted) in enumerate((name, WANTED[name]) for name in (EFFICIENTNET, DEIT)):
-        heads, own = critic.heads[4 * n:4 * n + 4], seen[4 * n:4 * n + 4]
+        heads, calls = critic.heads[4 * n:4 * n + 4], seen[4 * n:4 * n + 4]
         assert sum(p.numel() for p in heads.parameters()) == wanted["n_params_disc"]
-        for i, (head, (given, out)) in enumerate(zip(heads, own)):
-            assert sum(p.numel() for p in head.parameters()) == wanted["n_params_head"][str(i)]
-            convolutions = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
-            assert [list(layer.weight.shape) for layer in convolutions] == wanted["head_convs"][str(i)]
-            assert convolutions == parametrized(head) and [layer.bias is None for layer in convolutions] == [False] * (4 - i) + [True]
-            assert torch.equal(given, projectors[name][1]["features"][i]) and list(out.shape) == wanted["head_logits"][str(i)]
+        for i, (head, (shown, out)) in enumerate(zip(heads, calls)):
+            count = sum(p.numel() for p in head.parameters())
+            assert count == wanted["n_params_head"][str(i)]
+            layers = convolutions(head)
+            shapes = [list(layer.weight.shape) for layer in layers]
+            assert layers == parametrized(head) and shapes == wanted["head_convs"][str(i)]
+            assert [layer.bias is None for layer in layers] == [False] * (4 - i) + [True]
+            assert torch.equal(shown, projectors[name][1]["features"][i])
+            assert list(out.shape) == wanted["head_logits"][str(i)]
         part = logits[:, 64 * n:64 * n + 64]
-        assert list(part.shape) == wanted["logits"] and torch.equal(part, torch.cat([out.flatten(1) for _, out in own], 1))
-    a, b = (projector.x for projector in critic.projectors)
-    assert logits.shape == (2, 128) and not torch.equal(a, x) and not torch.equal(b, x) and not torch.equal(a, b)
+        assert list(part.shape) == wanted["logits"]
+        assert torch.equal(part, torch.cat([out.flatten(1) for _, out in calls], 1))
+    assert logits.shape == (2, 128)
+    views = [x, *(projector.x for projector in critic.projectors)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(views, 2))
 
 
 def test_only_heads_train_and_the_network_stays_in_eval_mode():
     critic, x = efficientnet_critic(), img((2, 3, 16, 16))
     network = critic.projectors[0].features[0]
     before = copy.deepcopy(network.state_dict())
-    assert all(p.requires_grad == name.startswith("heads.") for name, p in critic.named_parameters())
-    assert not any(key.startswith("projectors.0.features") for key in critic.state_dict()) and any("running_mean" in key for key in before)
+    assert any("running_mean" in key for key in before)
+    for name, p in critic.named_parameters():
+        assert p.requires_grad == name.startswith("heads.")
+    assert not any(key.startswith("projectors.0.features") for key in critic.state_dict())
     for prepare in (critic.train, lambda: ctm.renew_norms(critic)):
         prepare()
         critic(x)
         assert not any(module.training for module in network.modules())
-        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+        assert same_state(network.state_dict(), before)
 
 
 def test_a_move_or_a_cast_reaches_the_network(monkeypatch):
@@ -413,10 +464,11 @@ def test_a_move_or_a_cast_reaches_the_network(monkeypatch):
 
 def test_a_saved_critic_is_the_same_critic(tmp_path):
     """All but the pretrained network, which both have: here the first one's, as it is random."""
-    x, first, same, other = img((2, 3, 16, 16)), efficientnet_critic(), efficientnet_critic(), efficientnet_critic(1)
-    assert torch.equal(seeded(lambda: first(x)), seeded(lambda: same(x)))
+    x, first, same, other = img((2, 3, 16, 16)), *(efficientnet_critic(seed) for seed in (0, 0, 1))
+    wanted = seeded(lambda: first(x))
+    assert torch.equal(wanted, seeded(lambda: same(x)))
     other.projectors[0].features = first.projectors[0].features
-    assert not torch.equal(seeded(lambda: first(x)), seeded(lambda: other(x)))
+    assert not torch.equal(wanted, seeded(lambda: other(x)))
     ctm.renew_norms(first)
     torch.save(first.state_dict(), tmp_path / "critic.pt")
     other.load_state_dict(torch.load(tmp_path / "critic.pt", weights_only=True))
@@ -429,11 +481,11 @@ def test_weights_from_a_folder(tmp_path, monkeypatch):
     """Where torch.hub keeps its files, under the name they are published by."""
     timm = pytest.importorskip("timm")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    whole = seeded(lambda: timm.create_model(EFFICIENTNET), 5)
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(whole.state_dict(), tmp_path / "hub" / "checkpoints" / os.path.basename(whole.default_cfg["url"]))
+    whole, folder = seeded(lambda: timm.create_model(EFFICIENTNET), 5), tmp_path / "hub/checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(whole.state_dict(), folder / os.path.basename(whole.default_cfg["url"]))
     state = ctm.Projector(EFFICIENTNET).features[0].state_dict()
-    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in state.items()) and len(state) > 200
+    assert same_state(state, whole.state_dict()) and len(state) > 200
 
 
 @BOTH
@@ -449,8 +501,10 @@ def test_weights_that_cannot_be_had(name, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         ctm.Projector(name)
     message, url = str(caught.value), timm.get_pretrained_cfg(name).url
-    assert "\n" not in message and all(part in message for part in (
-        f"weights of {name} ", "Name or service not known", os.path.basename(url), f"{tmp_path}/hub/checkpoints", "choose another --disc"))
+    assert "\n" not in message
+    for part in (f"weights of {name} ", "Name or service not known", os.path.basename(url),
+                 f"{tmp_path}/hub/checkpoints", "choose another --disc"):
+        assert part in message
 
 
 def test_timm_is_missing_or_does_not_import(tmp_path, monkeypatch):
@@ -458,8 +512,9 @@ def test_timm_is_missing_or_does_not_import(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "timm", None)
         with pytest.raises(UserError, match="pip install timm"):
             ctm.Projector(EFFICIENTNET)
-    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"  # for another torch
+    (tmp_path / "timm.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "timm", raising=False)
-    with pytest.raises(UserError, match="torchvision.*nms does not exist"):  # a torchvision built for another torch
+    with pytest.raises(UserError, match="torchvision.*nms does not exist"):
         ctm.Projector(EFFICIENTNET)
