@@ -273,6 +273,7 @@ def test_every_script_measures_what_it_saves(command, here, script):
     assert (record["n"], record["seed"], record["step"]) == (30, 3, 7)
     assert record["nfe"] == int(words.split()[1].strip(","))
     assert record["labels"] == "labels 2 5 in turn" and record["args"]["ckpt"] == f"{script}.pt"
+    assert "save" not in record["args"]
 
     alone = command("evaluate", "s.npz", "--reference", "data.npz", "--device", "cpu")
     sha = digest(saved["arr_0"])
