@@ -182,7 +182,7 @@ def euler_step(D, x, t, t_next):
 
 
 def heun_step(D, x, t, t_next):
-    """One Heun step of the same ODE: Euler, then the trapezoid rule. Where t_next is 0 Euler's stands.
+    """One Heun step of the same ODE: Euler, then the trapezoid rule; to t_next = 0 Euler's alone.
 
     Args, returns as `euler_step`. Always two calls of D. Source: EDM Alg. 1, lines 3-8.
     """
@@ -301,7 +301,7 @@ def net_denoiser(net):
 
 
 def guide(D, y, w):
-    """D(x, t) for labels y, guided by (1 + w) D(x, t, y) - w D(x, t, None), w (B,), unless w is None."""
+    """D(x, t) for labels y; if w (B,) is given, (1 + w) D(x, t, y) - w D(x, t, None)."""
     if w is None:
         return lambda x, t: D(x, t, y)
     return lambda x, t: (1 + bcast(w, x)) * D(x, t, y) - bcast(w, x) * D(x, t, None)
@@ -322,13 +322,13 @@ def l2(x, y):
 
 
 def pseudo_huber(x, y):
-    """sqrt(|x - y|^2 + c^2) - c, one norm an image, c = 0.00054 sqrt(C*H*W). Source: iCT Table 1."""
+    """sqrt(|x - y|^2 + c^2) - c, one norm an image, c = 0.00054 sqrt(C*H*W): iCT Table 1."""
     c = 0.00054 * math.sqrt(x[0].numel())
     return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
 def norm(x, y):
-    """|x - y|, one norm an image; its gradient where x = y is 0. Source: ECT (pseudo-Huber, c = 0)."""
+    """|x - y|, one norm an image; its gradient where x = y is 0: ECT (pseudo-Huber, c = 0)."""
     return torch.linalg.vector_norm((x - y).flatten(1), dim=1)
 
 
@@ -345,9 +345,10 @@ class LPIPS(nn.Module):
         try:
             self.model = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--dist lpips could not get VGG16's weights ({first_line(error)}). Put "
-                            f"vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, or choose "
-                            "another --dist") from error
+            folder = Path(torch.hub.get_dir(), "checkpoints")
+            raise UserError(f"--dist lpips could not get VGG16's weights ({first_line(error)}). "
+                            f"Put vgg16-397923af.pth into {folder}, or choose another --dist"
+                            ) from error
         self.model.requires_grad_(False)
         for part in self.model.net.children():
             for name, layer in part.named_children():
@@ -392,7 +393,7 @@ WEIGHTS = {"one": weight_one, "inverse": weight_inverse}  # lambda of an interva
 
 @contextlib.contextmanager
 def replay_random(device):
-    """What runs after this block draws the random numbers the block drew: the same dropout masks."""
+    """What runs after this block draws the random numbers it drew: the same dropout masks."""
     generator = torch.random if device.type == "cpu" else torch.get_device_module(device)
     state = generator.get_rng_state()
     yield
@@ -469,7 +470,7 @@ def zeroed(layer):
 
 
 def sinusoidal_embedding(t, dim):
-    """(B,) -> (B,dim): cosines, then sines, of t times frequencies from 1 down to nearly 1/10000."""
+    """(B,) -> (B,dim): cosines, then sines, of t times frequencies 1 down to nearly 1/10000."""
     half = dim // 2
     powers = torch.arange(half, device=t.device, dtype=t.dtype)
     frequencies = torch.exp(-math.log(10000) / half * powers)
@@ -506,7 +507,8 @@ class ResBlock(nn.Module):
         if cond:  # zero: a net with the second scalar begins as the net without it
             self.emb_layers_s = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(emb_dim, width)))
         conv_out = zeroed(Conv2d(c_out, c_out, 3, padding=1))  # here: the order of draws
-        self.out_layers = nn.Sequential(GroupNorm32(c_out), nn.SiLU(), nn.Dropout(dropout), conv_out)
+        drop = nn.Dropout(dropout)
+        self.out_layers = nn.Sequential(GroupNorm32(c_out), nn.SiLU(), drop, conv_out)
         self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb, emb_s):
@@ -567,8 +569,8 @@ class UNet(nn.Module):
              otherwise it is added.  resblock_updown: resample inside residual blocks, otherwise by
              strided convolution.  cond: room for a second scalar beside c_noise (CTM's s, guidance
              weight w), which at first changes nothing.  null: one more label, numbered `classes`,
-             that means "no label" (classifier-free guidance).  time_scale: factor on c_noise;
-             1/1000 reads NVIDIA's weights, whose c_noise is ln(t)/4.
+             that means "no label" (classifier-free guidance).  time_scale: factor on c_noise
+             (1/1000 in older checkpoints: students of NVIDIA's weights, whose c_noise is ln(t)/4).
     Raises:  ValueError if the sizes do not fit each other.
     Source:  ADM, with the settings of openai's consistency models.
     """
@@ -578,7 +580,8 @@ class UNet(nn.Module):
         super().__init__()
         halvings, widths = len(mult) - 1, [base * m for m in mult]
         if image_size % 2**halvings or image_size < 8:
-            raise ValueError(f"image size {image_size} does not halve {halvings} times, or is below 8")
+            raise ValueError(f"image size {image_size} does not halve {halvings} times, "
+                             "or is below 8")
         if any(width % 32 or width % head_channels for width in widths):
             raise ValueError(f"widths {widths} are not multiples of 32 and of {head_channels=}")
         if null and not classes:
@@ -732,7 +735,7 @@ class UserError(Exception):
     """Something the user can put right: the scripts print it as one line, with exit code 2."""
 
 
-ranks_differ = False  # once they run, each process meets its own errors; until then all meet the same
+ranks_differ = False  # once they run, each process meets its own errors; until then all the same
 bars = []  # the progress bars on the screen
 
 
@@ -785,8 +788,8 @@ def import_optional(name, need):
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch
-        raise UserError(f"{need} (pip install {name.split('.')[0]}), and a torchvision, if any, built "
-                        f"for torch {torch.__version__}: {first_line(error)}") from error
+        raise UserError(f"{need} (pip install {name}), and a torchvision, if any, built for torch "
+                        f"{torch.__version__}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -855,7 +858,7 @@ def glyphs(n, seed, size=16):
 
 
 def fit_image(image, size, source):
-    """A Pillow image as (size,size,3) uint8: RGB, shrunk to `size` on its short side, centre-cropped.
+    """A Pillow image as (size,size,3) uint8 RGB, shrunk to `size` on its short side and cropped.
 
     Raises:  UserError naming `source` if the image is smaller than that.
     Source:  ADM's pipeline: halve with a box filter while twice too large, then bicubic.
@@ -884,8 +887,8 @@ class Images:
         if labels is not None:
             labels = np.asarray(labels)
             if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-                raise UserError(f"{source}: the labels must be {n} integers, none negative, and are "
-                                f"{labels.dtype} of shape {labels.shape}")
+                raise UserError(f"{source}: the labels must be {n} integers, none negative, and "
+                                f"are {labels.dtype} of shape {labels.shape}")
             self.labels, self.classes = labels.astype(np.int64), int(labels.max()) + 1
 
     def __len__(self):
@@ -994,7 +997,7 @@ def read_labels(text, names, source):
 
 
 def map_array(path, key=None):
-    """Memory-map a .npy file, or one array of an .npz; a compressed one is unpacked beside it first.
+    """Memory-map a .npy file, or one array of an .npz, unpacked beside it if it is compressed.
 
     Raises:  UserError naming the file if it is none, or holds pickled objects: never loaded.
     """
@@ -1041,18 +1044,20 @@ def load_arrays(path, size):
         image_keys = [key for key in IMAGE_KEYS if key in keys]
         label_keys = [key for key in ("arr_1", "labels", "y") if key in keys]
         if not image_keys:
-            raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0, the labels arr_1")
+            raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0 and the labels "
+                            "arr_1")
         images = map_array(path, image_keys[0])
         if label_keys:
             labels = map_array(path, label_keys[0])
     else:
         images = map_array(path)
-    shape = images.shape
+    shape, channels = images.shape, (1, 3, 4)
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim == 4 and images.shape[3] not in (1, 3, 4):  # planar
+    if images.ndim == 4 and images.shape[3] not in channels:  # planar
         images = images.transpose(0, 2, 3, 1)
-    if images.dtype != np.uint8 or not len(images) or images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+    shaped = images.ndim == 4 and images.shape[3] in channels and len(images) > 0
+    if images.dtype != np.uint8 or not shaped:
         raise UserError(f"{path}: images must be uint8 of shape (n, height, width, 3), got "
                         f"{images.dtype} {shape}")
     if images.shape[3] == 1:  # grey
@@ -1065,16 +1070,17 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
 def load_cifar10(folder, size):
-    """CIFAR-10's 50,000 training images, from its binary archive in `folder`, fetched if missing."""
+    """CIFAR-10's 50,000 training images; their archive is fetched into `folder` if missing."""
     archive = folder / CIFAR10_URL.split("/")[-1]
     if not archive.exists():
-        with explain(f"--dataset cifar10: put {CIFAR10_URL} into {folder}, or name other images with "
-                     "--data-dir; it cannot be fetched"):
+        with explain(f"--dataset cifar10: put {CIFAR10_URL} into {folder}, or name other images "
+                     "with --data-dir; it cannot be fetched"):
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CIFAR10_URL, str(archive))
     data = archive.read_bytes()
     if hashlib.md5(data).hexdigest() != CIFAR10_MD5:
-        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it, fetch it again")
+        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it, it is "
+                        "fetched again")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         names = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
         parts = [np.frombuffer(tar.extractfile(name).read(), np.uint8) for name in names]
@@ -1127,8 +1133,9 @@ def load_dataset(name, data_dir, size):
         if data_dir is None or archive.exists() or empty:
             return load_cifar10(path, size)
     if not path.exists():
-        raise UserError(f"{'--data-dir' if known else '--dataset'} {path} does not exist; the named "
-                        f"data sets are glyphs, {', '.join(NAMED)}")
+        flag = "--data-dir" if known else "--dataset"
+        raise UserError(f"{flag} {path} does not exist; the named data sets are glyphs, "
+                        f"{', '.join(NAMED)}")
     if path.suffix in (".npz", ".npy"):
         return load_arrays(path, size)
     official = list(path.rglob("train_data_batch_*.npz")) if name == "imagenet64" else []
@@ -1165,7 +1172,7 @@ def unchanged(batch):
 
 
 def leave_group(worker):
-    """Ctrl-C and torchrun's SIGTERM go to a process group, but their step still needs its images."""
+    """Ctrl-C and torchrun's SIGTERM go to a process group, but the step still needs its images."""
     os.setpgrp()
 
 
@@ -1231,8 +1238,9 @@ def join_processes(device, rank, world, restarts):
     # the group, whose threads then outlive destroy_process_group and at times abort the process.
     import torch.distributed.nn.functional
     store, _, _ = next(torch.distributed.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node keeps its store when it restarts its
-        store = torch.distributed.PrefixStore(f"restart {restarts}", store)  # workers: old addresses
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # One node keeps its store when it restarts its workers, with the dead ones' addresses.
+        store = torch.distributed.PrefixStore(f"restart {restarts}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # of unpacking ImageNet, say
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
@@ -1246,8 +1254,8 @@ def join_processes(device, rank, world, restarts):
 def setup(args):
     """Join the processes that torchrun started, if it did, and choose device and precision.
 
-    Returns: a namespace: rank, world, main (is this rank 0?), restarted (by torchrun, after a worker
-             died), device, dtype (of convolutions and attention), compile.
+    Returns: a namespace: rank, world, main (is this rank 0?), restarted (by torchrun, after a
+             worker died), device, dtype (of convolutions and attention), compile.
     Raises:  UserError if the device is not there.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1267,7 +1275,7 @@ def setup(args):
 
 @contextlib.contextmanager
 def main_process_first(run):
-    """Rank 0 passes through alone, then the others: what it downloads or unpacks they find ready."""
+    """Rank 0 passes through alone, then the others: what it fetches or unpacks they find ready."""
     if run.world > 1 and not run.main:
         torch.distributed.barrier()
     yield
@@ -1368,7 +1376,7 @@ def sum_over_ranks(run, stop, gradients, totals):
 
 
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C, for the loop to finish its step and save. A second interrupts."""
+    """Remembers SIGTERM or Ctrl-C, for the loop to finish its step and save. A second kills."""
     def __init__(self):
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1425,9 +1433,9 @@ def file_sha(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-# Flags that may change when a run is resumed: where things lie, what is reported, what machine it is.
-FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every", "save_every",
-              "tensorboard", "workers", "device", "compile", "ckpt"}
+# Flags that may change when a run is resumed: where things lie, what is reported, the machine
+FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every",
+              "save_every", "tensorboard", "workers", "device", "compile", "ckpt"}
 
 
 def delete_run(out_dir):
@@ -1445,7 +1453,7 @@ def settings_of_run(args, model_args):
 
 
 def check_resumable(args, state, script, model_args):
-    """Raises UserError if the run of the checkpoint `state` was another script's, or had other flags."""
+    """Raises UserError if the run of a checkpoint was another script's, or had other flags."""
     if state.get("script") != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose "
                         "another, or --overwrite it")
@@ -1461,7 +1469,7 @@ def check_resumable(args, state, script, model_args):
 
 
 def check_shared_folder(args, run, step):
-    """Raises UserError if the nodes see different folders, and so would resume at different steps."""
+    """Raises UserError if the nodes see different folders: they would resume at other steps."""
     if run.world == 1:
         return
     steps = torch.tensor([step, -step], device=run.device)
@@ -1486,8 +1494,8 @@ def resume(args, run, script, model_args, parts):
         state = load_checkpoint(out_dir / "last.pt")
         check_resumable(args, state, script, model_args)
     elif (out_dir / "ema.pt").exists():
-        raise UserError(f"--out-dir {out_dir} holds an ema.pt without its last.pt; choose another, or "
-                        "--overwrite it")
+        raise UserError(f"--out-dir {out_dir} holds an ema.pt without its last.pt; choose another, "
+                        "or --overwrite it")
     check_shared_folder(args, run, state["step"] if state else 0)
     if state is None:
         return 0, 0
@@ -1500,7 +1508,7 @@ def resume(args, run, script, model_args, parts):
 
 
 def load_optimizer(optimizer, state):
-    """Restore an optimizer, its tensors in the strides of their parameters, as fused updates need."""
+    """Restore an optimizer, its tensors in the strides of their parameters, for fused updates."""
     optimizer.load_state_dict(state)
     for p, values in optimizer.state.items():
         for key, value in values.items():
@@ -1523,63 +1531,14 @@ def save_run(args, run, script, step, skipped, model_args, parts, **more):
     save_checkpoint(out_dir / "ema.pt", states["ema"])
 
 
-def from_nvidia(state):
-    """The weights of NVlabs/edm's DhariwalUNet under the names used here; in order of construction.
-
-    NVIDIA numbers the qkv channels by (head, channel, which of q k v), ADM by (which, head, channel).
-    """
-    layers = {"norm0": "in_layers.0", "conv0": "in_layers.2", "affine": "emb_layers.1",
-              "norm1": "out_layers.0", "conv1": "out_layers.3", "skip": "skip_connection",
-              "norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
-    ends = {"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "map_label": "label_emb",
-            "out_norm": "out.0", "out_conv": "out.2"}
-    names = {"enc": [], "dec": []}  # of the blocks, in order
-    attention = {key.rsplit(".", 2)[0] for key in state if ".qkv." in key}
-    renamed = {}
-    for key, value in state.items():
-        path, _, kind = key.rpartition(".")
-        if kind == "resample_filter" or "map_augment" in key:  # a constant; 0 when sampling
-            continue
-        part, _, rest = path.removeprefix("model.").partition(".")
-        if part in ends:
-            renamed[f"{ends[part]}.{kind}"] = value.t() if part == "map_label" else value
-            continue
-        block, _, layer = rest.partition(".")  # 32x32_block1, conv0
-        if block not in names[part]:
-            names[part].append(block)
-        place_in_entry = 0
-        if block.endswith(("_in0", "_in1")):
-            entry = "middle_block"
-            place_in_entry = 2 * int(block[-1])
-        elif part == "enc":
-            entry = f"input_blocks.{names[part].index(block)}"
-        else:  # an up block closes the entry of the block before it
-            blocks = [name for name in names[part] if "_block" in name]
-            entry = f"output_blocks.{len(blocks) - 1}"
-            if block.endswith("_up"):
-                before = path.removesuffix(rest) + blocks[-1]
-                place_in_entry = 2 if before in attention else 1
-        if layer in ("norm2", "qkv", "proj"):
-            place_in_entry += 1
-        if layer == "qkv":
-            value = value.unflatten(0, (-1, 3)).movedim(1, 0).flatten(0, 1)
-        words = entry, str(place_in_entry), layers.get(layer), kind
-        renamed[".".join(filter(None, words))] = value
-    return renamed
-
-
 def shapes_of(state):
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def network_of_weights(path, state, scripts):
-    """The one of NETS that a plain state dict fits, NVIDIA's names included, and its model_args."""
+    """The one of NETS that a plain state dict fits, and its model_args."""
     state = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    changes = {}
-    if any("map_layer0" in name for name in state):
-        with contextlib.suppress(RuntimeError, KeyError, IndexError):  # not NVIDIA's: fits none
-            state, changes = from_nvidia(state), dict(time_scale=1e-3)
-    shapes = shapes_of(state)
+    shapes, changes = shapes_of(state), {}
     if "label_emb.weight" in shapes:
         changes["classes"] = shapes["label_emb.weight"][0]
     if "time_embed_s.0.weight" in shapes:
@@ -1588,9 +1547,6 @@ def network_of_weights(path, state, scripts):
             raise UserError(f"{path}: this network has a further input, as trajectory models have, "
                             "which go to ctm.py --ckpt, and guided students, of which name last.pt")
     for settings in NETS.values():
-        narrow = settings["head_channels"] != 64 or settings["base"] < 128
-        if narrow and "time_scale" in changes:
-            continue  # NVIDIA's heads have 64 channels, and its narrow layers fewer groups
         with torch.device("meta"):
             net = UNet(**settings | changes)
         if shapes_of(net.state_dict()) == shapes:
@@ -1605,7 +1561,7 @@ def load_network(path, scripts):
 
     Returns: the net in eval mode on the CPU, without gradients; and the checkpoint, of which
              `script`, `args` (None and {} for a plain state dict) and `model_args` say what it is.
-    Raises:  UserError if the file cannot be loaded, is of none of the `scripts`, or fits no network.
+    Raises:  UserError if it cannot be loaded, is of none of the `scripts`, or fits no network.
     """
     state = load_checkpoint(path)
     if "model_args" not in state:
@@ -1615,8 +1571,9 @@ def load_network(path, scripts):
         writer = state.get("script")
         if writer not in scripts:
             wanted = " or ".join(f"{script}.py" for script in scripts)
-            raise UserError(f"{path} was written by {f'{writer}.py' if writer else 'another tool'}; "
-                            f"what is asked for here is written by {wanted}")
+            writer = f"{writer}.py" if writer else "another tool"
+            raise UserError(f"{path} was written by {writer}; what is asked for here is written by "
+                            f"{wanted}")
         with explain(f"{path} holds no network of this version"):
             net = UNet(**state["model_args"])
             net.load_state_dict(state["ema"])
@@ -1628,7 +1585,7 @@ def load_network(path, scripts):
 # --------------------------------------------------------------------------------------------------
 
 def summary_writer():
-    """The class that writes TensorBoard's event files. Raises UserError if its package is missing."""
+    """The class that writes TensorBoard's files. Raises UserError if its package is missing."""
     import_optional("tensorboard", "--tensorboard needs the package tensorboard")
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter
@@ -1692,7 +1649,8 @@ class Log:
             self.close()
             raise SystemExit(f"{Path(sys.argv[0]).name}: stopped at step {step}: the loss or its "
                              f"gradient was not finite 10 steps in a row ({values}); what "
-                             f"{self.args.out_dir} holds is from before. Start anew with a lower --lr")
+                             f"{self.args.out_dir} holds is from before. Start anew with a lower "
+                             "--lr")
         if self.main:
             self.bar.update()
             if due(self.args.log_every, step) or (last and self.args.log_every):
@@ -1749,7 +1707,7 @@ def due(every, step):
 
 
 def start_run(args, run, net, step, skipped):
-    """Make the output folder, say what runs, open the log. Raises UserError if it cannot be written."""
+    """Make the output folder, say what runs, open the log. Raises UserError."""
     global ranks_differ
     ranks_differ = True
     if run.main:
@@ -1869,7 +1827,7 @@ def draw_part(draw, part, y, shape, seed):
 def draw_many(run, draw, n, y, shape, seed, batch=64):
     """n images (n,H,W,C) uint8, shared out among the ranks; image i depends on (seed, i) alone.
 
-    Args:    draw: (y (b,), noise, shape (b,C,H,W)) -> images (b,C,H,W) in [-1, 1], b at most `batch`.
+    Args:    draw: (y (b,), noise, shape (b,C,H,W)) -> images (b,C,H,W) in [-1, 1], b <= `batch`.
              noise: a SeededNoise, whose `indices` (b,) say which of the n images they are.
     """
     C, H, W = shape
@@ -2003,7 +1961,7 @@ def check_p_t(p_t, times):
 
 
 def condition_holds(value, wanted):
-    """Of a setting: True, False: it is truthy, falsy; otherwise it is `wanted`, or one of a tuple."""
+    """wanted: True or False: the value is truthy or falsy; else it, or one of a tuple of values."""
     if isinstance(wanted, bool):
         return bool(value) == wanted
     return value in (wanted if isinstance(wanted, tuple) else (wanted,))
@@ -2064,7 +2022,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def why_not(self, key, settings):
-        """Why a flag does not apply with these settings: "with --recipe ect"; None if it applies."""
+        """Why a flag does not apply with these settings ("with --recipe ect"), None if it does."""
         failures = []
         for only in self.conditions.get(key, [{}]):
             failed = [name for name, wanted in only.items()
@@ -2096,22 +2054,22 @@ def add_shared_flags(parser, **only):
 
     switch = dict(action=argparse.BooleanOptionalAction)
     data = parser.group("data and network")
-    flag(data, "--dataset", "glyphs (default), cifar10, imagenet64, bedroom256, cat256, or a path: a "
-         "folder (class = sub-folder) or zip of images, an .npz or .npy of uint8 images",
+    flag(data, "--dataset", f"glyphs (default), {', '.join(NAMED)}, or a path: a folder (class = "
+         "sub-folder) or zip of images, an .npz or .npy of uint8 images",
          [dict(ckpt=False), dict(ckpt=True, eval=True)], metavar="NAME")
-    flag(data, "--data-dir", "where a named data set lies; cifar10 is fetched into it (default data)",
+    flag(data, "--data-dir", "where a named data set lies; cifar10 is fetched into it (data)",
          [dict(ckpt=False, dataset=NAMED), dict(ckpt=True, eval=True)], metavar="DIR")
     data = parser.group("data and network, training", ckpt=False)
-    flag(data, "--class-cond", "condition on the labels (default: as the paper does; for a path, if it "
-         "has labels)", **switch)
+    flag(data, "--class-cond", "condition on the labels (default: as the paper; for a path, if it "
+         "has any)", **switch)
     flag(data, "--flip", "mirror half of the images (default: not for glyphs)", **switch)
     flag(data, "--net", f"network: {', '.join(NETS)}, and changes to its settings, e.g. --net "
          "cifar-small base=32 mult=1,2,2 blocks=1 attention=16,8 image_size=32",
          nargs="+", metavar="NAME KEY=VALUE")
     flag(data, "--dropout", "dropout probability in the residual blocks", metavar="P",
          type=number(float, 0, 1))
-    flag(data, "--workers", "processes that decode image files (default: cores - 1, at most 8; 0 for "
-         "arrays)", type=count, metavar="N")
+    flag(data, "--workers", "processes that decode image files (default: cores - 1, at most 8; 0 "
+         "for arrays)", type=count, metavar="N")
 
     train = parser.group("training", ckpt=False)
     out_dir = f"out/{parser.prog.removesuffix('.py')}"
@@ -2120,8 +2078,8 @@ def add_shared_flags(parser, **only):
     flag(train, "--overwrite", "start anew in --out-dir", action="store_true")
     flag(train, "--total-steps", "optimizer steps of the whole run", type=positive, metavar="K")
     flag(train, "--batch-size", "images a step, over all processes", type=positive, metavar="B")
-    flag(train, "--lr", "learning rate of RAdam, constant; guided_distill.py: of Adam, falling to 0 in "
-         "each round", type=number(float, 0), metavar="LR")
+    flag(train, "--lr", "learning rate of RAdam, constant; guided_distill.py: of Adam, falling to "
+         "0 in each round", type=number(float, 0), metavar="LR")
     flag(train, "--ema-decay", "decay, a step, of the average used for sampling", metavar="D",
          type=number(float, 0, 1))
     flag(train, "--log-every", "steps between lines of log.jsonl; 0 = never (default 50)",
@@ -2130,17 +2088,17 @@ def add_shared_flags(parser, **only):
          type=count, metavar="K")
     flag(train, "--save-every", "steps between checkpoints; 0 = only at the end (default 500)",
          type=count, metavar="K")
-    flag(train, "--tensorboard", "write the log and the grids for TensorBoard too, to tensorboard/ in "
-         "--out-dir (pip install tensorboard)", action="store_true")
+    flag(train, "--tensorboard", "write the log and the grids to tensorboard/ in --out-dir too "
+         "(pip install tensorboard)", action="store_true")
 
     sample = parser.group("sampling", ckpt=True)
     flag(sample, "--sample", "how many images (default 64)", dict(eval=False), type=positive,
          metavar="N")
-    flag(sample, "--eval", "draw N images and measure FID, IS, precision and recall against --dataset, "
-         "which may be an .npz of statistics (mu, sigma) too and is by default what the checkpoint was "
-         "trained on. Called FID where N is 50000, FID@N elsewhere", metavar="N",
+    flag(sample, "--eval", "draw N images and measure FID, IS, precision and recall against "
+         "--dataset, which may be an .npz of statistics (mu, sigma) too and is by default what the "
+         "checkpoint was trained on. Called FID where N is 50000, FID@N elsewhere", metavar="N",
          type=number(int, 10, name="count (10 or more)"))
-    flag(sample, "--inception", "weights of torch-fidelity's Inception (default: where it keeps them)",
+    flag(sample, "--inception", "weights of torch-fidelity's Inception (default: its own place)",
          dict(eval=True), metavar="FILE")
     flag(sample, "--labels", "classes to draw, in turn (default: all)", type=count, nargs="+",
          metavar="Y")
@@ -2156,8 +2114,8 @@ def add_shared_flags(parser, **only):
          type=positive, metavar="B")
     flag(both, "--device", "default: the first of these that is there",
          choices=("auto", "cuda", "mps", "cpu"))
-    flag(both, "--precision", "of convolutions and attention (default: bf16 where the device computes "
-         "in it)", choices=("auto", "bf16", "fp32"))
+    flag(both, "--precision", "of convolutions and attention (default: bf16 where the device "
+         "computes in it)", choices=("auto", "bf16", "fp32"))
     flag(both, "--compile", "torch.compile the network (default: on CUDA, when training)", **switch)
 
 
@@ -2172,8 +2130,8 @@ def parse_flags(parser, recipe, check=None):
     sys.excepthook = one_line_errors
     flags = vars(parser.parse_args())
     sampling = "ckpt" in flags
-    settings = parser.defaults | (SAMPLING_DEFAULTS if sampling else SHARED_DEFAULTS | recipe(flags))
-    settings |= flags
+    defaults = SAMPLING_DEFAULTS if sampling else SHARED_DEFAULTS | recipe(flags)
+    settings = parser.defaults | defaults | flags
     for key in flags:
         reason = parser.why_not(key, settings)
         if reason:
@@ -2231,15 +2189,15 @@ def known_dataset(flags):
 
 
 def train_first_teacher(args, run, stop, script, label_dropout=0.0):
-    """Train the teacher that a `script` without `--teacher` begins with, by cd.py; args then names it.
+    """Train the teacher that a `script` without --teacher begins with; args names it afterwards.
 
     Raises:  UserError if cd.py is not there.
     """
     try:
         import cd
     except ModuleNotFoundError as error:
-        raise UserError("without --teacher one is trained first, by cd.py, which must lie beside this "
-                        "script") from error
+        raise UserError("without --teacher one is trained first, by cd.py, which must lie beside "
+                        "this script") from error
     cd.train_first_teacher(args, run, stop, script, label_dropout)
 
 
@@ -2253,13 +2211,14 @@ def open_teacher(args, run):
     if args.teacher in ("ideal", "none"):
         return None, net_settings(args.net)
     if Path(args.teacher).resolve().parent == Path(args.out_dir).resolve():
-        raise UserError(f"--out-dir {args.out_dir} holds the --teacher; choose another for the student")
+        raise UserError(f"--out-dir {args.out_dir} holds the --teacher; choose another for the "
+                        "student")
     with main_process_first(run):
         teacher, trained = load_network(args.teacher, ("cd",))
         args.teacher_digest = file_sha(args.teacher)
     if trained["args"].get("stage", "teacher") != "teacher":
-        raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what cd.py --stage "
-                        "teacher writes")
+        raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what cd.py "
+                        "--stage teacher writes")
     return place(teacher, run), trained["model_args"]
 
 
@@ -2273,8 +2232,8 @@ def choose_classes(args, dataset):
 def teacher_denoiser(args, run, teacher, dataset):
     """What the student is distilled from.
 
-    Returns: D(x, t, y or None) -> denoised x, None for `none`; how many labels the student is to know.
-    Raises:  UserError if teacher and data do not fit, or the data are too many for an ideal teacher.
+    Returns: D(x, t, y or None) -> denoised x, None for `none`; how many labels the student knows.
+    Raises:  UserError if teacher and data do not fit, or are too many for an ideal teacher.
     """
     if teacher is not None:
         if teacher.classes and dataset.classes != teacher.classes:
@@ -2284,8 +2243,8 @@ def teacher_denoiser(args, run, teacher, dataset):
     if args.teacher == "none":
         return None, choose_classes(args, dataset)
     if len(dataset) * 3 * dataset.size**2 > 4e9:
-        raise UserError(f"--teacher ideal goes through all images at every step, and {args.dataset} "
-                        f"has {len(dataset)}")
+        raise UserError("--teacher ideal goes through all images at every step, and "
+                        f"{args.dataset} has {len(dataset)}")
     everything = dataset.__getitems__(np.arange(len(dataset)))
     images, labels = (part.to(run.device) for part in everything)
     if args.flip:
@@ -2301,7 +2260,7 @@ LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
 
 
 def luminance(x):
-    """The projection of each pixel's colour onto the direction of luminance: what a grey picture says."""
+    """Each pixel's colour, projected onto the direction of luminance: what a grey picture says."""
     q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
     return q * (q * x).sum(1, keepdim=True)
 
@@ -2332,8 +2291,8 @@ TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], de
 
 def add_edit_flags(parser):
     group = parser.group("editing", ckpt=True)
-    group.flag("--edit", only=dict(eval=False), choices=TASKS, help="what to do to the --image files, "
-               "--sample results each (default 4; denoise 1, interpolate 10 steps)")
+    group.flag("--edit", only=dict(eval=False), choices=TASKS, help="what to do to the --image "
+               "files, --sample results each (default 4; denoise 1, interpolate 10 steps)")
     group.flag("--image", only=dict(edit=True), nargs="+", metavar="FILE",
                help="images to edit; interpolate needs none")
     group.flag("--mask", only=dict(edit="inpaint"), metavar="FILE",
@@ -2362,7 +2321,7 @@ def read_image(path, size, factor=None, flag="--image"):
 
 
 def read_mask(path, size):
-    """(1,1,size,size): 1 where the mask image is nearer to white. Without one the central square."""
+    """(1,1,size,size): 1 where the mask is nearer to white; without one, the central square."""
     mask = torch.zeros(1, 1, size, size)
     if path is None:
         middle = slice(size // 4, size - size // 4)
@@ -2448,12 +2407,13 @@ def edit_images(args, run, net, f):
         return
     columns = each
     if path.suffix == ".png" and read:
-        blocks = [to_uint8(shown)[:, None].cpu(), torch.from_numpy(results).unflatten(0, (rows, each))]
+        drawn = torch.from_numpy(results).unflatten(0, (rows, each))
+        blocks = [to_uint8(shown)[:, None].cpu(), drawn]
         if task != "stroke" and not args.noisy:
             whole = [image if is_whole else torch.ones_like(image) for image, is_whole in read]
             blocks.append(to_uint8(torch.stack(whole))[:, None])
         picture = torch.cat(blocks, 1)  # (rows,columns,H,W,3)
         results, columns = picture.flatten(0, 1).numpy(), picture.shape[1]
     save_samples(path, results, y, columns)
-    print(f"{task}: {rows} row(s), {each} result(s) each, {len(sigmas)} network call(s), EMA weights "
-          f"of {args.ckpt}: {args.save}")
+    print(f"{task}: {rows} row(s), {each} result(s) each, {len(sigmas)} network call(s), EMA "
+          f"weights of {args.ckpt}: {args.save}")
