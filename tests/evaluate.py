@@ -10,6 +10,7 @@ Network, preprocessing and Inception score are torch-fidelity's (pip install tor
 is not says why. ADM's evaluator: github.com/openai/guided-diffusion/tree/main/evaluations.
 """
 import hashlib
+import importlib
 import io
 import os
 import sys
@@ -32,7 +33,8 @@ REFERENCE_IMAGES = 10_000  # for precision and recall, as many as ADM's referenc
 
 def fidelity(module):
     """A module of torch-fidelity. Raises UserError if the package is missing."""
-    return common.import_optional(f"torch_fidelity.{module}", "--eval needs torch-fidelity")
+    common.import_optional("torch_fidelity", "--eval needs torch-fidelity")
+    return importlib.import_module(f"torch_fidelity.{module}")
 
 
 class Inception:
