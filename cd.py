@@ -107,10 +107,11 @@ def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: EDM Table 6 ff. and CM Table 3. glyphs, tuned on 2 cores, and "path", your own images, are
-# ours. `sigmas` are the levels of the two-step samples: CM's time points, or ours.
+# Recipes: the teachers' are EDM's, for LSUN CM's; the students' CM Table 3. glyphs, tuned on 2
+# cores, and "path", your own images, are ours. `sigmas` are CM's two time points, or ours.
 # --------------------------------------------------------------------------------------------------
 
+LSUN_TEACHER = dict(batch_size=2048, lr=1e-4, dropout=0.1, ema_decay=0.9999432)
 TEACHERS = {
     "glyphs": dict(batch_size=32, total_steps=2600, lr=2e-3, dropout=0.0, ema_decay=0.997,
                    p_t=[-0.6, 1.4]),
@@ -118,10 +119,8 @@ TEACHERS = {
     "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, dropout=0.13, ema_decay=0.99929),
     "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, dropout=0.1,
                        ema_decay=0.9999432),
-    "bedroom256": dict(batch_size=2048, total_steps=600_000, lr=1e-4, dropout=0.1,
-                       ema_decay=0.9999432),
-    "cat256": dict(batch_size=2048, total_steps=300_000, lr=1e-4, dropout=0.1,
-                   ema_decay=0.9999432),
+    "bedroom256": LSUN_TEACHER | dict(total_steps=600_000),
+    "cat256": LSUN_TEACHER | dict(total_steps=300_000),
 }
 CD = dict(stage="distill", objective="discrete", solver="heun", dist="lpips", p_t=["uniform"],
           weighting="one", mu=0.0, dropout=0.0, w_max=0.0, stop_gradient=True)
@@ -130,9 +129,9 @@ LSUN = dict(batch_size=2048, total_steps=600_000, lr=1e-5, mu=0.95, ema_decay=0.
             sigmas=[80.0, 4.36556])
 STUDENTS = {
     "glyphs": dict(batch_size=32, total_steps=3000, lr=1e-3, ema_decay=0.997,
-                   sigmas=[80.0, 1.6]) | OURS,
+                   sigmas=[80.0, 1.6], **OURS),
     "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, ema_decay=0.9995,
-                 sigmas=[80.0, 0.585348]) | OURS,
+                 sigmas=[80.0, 0.585348], **OURS),
     "cifar10": dict(batch_size=512, total_steps=800_000, lr=4e-4, ema_decay=0.9999,
                     sigmas=[80.0, 0.585348]),
     "imagenet64": dict(batch_size=2048, total_steps=600_000, lr=8e-6, mu=0.95, ema_decay=0.999943,
@@ -349,7 +348,8 @@ def train(args, run, stop):
             w = w_max * torch.rand(len(x0), device=run.device) if w_max else None
             if objective == "discrete":
                 n = torch.multinomial(p, len(x0), replacement=True)
-                t_n, t = times[n], times[n + 1]
+                t_n = times[n]
+                t = times[n + 1]
                 noise = torch.randn_like(x0)
                 losses = loss_fn(net, target, D, x0, noise, t_n, t, y, w, solver, dist, weight)
             elif objective == "continuous":
@@ -426,7 +426,9 @@ def use_checkpoint(args, run):
     if teacher:
         N = args.N or (18 if net.image_size <= 32 else 40)  # EDM's
         draw = functools.partial(sample_teacher, net, N, w=args.w, churn=args.churn)
-        calls = (2 * N - 1) * (2 if args.w else 1)
+        calls = 2 * N - 1
+        if args.w:
+            calls *= 2
     else:
         sigmas = args.sigmas or [common.T_MAX]
         draw = functools.partial(sample, net, sigmas, w=args.w)
@@ -450,8 +452,8 @@ if __name__ == "__main__":
 #   CIFAR-10 teacher  RAdam, mirrored images. EDM: Adam with warm-up, geometric augmentation, whose
 #                     gain needs the augmentation labels as an input
 #   guidance          distilling it into a consistency model that is told w is ours
-#   embedding of w    sinusoids of 25 w, a linear layer of each block that starts at zero. The
-#                     papers' 1000 w tells 4 from 4.1 too well for short training
+#   embedding of w    sinusoids of 25 w, a linear layer of each block that starts at 0.
+#                     The papers' 1000 w tells 4 from 4.1 too well for short training
 #   full gradient     (--no-stop-gradient) the paper's squared norm; openai's JAX code takes the norm
 #   stop-gradient     the loss reported is |df/dt|^2: the pseudo-objective's own value says nothing,
 #                     and the gradient is the same
