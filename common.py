@@ -47,7 +47,6 @@ import sys
 import tarfile
 import time
 import types
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -243,12 +242,13 @@ def edit(f, y, known, taus, noise=torch.randn_like):
     Returns: (B,C,H,W) whose known part is y's. NFE = len(taus).
     Source:  CM Alg. 4.
     """
-    x_hat = known(y) + taus[0] * noise(y)
-    for i, tau in enumerate(taus):
-        if i > 0:
-            x_hat = renoised(x, tau, noise)
+    def draw(x_hat, tau):
         x = f(x_hat, levels_like(x_hat, tau))
-        x = x - known(x) + known(y)
+        return x - known(x) + known(y)
+
+    x = draw(known(y) + taus[0] * noise(y), taus[0])
+    for tau in taus[1:]:
+        x = draw(renoised(x, tau, noise), tau)
     return x
 
 
