@@ -289,7 +289,8 @@ def test_tensorboard_of_ct(few):
     ("guided_distill.py", "--teacher ideal --w-max 0 --start-N 2 --stage1-steps 1 --round-steps 1 "
      "--last-steps 1", {".": {1: "000001_stage1.png", 2: "000002_N0001.png"}})])
 def test_every_script_writes_for_tensorboard(few, script, flags, folders):
-    run_script(*PLAIN, "--micro-batch", 4, *flags.split(), "--tensorboard", script=script, cwd=few, code=0)
+    run_script(*PLAIN, "--micro-batch", 4, *flags.split(), "--tensorboard", script=script,
+               cwd=few, code=0)
     for folder, grids in folders.items():
         assert_shown(few / "run" / folder, grids)
 
