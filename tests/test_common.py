@@ -142,7 +142,7 @@ def test_resume_loads_every_part(saved, tmp_path, old):
     if old:
         state["args"]["times"] = state["args"].pop("p_t")
         state["model_args"]["extra"] = state["model_args"].pop("cond")
-        state["args"]["mu"] = None  # and settings were kept that do not apply
+        state["args"]["mu"] = 0.9  # and settings were kept that do not apply
     torch.save(state, tmp_path / "last.pt")
     again = new_parts(1)
     args = settings(tmp_path, log_every=9, teacher="elsewhere")  # what may change
