@@ -66,6 +66,14 @@ def test_sinusoidal_embedding():
     close(few, sum(table["dim192_first4_cos_and_first4_sin"], []), 1e-5, 1e-4)
 
 
+def test_time_scale_of_older_checkpoints():
+    """Students of NVIDIA's weights, whose c_noise is ln(t)/4, a thousandth of ours."""
+    c_noise = torch.tensor([-100.0, 250.0])
+    nets = [fill(common.UNet(**TINY, time_scale=scale)).eval() for scale in (1.0, 1e-3)]
+    a, b = (net(img((2, 3, 16, 16)), c) for net, c in zip(nets, (c_noise * 1e-3, c_noise)))
+    assert torch.equal(a, b)
+
+
 class FusedOnly(torch.Tensor):
     """Says it is on another device, to take the code path of accelerators on the CPU."""
     @property
