@@ -1,4 +1,4 @@
-"""Consistency training: a one-step generator from scratch, with no teacher; or from a diffusion model.
+"""Consistency training: a one-step generator from scratch, or from a diffusion model.
 
     python ct.py                                   digits (glyphs) on a laptop, minutes
     python ct.py --recipe ect --out-dir out/ect    digits: trains a diffusion model, then tunes it
@@ -9,13 +9,14 @@
 The same command again resumes a run, exactly, on any number of processes.
 
 Papers: Song et al. 2023 (CM, arXiv 2303.01469v2), Algorithm 3, with --recipe ct, and its limit in
-continuous time (App. B) with --objective continuous; Song & Dhariwal 2023 (iCT, arXiv 2310.14189) with
---recipe ict, the default; Geng et al. 2024 (ECT, arXiv 2406.14548) with --recipe ect: like ict, but
-from a diffusion model, and without a grid: t is any level, t_n = r(t), nearer to t stage by stage.
+continuous time (App. B) with --objective continuous; Song & Dhariwal 2023 (iCT, arXiv 2310.14189)
+with --recipe ict, the default; Geng et al. 2024 (ECT, arXiv 2406.14548) with --recipe ect: like
+ict, but from a diffusion model, and without a grid: t is any level, t_n = r(t), nearer to t stage
+by stage.
 
 Measured: glyphs, 94.3% of one-step and 96.2% of two-step digits are read as the label asked for, 7
-minutes on 2 cores; ect 97.7% and 99.0%. Published: FID 8.70 (CT), 2.83 (iCT), 3.60 (ECT) on CIFAR-10,
-13.0, 4.02, 5.51 on ImageNet-64 in one step, not run here.
+minutes on 2 cores; ect 97.7% and 99.0%. Published: FID 8.70 (CT), 2.83 (iCT), 3.60 (ECT) on
+CIFAR-10, 13.0, 4.02, 5.51 on ImageNet-64 in one step, not run here.
 """
 import copy
 import functools
@@ -33,8 +34,10 @@ from common import UserError, bcast, consistency
 def num_points(k, K, s0, s1, schedule):
     """N(k): how many noise levels the grid has at step k of K; at most s1 + 1, for s1 intervals."""
     if schedule == "sqrt":  # CM App. C
-        return math.ceil(math.sqrt(k / K * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
-    stage = max(math.floor(K / (math.log2(s1 // s0) + 1)), 1)  # iCT Table 1: K'
+        square = k / K * ((s1 + 1) ** 2 - s0**2) + s0**2
+        return math.ceil(math.sqrt(square) - 1) + 1
+    doublings = math.log2(s1 // s0)
+    stage = max(math.floor(K / (doublings + 1)), 1)  # iCT Table 1: K'
     return min(s0 * 2 ** (k // stage), s1) + 1
 
 
@@ -49,7 +52,8 @@ def ect_r(t, stage, q, k, b):
     Source:  ECT, continuous-time schedule; its code counts stages from 0, the paper from 1.
     """
     n = 1 + k * torch.sigmoid(-b * t)
-    return t * (1 - n / q ** (stage + 1)).clamp(min=0)
+    ratio = 1 - n / q ** (stage + 1)
+    return t * ratio.clamp(min=0)
 
 
 def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
@@ -60,10 +64,11 @@ def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
              dist: (x, y) -> (B,).  weight: (t_n, t_n1) -> (B,) or a number.
     Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units.
     """
-    # The weight sees r(t) as it is, 0 for a whole first stage of ECT; the networks do not go below
-    # t_min, where f ends (ECT's code ends at 0). Weighted after the clamp, t < t_min would be 1 / 0.
+    # The weight comes first: it sees ECT's r(t) as it is, and r(t) = 0 weighs 1 / t. The networks
+    # end at t_min. Weighted after the clamp, a t below t_min would weigh 1 / 0.
     scale = weight(t_n, t_n1)
-    t_n, t_n1 = t_n.clamp(min=common.T_MIN), t_n1.clamp(min=common.T_MIN)
+    t_n = t_n.clamp(min=common.T_MIN)
+    t_n1 = t_n1.clamp(min=common.T_MIN)
     x_tn = x0 + bcast(t_n, x0) * noise
     x_tn1 = x0 + bcast(t_n1, x0) * noise
     with torch.no_grad(), common.replay_random(x0.device):
@@ -109,49 +114,61 @@ def sample(net, sigmas, y, noise, shape):
 # --------------------------------------------------------------------------------------------------
 
 METHODS = {  # what sets the methods apart, iCT Table 1
-    "ct": dict(teacher="none", schedule="sqrt", s0=2, dist="lpips", p_t=["uniform"],
-               weighting="one", dropout=0.0),
+    "ct": dict(teacher="none", schedule="sqrt", s0=2, dist="lpips",
+               p_t=["uniform"], weighting="one", dropout=0.0),
     "ict": dict(teacher="none", schedule="double", s0=10, s1=1280, mu0=0.0, dist="huber",
                 p_t=[-1.1, 2.0], weighting="inverse", dropout=0.0),
-    "ect": dict(q=4.0, stages=4, mapping=[8.0, 1.0], dist="norm", p_t=[-1.1, 2.0],
-                weighting="inverse", dropout=0.0),
+    "ect": dict(q=4.0, stages=4, mapping=[8.0, 1.0], dist="norm",
+                p_t=[-1.1, 2.0], weighting="inverse", dropout=0.0),
 }
+LSUN = dict(net=["lsun256"], flip=True, micro_batch=8, class_cond=False,
+            batch_size=2048, lr=1e-5, ema_decay=0.999943, total_steps=1_000_000)
 DATASETS = {
-    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6], batch_size=32,
-                   total_steps=3600, lr=1e-3, ema_decay=0.997),
+    "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6],
+                   batch_size=32, lr=1e-3, ema_decay=0.997, total_steps=3600),
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, sigmas=[80.0, 0.821],
-                 batch_size=128, total_steps=100_000, lr=4e-4, ema_decay=0.9995),
+                 batch_size=128, lr=4e-4, ema_decay=0.9995, total_steps=100_000),
     "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, sigmas=[80.0, 0.821],
                     class_cond=False),
     "imagenet64": dict(net=["imagenet64"], flip=True, micro_batch=64, sigmas=[80.0, 1.526],
                        class_cond=True),
+    "bedroom256": LSUN | dict(sigmas=[80.0, 3.99122]),
+    "cat256": LSUN | dict(sigmas=[80.0, 5.2485]),
 }
-LSUN = dict(net=["lsun256"], flip=True, micro_batch=8, class_cond=False, batch_size=2048, lr=1e-5,
-            ema_decay=0.999943, total_steps=1_000_000)
-DATASETS["bedroom256"] = LSUN | dict(sigmas=[80.0, 3.99122])
-DATASETS["cat256"] = LSUN | dict(sigmas=[80.0, 5.2485])
-
 ECT_IMAGENET = dict(batch_size=128, ema_decay=0.9999, total_steps=100_000, dropout=0.1,
-                    dist="huber", p_t=[-0.8, 1.6], weighting="edm")  # iCT's c is ECT's 0.06 here
+                    dist="huber",  # iCT's c is ECT's 0.06 here
+                    p_t=[-0.8, 1.6], weighting="edm")
 LSUN_METHODS = {  # iCT and ECT have published none
-    "ct": dict(s1=150, mu0=0.95), "ict": {}, "ect": ECT_IMAGENET | dict(lr=1e-5)}
+    "ct": dict(s1=150, mu0=0.95),
+    "ict": {},
+    "ect": ECT_IMAGENET | dict(lr=1e-5),
+}
 RECIPES = {
     "glyphs": {
         "ct": dict(s1=20, mu0=0.9, dist="l2"),
         "ict": dict(s1=40, p_t=[0.0, 1.6]),
-        "ect": dict(q=16.0, stages=1, total_steps=1000, p_t=[0.0, 1.6])},
-    "path": {"ct": dict(s1=150, mu0=0.9), "ict": {}, "ect": dict(lr=1e-4)},
+        "ect": dict(q=16.0, stages=1, total_steps=1000, p_t=[0.0, 1.6]),
+    },
+    "path": {
+        "ct": dict(s1=150, mu0=0.9),
+        "ict": {},
+        "ect": dict(lr=1e-4),
+    },
     "cifar10": {
-        "ct": dict(batch_size=512, lr=4e-4, s1=150, mu0=0.9, ema_decay=0.9999,
-                   total_steps=800_000),
-        "ict": dict(batch_size=1024, lr=1e-4, ema_decay=0.99993, total_steps=400_000, dropout=0.3),
-        "ect": dict(batch_size=128, lr=1e-4, ema_decay=0.9999, total_steps=200_000, dropout=0.2,
-                    q=2.0, stages=8)},
+        "ct": dict(batch_size=512, lr=4e-4, ema_decay=0.9999, total_steps=800_000,
+                   s1=150, mu0=0.9),
+        "ict": dict(batch_size=1024, lr=1e-4, ema_decay=0.99993, total_steps=400_000,
+                    dropout=0.3),
+        "ect": dict(batch_size=128, lr=1e-4, ema_decay=0.9999, total_steps=200_000,
+                    dropout=0.2, q=2.0, stages=8),
+    },
     "imagenet64": {
-        "ct": dict(batch_size=2048, lr=8e-6, s1=200, mu0=0.95, ema_decay=0.999943,
-                   total_steps=800_000, sigmas=[80.0, 1.91284]),
-        "ict": dict(batch_size=4096, lr=1e-4, ema_decay=0.99997, total_steps=800_000, dropout=0.2),
-        "ect": ECT_IMAGENET | dict(lr=1e-4)},
+        "ct": dict(batch_size=2048, lr=8e-6, ema_decay=0.999943, total_steps=800_000,
+                   s1=200, mu0=0.95, sigmas=[80.0, 1.91284]),
+        "ict": dict(batch_size=4096, lr=1e-4, ema_decay=0.99997, total_steps=800_000,
+                    dropout=0.2),
+        "ect": ECT_IMAGENET | dict(lr=1e-4),
+    },
     "bedroom256": LSUN_METHODS,
     "cat256": LSUN_METHODS,
 }
@@ -167,7 +184,8 @@ def recipe(flags):
     settings = dict(recipe=method, objective="discrete") | METHODS[method]
     settings |= DATASETS[name] | RECIPES[name][method]
     if continuous:
-        settings |= dict(teacher=None, p_t=["uniform"], lr=CONTINUOUS_LR.get(name, 5e-6))
+        lr = CONTINUOUS_LR.get(name, 5e-6)
+        settings |= dict(teacher=None, p_t=["uniform"], lr=lr)
     return settings
 
 
@@ -181,62 +199,73 @@ def make_parser():
     common.add_shared_flags(parser, net=built, class_cond=built)
 
     train = parser.group("algorithm", ckpt=False)
-    train.flag("--recipe", choices=METHODS, help="ict (default): improved consistency training; ct: "
-               "the seed paper; ect: from a diffusion model")
-    train.flag("--objective", choices=("discrete", "continuous"), help="CM Algorithm 3 (default), or "
-               "its limit N -> infinity")
+    train.flag("--recipe", choices=METHODS,
+               help="ict (default): improved consistency training; ct: the seed paper; ect: from a "
+               "diffusion model")
+    train.flag("--objective", choices=("discrete", "continuous"),
+               help="CM Algorithm 3 (default), or its limit N -> infinity")
     grid = dict(recipe=("ct", "ict"), objective="discrete")
-    train.flag("--schedule", only=grid, choices=("sqrt", "double"), help="how N(k), the number of "
-               "noise levels, grows")
-    train.flag("--s0", only=grid, type=common.positive, metavar="N", help="where N(k) starts: points "
-               "(sqrt, CM 2) or intervals (double, iCT 10)")
-    train.flag("--s1", only=grid, type=common.positive, metavar="N", help="intervals at the end (CM "
-               "150 to 200, iCT 1280)")
-    train.flag("--mu0", only=grid, type=common.number(float, 0, 1), metavar="MU", help="target's "
-               "decay at the start (CM 0.9 to 0.95); 0: the target is the net itself (iCT)")
-    train.flag("--teacher", metavar="FILE", help="ect, continuous: the diffusion model to start from, "
-               "written by cd.py --stage teacher or released EDM weights, or none: random weights "
-               "(default: one is trained first, by cd.py's recipe)")
+    train.flag("--schedule", only=grid, choices=("sqrt", "double"),
+               help="how N(k), the number of noise levels, grows")
+    train.flag("--s0", only=grid, type=common.positive, metavar="N",
+               help="where N(k) starts: points (sqrt, CM 2) or intervals (double, iCT 10)")
+    train.flag("--s1", only=grid, type=common.positive, metavar="N",
+               help="intervals at the end (CM 150 to 200, iCT 1280)")
+    train.flag("--mu0", only=grid, type=common.number(float, 0, 1), metavar="MU",
+               help="target's decay at the start (CM 0.9 to 0.95); 0: the target is the net itself "
+               "(iCT)")
+    train.flag("--teacher", metavar="FILE",
+               help="ect, continuous: the diffusion model to start from, written by cd.py --stage "
+               "teacher or released EDM weights, or none: random weights (default: one is trained "
+               "first, by cd.py's recipe)")
     train.flag("--teacher-steps", only=dict(teacher=False), type=common.positive, metavar="K",
                help="optimizer steps of the teacher that is trained first")
     ect = dict(recipe="ect")
-    train.flag("--q", only=ect, type=common.number(float, 1), metavar="Q", help="r(t) = t max(0, 1 - "
-               "n(t) / Q^(a + 1)) in stage a = 0, 1, .. (ECT 2 to 256)")
-    train.flag("--stages", only=ect, type=common.positive, metavar="A", help="stages of equal length "
-               "(ECT CIFAR-10 8, ImageNet-64 4)")
-    train.flag("--mapping", only=ect, nargs=2, type=common.number(float, 0), metavar=("K", "B"),
-               help="n(t) = 1 + K sigmoid(-B t) (ECT 8 1)")
+    train.flag("--q", only=ect, type=common.number(float, 1), metavar="Q",
+               help="r(t) = t max(0, 1 - n(t) / Q^(a + 1)) in stage a = 0, 1, .. (ECT 2 to 256)")
+    train.flag("--stages", only=ect, type=common.positive, metavar="A",
+               help="stages of equal length (ECT CIFAR-10 8, ImageNet-64 4)")
+    train.flag("--mapping", only=ect, type=common.number(float, 0), nargs=2,
+               metavar=("K", "B"), help="n(t) = 1 + K sigmoid(-B t) (ECT 8 1)")
     discrete = dict(objective="discrete")
     train.flag("--dist", only=discrete, choices=("l1", "l2", "norm", "huber", "lpips"),
                help="distance between the two outputs; norm: l2 without the square (ECT CIFAR-10)")
-    train.flag("--weighting", only=discrete, choices=WEIGHTS, help="of an interval: 1, or 1 / (t_n1 - "
-               "t_n), or edm: 1 / t_n1^2 + 1 / sigma_data^2 (ECT ImageNet-64)")
-    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD", help="draw intervals by "
-               "ln t ~ Normal(MEAN, STD^2) (iCT, ECT -1.1 2.0), or the one word uniform (CM)")
+    train.flag("--weighting", only=discrete, choices=WEIGHTS,
+               help="of an interval: 1, or 1 / (t_n1 - t_n), or edm: 1 / t_n1^2 + 1 / sigma_data^2 "
+               "(ECT ImageNet-64)")
+    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
+               help="draw intervals by ln t ~ Normal(MEAN, STD^2) (iCT, ECT -1.1 2.0), or the one "
+               "word uniform (CM)")
     both = parser.group("sampling and training, further flags")
-    both.flag("--sigmas", nargs="+", type=common.noise_level, metavar="T", help="noise levels t, EDM's "
-              "sigma, largest first, one network call each (default when sampling: 80, one step)")
+    both.flag("--sigmas", nargs="+", type=common.noise_level, metavar="T",
+              help="noise levels t, EDM's sigma, largest first, one network call each (default "
+              "when sampling: 80, one step)")
     return parser
 
 
 def check(args):
     """Raises UserError for values that do not fit each other."""
-    fresh = args.recipe != "ect" and args.objective == "discrete"
-    if fresh and args.teacher != "none":
+    ect = args.recipe == "ect"
+    grid = not ect and args.objective == "discrete"
+    if grid and args.teacher != "none":
         raise UserError(f"--teacher does not apply with --recipe {args.recipe}, which starts from "
                         "random weights; --recipe ect takes one")
     if args.teacher == "ideal":
         raise UserError("--teacher ideal has no weights to start from; name a file")
-    if args.recipe == "ect" and args.objective == "continuous":
+    if ect and args.objective == "continuous":
         raise UserError("--objective continuous does not apply with --recipe ect")
-    if args.recipe == "ect" and args.q**args.stages > 1e5:  # float32 has 7 digits
-        raise UserError(f"--q {args.q:g} --stages {args.stages}: in the last stage r and t would be "
-                        "the same number")
-    if fresh and args.s1 < args.s0:
-        raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels grows")
-    if fresh and num_points(0, args.total_steps, args.s0, args.s1, args.schedule) < 2:
-        raise UserError(f"--s0 {args.s0} leaves no interval to train on; name 2 or more")
-    common.check_p_t(args.p_t, common.karras_times(args.s1 + 1 if fresh else 2))
+    if ect and args.q**args.stages > 1e5:  # float32 has 7 digits
+        raise UserError(f"--q {args.q:g} --stages {args.stages}: in the last stage r and t would "
+                        "be the same number")
+    times = common.karras_times(2)
+    if grid:
+        if args.s1 < args.s0:
+            raise UserError(f"--s1 {args.s1} is below --s0 {args.s0}: the number of noise levels "
+                            "grows")
+        if num_points(0, args.total_steps, args.s0, args.s1, args.schedule) < 2:
+            raise UserError(f"--s0 {args.s0} leaves no interval to train on; name 2 or more")
+        times = common.karras_times(args.s1 + 1)
+    common.check_p_t(args.p_t, times)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,7 +274,8 @@ def check(args):
 
 def train(args, run, stop):
     """Train, or go on with the run found in --out-dir. Returns whether it came to its end."""
-    ect, continuous = args.recipe == "ect", args.objective == "continuous"
+    ect = args.recipe == "ect"
+    continuous = args.objective == "continuous"
     grid = not ect and not continuous
     if not continuous:
         with common.main_process_first(run):  # now, not after days of the teacher's training
@@ -272,7 +302,8 @@ def train(args, run, stop):
         common.compile_in_place(run, net, target)
     log = common.start_run(args, run, net, step, skipped)
 
-    draws = [functools.partial(sample, ema, sigmas) for sigmas in ([common.T_MAX], args.sigmas)]
+    one_step = functools.partial(sample, ema, [common.T_MAX])
+    draws = [one_step, functools.partial(sample, ema, args.sigmas)]
     loader = common.batches(args, run, dataset, step)
     stopping = False
     while step < args.total_steps and not stopping:
@@ -294,16 +325,17 @@ def train(args, run, stop):
             y = y if classes else None
             if grid:
                 n = torch.multinomial(p, len(x0), replacement=True)
-                t_n, t = times[n], times[n + 1]
+                t_n = times[n]
+                t = times[n + 1]
             else:
                 t = common.random_times(len(x0), args.p_t, run.device)
             if ect:
                 t_n = ect_r(t, stage, args.q, *args.mapping)
+            noise = torch.randn_like(x0)
             if continuous:
                 t = t.clamp(common.T_MIN, common.T_MAX)
-                losses = continuous_loss(net, x0, torch.randn_like(x0), t, y)
+                losses = continuous_loss(net, x0, noise, t, y)
             else:
-                noise = torch.randn_like(x0)
                 losses = loss_fn(net, target, x0, noise, t_n, t, y, dist, weight)
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
@@ -327,7 +359,7 @@ def train(args, run, stop):
         if common.due(args.sample_every, step) or (args.sample_every and step == args.total_steps):
             common.sample_grid(args, run, log, step, draws, classes, (3, size, size))
     log.close()
-    return step == args.total_steps and not stopping
+    return step == args.total_steps
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,14 +381,15 @@ if __name__ == "__main__":
         use_checkpoint(args, run)
         common.finish(run)
     stop = common.StopSignal()
-    finished = train(args, run, stop)
-    common.finish(run, None if finished else stop)
+    ended = train(args, run, stop)
+    common.finish(run, None if ended else stop)
 
 # Where this differs from the paper and from the official code
 #   mu(k)             exp(s0 ln mu0 / N(k)), the paper's; openai's code divides by N(k) - 1
 #   N(k)              ends at total steps; openai's code never stops, and N grows on
-#   start of CT       random weights, as in the paper; openai's launch file starts from EDM's teacher
-#   start of continuous CT   a diffusion model, as openai's JAX code; --teacher none: random weights
+#   start of CT       random weights, as in the paper; openai's launch file: from EDM's teacher
+#   continuous CT     starts from a diffusion model, as openai's JAX code; --teacher none: from
+#                     random weights
 #   glyphs, ct        l2: LPIPS judges 16-pixel digits badly and needs a download
 #   pseudo-Huber      one norm per image, as in iCT; a common reimplementation takes it by elements
 #   ECT, the end      t_min = 0.002 in training and sampling; r is t_min at least, and there the
@@ -364,7 +397,7 @@ if __name__ == "__main__":
 #   ECT, ImageNet-64  ADM net, RAdam, learning rate 1e-4 constant, dropout 0.1 in all blocks. ECT
 #                     tunes EDM2 nets: Adam, 1e-3 to 7e-4 falling like 1/sqrt(step), dropout 0.4 to
 #                     0.5 in blocks of at most 16 pixels
-#   ECT, c            0.0599 for 64 pixels, iCT's formula; ECT's is 0.06. --dist norm is c = 0, with
-#                     gradient 0 where outputs are equal; its code turns such a gradient into NaN, then 0
+#   ECT, c            0.0599 for 64 pixels, iCT's formula; ECT's is 0.06. --dist norm is c = 0,
+#                     with gradient 0 where outputs are equal; its code makes NaN of it, then 0
 #   ECT, stages       of equal length, for any number of steps; its code counts ticks
 #   dropout           one mask for both branches, on every device; openai's code replays the CPU's
