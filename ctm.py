@@ -17,8 +17,8 @@ Result: of digits drawn in one, two and four steps 98.2, 99.2 and 99.3% are read
 for, after 8 minutes on 2 cores. Published: ImageNet-64, FID 1.92 in one step, 1.73 in two.
 """
 import copy
-import functools
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import common
-from common import UserError, bcast
+from common import RHO, T_MAX, T_MIN, UserError, bcast, number, positive
 
 # --------------------------------------------------------------------------------------------------
 # The method
@@ -57,14 +57,16 @@ def draw_indices(B, N, k, device):
 
     t is any level that leaves room for k steps, s any from t_min to u, both ends included.
     """
-    i = k + torch.randint(N - k, (B,), device=device)
-    j = (torch.rand(B, device=device) * (i - k + 1)).long()  # the largest below 1 does not round up
+    above = torch.randint(N - k, (B,), device=device)
+    i = k + above
+    position = torch.rand(B, device=device)  # the largest, just below 1, does not round up
+    j = (position * (i - k + 1)).long()
     return i, j
 
 
 def heun_solve(D, times, x, i, k, y):
     """k Heun steps of the PF-ODE, times[i] to times[i - k]. D: (x, t, y) -> denoised (B,C,H,W)."""
-    D_y = functools.partial(D, y=y)
+    D_y = partial(D, y=y)
     for done in range(k):
         x = common.heun_step(D_y, x, times[i - done], times[i - done - 1])
     return x
@@ -112,15 +114,16 @@ def loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist):
 def dsm_times(B, p_t, device):
     """Levels of the denoising loss (B,): half from p(t), the rest high, from 80 down to 0.318."""
     first = common.random_times(B // 2, p_t, device)
-    low = common.T_MIN ** (1 / common.RHO)
-    high = common.T_MAX ** (1 / common.RHO)
+    low, high = T_MIN ** (1 / RHO), T_MAX ** (1 / RHO)
     position = 0.7 * torch.rand(B - B // 2, device=device)
-    return torch.cat([first, (high + position * (low - high)) ** common.RHO])
+    rest = (high + position * (low - high)) ** RHO
+    return torch.cat([first, rest])
 
 
 def adaptive_weight(gradient, other):
     """The factor that makes a loss as strong as the CTM loss, by their gradients in one layer."""
-    return (gradient.norm() / (other.norm() + 1e-4)).clamp(0, 1e4)
+    ratio = gradient.norm() / (other.norm() + 1e-4)
+    return ratio.clamp(0, 1e4)
 
 
 def last_layer(net):
@@ -140,19 +143,24 @@ def add_gradients(net, ctm, dsm, gan, disc_weight, share):
     strength = total[last]
     gradient = torch.autograd.grad(dsm, parameters)
     lambda_dsm = adaptive_weight(strength, gradient[last])
-    total = torch._foreach_add(total, torch._foreach_mul(gradient, lambda_dsm))
+    term = torch._foreach_mul(gradient, lambda_dsm)
+    total = torch._foreach_add(total, term)
     lambda_gan = torch.zeros(())
     if gan is not None:
         gradient = torch.autograd.grad(gan, parameters)
         lambda_gan = adaptive_weight(strength, gradient[last]).clamp(0.01, 10)
-        total = torch._foreach_add(total, torch._foreach_mul(gradient, disc_weight * lambda_gan))
-    torch._foreach_add_([p.grad for p in parameters], total, alpha=share)
+        term = torch._foreach_mul(gradient, disc_weight * lambda_gan)
+        total = torch._foreach_add(total, term)
+    gradients = [p.grad for p in parameters]
+    torch._foreach_add_(gradients, total, alpha=share)
     return lambda_dsm, lambda_gan
 
 
 def hinge_loss(critic, real, fake):
     """The critic's loss, a number."""
-    return F.relu(1 - critic(real)).mean() + F.relu(1 + critic(fake)).mean()
+    real_loss = F.relu(1 - critic(real)).mean()
+    fake_loss = F.relu(1 + critic(fake)).mean()
+    return real_loss + fake_loss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,34 +175,38 @@ def gamma_sample(jump, x_T, levels, gamma, noise=torch.randn_like):
              deterministic, 1 multistep consistency sampling.  noise: x -> unit noise like x.
     Returns: (B,C,H,W). NFE = len(levels).
     """
-    x, t_min = x_T, common.T_MIN
+    x, t_min = x_T, T_MIN
     for t, t_next in zip(levels, (*levels[1:], t_min)):
         s = math.sqrt(1 - gamma**2) * (t_next - t_min) + t_min
         x = jump(x, common.levels_like(x, t), common.levels_like(x, s))
         if gamma > 0 and t_next > t_min:
-            x = x + math.sqrt(t_next**2 - s**2) * noise(x)
+            deviation = math.sqrt(t_next**2 - s**2)
+            x = x + deviation * noise(x)
     return x
 
 
 def step_levels(n):
     """The levels from which n jumps start: karras_times(n + 1), largest first, without t_min."""
-    return common.karras_times(n + 1).tolist()[:0:-1]
+    times = common.karras_times(n + 1)
+    return times.tolist()[:0:-1]
 
 
 @torch.no_grad()
 def sample(net, levels, gamma, y, noise, shape):
     """Draw images (B,C,H,W) in len(levels) network calls."""
     x_T = common.initial_noise(net, noise, shape, levels[0])
-    jump = functools.partial(G, net, y=y)
-    return gamma_sample(jump, x_T, levels, gamma, noise).clamp(-1, 1)
+    jump = partial(G, net, y=y)
+    x = gamma_sample(jump, x_T, levels, gamma, noise)
+    return x.clamp(-1, 1)
 
 
 @torch.no_grad()
 def sample_heun(net, N, y, noise, shape):
     """Draw images (B,C,H,W) with EDM's sampler on the denoiser g(x, t, t), in 2 N - 1 calls."""
-    x_T = common.initial_noise(net, noise, shape, common.T_MAX)
-    D = functools.partial(denoiser, net, y=y)
-    return common.heun_sample(D, x_T, N).clamp(-1, 1)
+    x_T = common.initial_noise(net, noise, shape, T_MAX)
+    D = partial(denoiser, net, y=y)
+    x = common.heun_sample(D, x_T, N)
+    return x.clamp(-1, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,32 +217,37 @@ def augment(x, brightness, saturation, contrast, shift, hole):
     """DiffAugment with these draws: colour, translation, a square hole. Gradients flow through.
 
     Args:    x: (B,C,H,H).  brightness, added, saturation, contrast, factors around the mean: (B,).
-             shift: (B,2) int, rows and columns by which the content moves up and left, zeros moving
-             in.  hole: (B,2) int, its centre.
+             shift: (B,2) int, rows and columns by which it moves up and left.  hole: its centre.
     Source:  Zhao et al. 2020, arXiv 2006.10738.
     """
     size = x.shape[-1]
     x = x + bcast(brightness, x)
-    x = x.mean(1, keepdim=True).lerp(x, bcast(saturation, x))
-    x = x.mean((1, 2, 3), keepdim=True).lerp(x, bcast(contrast, x))
+    grey = x.mean(1, keepdim=True)
+    x = grey.lerp(x, bcast(saturation, x))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean.lerp(x, bcast(contrast, x))
     pixel = torch.arange(size, device=x.device)
-    moved = pixel[:, None] + shift[:, :, None, None] == pixel  # (B,2,H,H): output, input pixel
-    rows, columns = moved.to(x).unsqueeze(2).unbind(1)  # (B,1,H,H) each
+    source = pixel[:, None] + shift[:, :, None, None]
+    moved = (source == pixel).to(x)  # (B,2,H,H): output, input pixel
+    rows, columns = moved.unsqueeze(2).unbind(1)  # (B,1,H,H) each
     side = int(0.2 * size + 0.5)
     cut = (pixel - hole[:, :, None] + side // 2) // side == 0  # (B,2,H)
     cut_rows, cut_columns = cut.unsqueeze(2).unbind(1)  # (B,1,H) each
-    return (rows @ x @ columns.mT) * ~(cut_rows[..., None] & cut_columns[:, :, None])
+    cut = cut_rows[..., None] & cut_columns[:, :, None]  # (B,1,H,H)
+    return (rows @ x @ columns.mT) * ~cut
 
 
 def random_augment(x):
     """`augment` with DiffAugment's draws."""
-    B, size = len(x), x.shape[-1]
+    B = len(x)
+    size = x.shape[-1]
     reach = int(0.125 * size + 0.5)
     side = int(0.2 * size + 0.5)
     brightness, saturation, contrast = torch.rand(3, B, device=x.device)
     shift = torch.randint(-reach, reach + 1, (B, 2), device=x.device)
     hole = torch.randint(size + 1 - side % 2, (B, 2), device=x.device)
-    return augment(x, brightness - 0.5, 2 * saturation, contrast + 0.5, shift, hole)
+    colours = brightness - 0.5, 2 * saturation, contrast + 0.5
+    return augment(x, *colours, shift, hole)
 
 
 def down(c_in, c_out):
@@ -242,7 +259,8 @@ def down(c_in, c_out):
 
 def downs(widths):
     """A `down` between each two of these widths."""
-    return [down(c_in, c_out) for c_in, c_out in zip(widths, widths[1:])]
+    pairs = zip(widths, widths[1:])
+    return [down(c_in, c_out) for c_in, c_out in pairs]
 
 
 class ConvCritic(nn.Module):
@@ -251,7 +269,8 @@ class ConvCritic(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList()
         for scale in range(3):
-            halvings = max(int(math.log2(size)) - 2 - scale, 0)  # down to 4 pixels
+            halvings = int(math.log2(size)) - 2 - scale  # down to 4 pixels
+            halvings = max(halvings, 0)
             widths = [width * min(2**i, 4) for i in range(halvings + 1)]
             first = spectral_norm(nn.Conv2d(3, width, 3, padding=1))
             layers = [first, nn.LeakyReLU(0.2), *downs(widths)]
@@ -260,8 +279,11 @@ class ConvCritic(nn.Module):
 
     def forward(self, x):
         x = random_augment(x)
-        logits = [head(F.avg_pool2d(x, 2**scale)) for scale, head in enumerate(self.heads)]
-        return torch.cat([part.flatten(1) for part in logits], 1)
+        logits = []
+        for scale, head in enumerate(self.heads):
+            small = F.avg_pool2d(x, 2**scale)
+            logits.append(head(small).flatten(1))
+        return torch.cat(logits, 1)
 
 
 class Projector(nn.Module):
@@ -272,8 +294,10 @@ class Projector(nn.Module):
     Raises:  UserError in one line if timm is missing or the weights cannot be had.
     Source:  Sauer et al. 2021, arXiv 2111.01007; taps, sizes, random layers: those of CTM's code.
     """
-    TAPS = {"tf_efficientnet_lite0": ((1, 2, 3, 4), (24, 40, 112, 320)),  # places, widths
-            "deit_base_distilled_patch16_224": ((2, 5, 8, 11), (96, 192, 384, 768))}
+    TAPS = {  # places, widths
+        "tf_efficientnet_lite0": ((1, 2, 3, 4), (24, 40, 112, 320)),
+        "deit_base_distilled_patch16_224": ((2, 5, 8, 11), (96, 192, 384, 768)),
+    }
 
     def __init__(self, name, pretrained=True):
         super().__init__()
@@ -290,18 +314,25 @@ class Projector(nn.Module):
         features.eval().requires_grad_(False)
         self.features = (features,)  # in a tuple: no part of the state that is saved
         for key in ("mean", "std"):
-            value = torch.tensor(getattr(settings, key)).view(3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
+            value = torch.tensor(getattr(settings, key))
+            self.register_buffer(key, value.view(3, 1, 1), persistent=False)
         self.reassemble = nn.ModuleList(nn.Identity() for _ in range(4))
         if name.startswith("deit"):  # its taps are all (B,768,14,14)
-            resample = [nn.ConvTranspose2d(96, 96, 4, 4), nn.ConvTranspose2d(192, 192, 2, 2),
-                        nn.Identity(), nn.Conv2d(768, 768, 3, 2, 1)]
+            resample = [
+                nn.ConvTranspose2d(96, 96, 4, 4),
+                nn.ConvTranspose2d(192, 192, 2, 2),
+                nn.Identity(),
+                nn.Conv2d(768, 768, 3, 2, 1),
+            ]
             for i, layer in enumerate(resample):
-                self.reassemble[i] = nn.Sequential(nn.Conv2d(768, widths[i], 1), layer)
+                narrow = nn.Conv2d(768, widths[i], 1)
+                self.reassemble[i] = nn.Sequential(narrow, layer)
         mixed = (64, 128, 256, 512)
         coarser = (64, 64, 128, 256)
-        self.channels = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, mixed))
-        self.scales = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(mixed, coarser))
+        channels = [nn.Conv2d(a, b, 1) for a, b in zip(widths, mixed)]
+        scales = [nn.Conv2d(a, b, 1) for a, b in zip(mixed, coarser)]
+        self.channels = nn.ModuleList(channels)
+        self.scales = nn.ModuleList(scales)
         self.requires_grad_(False)
 
     def _apply(self, fn, recurse=True):  # .to(device) reaches the frozen network too
@@ -314,7 +345,8 @@ class Projector(nn.Module):
         taps = self.features[0](x)
         outputs, coarse = [], 0.0
         for i in (3, 2, 1, 0):
-            mixed = coarse + self.channels[i](self.reassemble[i](taps[i]))
+            tap = self.reassemble[i](taps[i])
+            mixed = coarse + self.channels[i](tap)
             large = F.interpolate(mixed, scale_factor=2.0, mode="bilinear", align_corners=True)
             coarse = self.scales[i](large)
             outputs.insert(0, coarse)
@@ -338,7 +370,8 @@ class ProjectedCritic(nn.Module):
         maps = []
         for projector in self.projectors:
             maps += projector(random_augment(x))
-        return torch.cat([head(part).flatten(1) for head, part in zip(self.heads, maps)], 1)
+        logits = [head(part) for head, part in zip(self.heads, maps)]
+        return torch.cat([part.flatten(1) for part in logits], 1)
 
 
 CRITICS = {"conv": ConvCritic, "projected": ProjectedCritic}
@@ -358,18 +391,24 @@ def renew_norms(critic):
 # your own images, are ours. Nothing was published for LSUN: ImageNet's settings stand in.
 # --------------------------------------------------------------------------------------------------
 
-CTM = dict(matching="soft", solver="heun", dist="lpips", mu=0.999, s_init="published",
-           p_t=[-1.2, 1.2], dropout=0.0, ema_decay=0.999, disc="none", disc_weight=1.0,
-           disc_lr=2e-3)
+CTM = dict(
+    matching="soft", solver="heun", dist="lpips", mu=0.999, s_init="published",
+    p_t=[-1.2, 1.2], dropout=0.0, ema_decay=0.999,
+    disc="none", disc_weight=1.0, disc_lr=2e-3,
+)
 STUDENTS = {
-    "glyphs": dict(batch_size=32, total_steps=1300, lr=1e-3, max_steps=3, dist="huber", mu=0.99,
-                   ema_decay=0.997, p_t=[-0.6, 1.4], disc_start=800),
-    "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, max_steps=8, dist="huber",
-                 disc_start=50_000),
-    "cifar10": dict(batch_size=256, total_steps=100_000, lr=4e-4, max_steps=17, mu=0.9999,
-                    dropout=0.13, disc="projected", disc_start=50_000),
-    "imagenet64": dict(batch_size=2048, total_steps=30_000, lr=8e-6, max_steps=20,
-                       disc="projected", disc_start=10_000),
+    "glyphs": dict(
+        batch_size=32, total_steps=1300, lr=1e-3, ema_decay=0.997, disc_start=800,
+        max_steps=3, dist="huber", mu=0.99, p_t=[-0.6, 1.4]),
+    "path": dict(
+        batch_size=128, total_steps=100_000, lr=2e-4, disc_start=50_000,
+        max_steps=8, dist="huber"),
+    "cifar10": dict(
+        batch_size=256, total_steps=100_000, lr=4e-4, disc="projected", disc_start=50_000,
+        max_steps=17, mu=0.9999, dropout=0.13),
+    "imagenet64": dict(
+        batch_size=2048, total_steps=30_000, lr=8e-6, disc="projected", disc_start=10_000,
+        max_steps=20),
 }
 SCRATCH = dict(solver="jump")  # --teacher none: the code's; the paper takes Heun steps of g
 SCRATCH_STUDENTS = {"glyphs": dict(total_steps=2400, lr=2e-3, mu=0.9)}
@@ -378,7 +417,8 @@ SCRATCH_STUDENTS = {"glyphs": dict(total_steps=2400, lr=2e-3, mu=0.9)}
 def recipe(flags):
     """The settings for --dataset, --teacher and --matching, general ones first."""
     name = common.known_dataset(flags)
-    settings = common.DATASETS[name] | CTM | STUDENTS.get(name, STUDENTS["imagenet64"])
+    student = STUDENTS.get(name, STUDENTS["imagenet64"])
+    settings = common.DATASETS[name] | CTM | student
     if flags.get("teacher") == "none":
         settings |= SCRATCH | SCRATCH_STUDENTS.get(name, {})
     if flags.get("matching") == "local":
@@ -415,56 +455,60 @@ def check(args):
 def make_parser():
     parser = common.Parser(__doc__)
     built = (None, "none", "ideal")  # teachers that leave the student's network to be chosen
-    common.add_shared_flags(parser, net=dict(teacher=built), class_cond=dict(teacher=built))
+    chosen = dict(teacher=built)
+    common.add_shared_flags(parser, net=chosen, class_cond=chosen)
 
     train = parser.group("algorithm", ckpt=False)
     train.flag("--teacher", metavar="FILE", help="a teacher written by cd.py --stage teacher, "
                "released EDM weights, ideal: the exact denoiser of the training images, or none: "
                "from scratch (default: one is trained first)")
-    train.flag("--teacher-steps", only=dict(teacher=False), type=common.positive, metavar="K",
+    train.flag("--teacher-steps", only=dict(teacher=False), type=positive, metavar="K",
                help="optimizer steps of the teacher that is trained first")
-    train.flag("--N", type=common.number(int, 2), metavar="N",
+    train.flag("--N", type=number(int, 2), metavar="N",
                help="noise levels of the grid (CTM 18 or 40)")
-    train.flag("--max-steps", type=common.positive, metavar="M", help="most solver steps from t to "
+    train.flag("--max-steps", type=positive, metavar="M", help="most solver steps from t to "
                "u; k of them with probability ~ k, k = 1 .. M (CTM 17 of N = 18, 20 of N = 40; "
                "global N - 1; local 1)")
-    train.flag("--matching", choices=("soft", "local", "global"), help="where the target's jump "
-               "begins: at any u from t down to s (soft, CTM), one step below t (local), at s "
-               "(global: the solver's result is the target)")
-    train.flag("--solver", choices=("heun", "jump"), help="from t to u: Heun steps of the teacher "
-               "or, from scratch, of the model's own denoiser (heun, the paper's), or one jump of "
-               "the model's average (jump, the code's, from scratch only)")
+    train.flag("--matching", choices=("soft", "local", "global"),
+               help="where the target's jump begins: at any u from t down to s (soft, CTM), one "
+               "step below t (local), at s (global: the solver's result is the target)")
+    train.flag("--solver", choices=("heun", "jump"),
+               help="from t to u: Heun steps of the teacher or, from scratch, of the model's own "
+               "denoiser (heun, the paper's), or one jump of the model's average (jump, the "
+               "code's, from scratch only)")
     train.flag("--dist", choices=("l1", "l2", "huber", "lpips"),
                help="distance of estimate and target at t_min (CTM lpips)")
-    train.flag("--mu", type=common.number(float, 0, 1), metavar="MU",
+    train.flag("--mu", type=number(float, 0, 1), metavar="MU",
                help="decay of the target network (CTM 0.999)")
-    train.flag("--s-init", choices=("published", "zero"), help="how the embedding of s starts: at "
-               "random (CTM), or so that it adds nothing and the student is its teacher")
-    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD", help="of half the "
-               "denoising loss: ln t ~ Normal(MEAN, STD^2) (CTM -1.2 1.2); the other half is at "
-               "high noise levels")
-    train.flag("--disc", choices=("none", *CRITICS), help="critic of the adversarial loss: conv, "
-               "multi-scale, for small images; projected (CTM), on EfficientNet and DeiT features, "
-               "needs timm")
+    train.flag("--s-init", choices=("published", "zero"),
+               help="how the embedding of s starts: at random (CTM), or so that it adds nothing "
+               "and the student is its teacher")
+    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
+               help="of half the denoising loss: ln t ~ Normal(MEAN, STD^2) (CTM -1.2 1.2); the "
+               "other half is at high noise levels")
+    train.flag("--disc", choices=("none", *CRITICS),
+               help="critic of the adversarial loss: conv, multi-scale, for small images; "
+               "projected (CTM), on EfficientNet and DeiT features, needs timm")
     played = dict(disc=tuple(CRITICS))
     train.flag("--disc-start", only=played, type=common.count, metavar="K",
                help="step from which generator and critic take turns, one step each")
-    train.flag("--disc-weight", only=played, type=common.number(float, 0), metavar="W",
+    train.flag("--disc-weight", only=played, type=number(float, 0), metavar="W",
                help="of the adversarial loss, times its adaptive weight (CTM 1)")
-    train.flag("--disc-lr", only=played, type=common.number(float, 0), metavar="LR",
+    train.flag("--disc-lr", only=played, type=number(float, 0), metavar="LR",
                help="learning rate of the critic's RAdam (CTM 2e-3)")
 
     draw = parser.group("sampling, further flags", ckpt=True)
     draw.flag("--sigmas", nargs="+", type=common.noise_level, metavar="T",
               help="noise levels t, EDM's sigma, largest first, a jump from each (default 80)")
-    draw.flag("--steps", only=dict(sigmas=False, edit=False), type=common.positive, metavar="n",
+    draw.flag("--steps", only=dict(sigmas=False, edit=False), type=positive, metavar="n",
               help="jumps between n + 1 levels of a Karras grid, instead of --sigmas")
-    draw.flag("--gamma", only=dict(heun=False, edit=False), type=common.number(float, 0, 1),
-              metavar="G", help="noise put back after each jump but the last: 0 none (default; "
-              "CTM), 1 all, as in consistency models")
-    draw.flag("--heun", only=dict(sigmas=False, steps=False, edit=False), metavar="N",
-              type=common.number(int, 2), help="EDM's sampler instead, on the model's denoiser: "
-              "N Heun steps, 2 N - 1 network calls")
+    draw.flag("--gamma", only=dict(heun=False, edit=False),
+              type=number(float, 0, 1), metavar="G",
+              help="noise put back after each jump but the last: 0 none (default; CTM), 1 all, as "
+              "in consistency models")
+    draw.flag("--heun", only=dict(sigmas=False, steps=False, edit=False),
+              type=number(int, 2), metavar="N",
+              help="EDM's sampler instead, on the model's denoiser: N Heun steps, 2 N - 1 calls")
     common.add_edit_flags(parser)
     return parser
 
@@ -514,7 +558,8 @@ def train(args, run, stop):
         disc_weight = args.disc_weight
         common.seed_everything(common.INIT, args.seed, 1)
         with common.main_process_first(run):
-            critic = CRITICS[args.disc](size).to(run.device).eval()
+            critic = CRITICS[args.disc](size)
+        critic.to(run.device).eval()
         critic_optimizer = torch.optim.RAdam(
             critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True)
         critic_gradients = common.flatten_gradients(critic.heads)
@@ -528,16 +573,19 @@ def train(args, run, stop):
     log = common.start_run(args, run, net, step, skipped)
 
     times = common.karras_times(args.N).to(run.device)
-    solve = functools.partial(heun_solve, D or functools.partial(denoiser, target), times)
+    if D is None:  # from scratch
+        D = partial(denoiser, target)
+    solve = partial(heun_solve, D, times)
     if args.solver == "jump":
-        solve = functools.partial(jump_solve, target, times)
-    draws = [functools.partial(sample, ema, step_levels(n), 0.0) for n in (1, 2, 4)]
+        solve = partial(jump_solve, target, times)
+    draws = [partial(sample, ema, step_levels(n), 0.0) for n in (1, 2, 4)]
     loader = common.batches(args, run, dataset, step)
     stopping = False
     while step < args.total_steps and not stopping:
         # ------------------------------------------------------------------------ one training step
         rng = np.random.default_rng((common.SOLVER, args.seed, step))
-        k = 1 + int(rng.choice(args.max_steps, p=step_probabilities(args.max_steps)))
+        p = step_probabilities(args.max_steps)
+        k = 1 + int(rng.choice(args.max_steps, p=p))
         adversarial = critic is not None and step >= args.disc_start
         critics_turn = adversarial and (step - args.disc_start) % 2 == 1
         if adversarial:
@@ -569,7 +617,8 @@ def train(args, run, stop):
             t = dsm_times(len(x0), args.p_t, run.device)
             noise = torch.randn_like(x0)
             loss = losses.mean()
-            dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t)).mean()
+            dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
+            dsm = dsm.mean()
             gan = -critic(x_est).mean() if adversarial else None
             lambda_dsm, lambda_gan = add_gradients(net, loss, dsm, gan, disc_weight, share)
             totals.add(share, loss=loss, loss_dsm=dsm, lambda_dsm=lambda_dsm)
@@ -595,7 +644,8 @@ def train(args, run, stop):
         last = stopping or step == args.total_steps
         values = dict(loss_disc=loss)
         if not critics_turn:
-            values = dict(loss_bins=totals.loss_bins(), grad_norm=grad_norm, k=k)
+            values = dict(grad_norm=grad_norm, k=k)
+            values["loss_bins"] = totals.loss_bins()
             for name in TERMS if adversarial else TERMS[:3]:
                 values[name] = totals[name]
         log.step(step, finite, last, player=critics_turn, **values)
@@ -613,7 +663,7 @@ def train(args, run, stop):
 
 def use_checkpoint(args, run):
     """`--ckpt`: sample, measure or edit."""
-    levels = args.sigmas or [common.T_MAX]
+    levels = args.sigmas or [T_MAX]
     if args.steps:
         levels = step_levels(args.steps)
     if args.gamma is not None and len(levels) == 1:
@@ -626,16 +676,17 @@ def use_checkpoint(args, run):
 
     def consistency_function(y):
         def f(x, t):
-            t_min = torch.full_like(t, common.T_MIN)
-            return G(net, x, t, t_min, y).clamp(-1, 1)
+            t_min = torch.full_like(t, T_MIN)
+            x0 = G(net, x, t, t_min, y)
+            return x0.clamp(-1, 1)
         return f
 
     if args.edit:
         return common.edit_images(args, run, net, consistency_function)
-    draw = functools.partial(sample, net, levels, args.gamma or 0.0)
+    draw = partial(sample, net, levels, args.gamma or 0.0)
     calls = len(levels)
     if args.heun:
-        draw = functools.partial(sample_heun, net, args.heun)
+        draw = partial(sample_heun, net, args.heun)
         calls = 2 * args.heun - 1
     common.sample_checkpoint(args, run, net, draw, calls, trained)
 
