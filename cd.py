@@ -454,7 +454,7 @@ if __name__ == "__main__":
 #   guidance          distilling it into a consistency model that is told w is ours
 #   embedding of w    sinusoids of 25 w, a linear layer of each block that starts at 0.
 #                     The papers' 1000 w tells 4 from 4.1 too well for short training
-#   full gradient     (--no-stop-gradient) the paper's squared norm; openai's JAX code takes the norm
+#   full gradient     (--no-stop-gradient) the paper's squared norm; openai's takes the norm
 #   stop-gradient     the loss reported is |df/dt|^2: the pseudo-objective's own value says nothing,
 #                     and the gradient is the same
 #   teacher's solver  denoised images are not clipped, as in EDM; openai's code clips them

@@ -1538,8 +1538,8 @@ def shapes_of(state):
 def network_of_weights(path, state, scripts):
     """The one of NETS that a plain state dict fits, and its model_args."""
     state = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    shapes, changes = shapes_of(state), {}
-    if "label_emb.weight" in shapes:
+    shapes, changes = shapes_of(state), dict(classes=0)
+    if shapes.get("label_emb.weight"):
         changes["classes"] = shapes["label_emb.weight"][0]
     if "time_embed_s.0.weight" in shapes:
         changes["cond"] = True

@@ -1,20 +1,20 @@
 """Distillation of guided diffusion: one network for all guidance weights, then half the steps, and
 again, down to one. Without guidance this is progressive distillation.
 
-    python guided_distill.py                        digits: a teacher, its guidance, N = 32 .. 1 steps
-    python guided_distill.py --sampler S --teacher out/guided_distill/teacher/last.pt --out-dir out/S
+    python guided_distill.py                       digits: teacher, guidance, then N = 32 .. 1 steps
+    python guided_distill.py --sampler S --teacher out/guided_distill/teacher/last.pt --out-dir S
     torchrun --nproc_per_node=8 guided_distill.py --dataset imagenet64 --data-dir /data/imagenet64
     python guided_distill.py --ckpt out/guided_distill/N0004.pt --sample 64 --w 1 --save out.png
     python guided_distill.py --teacher diffusers:stable-diffusion-2-1/ --dataset latents.npz
 
 Stage 1 leaves stage1.pt, which draws in any number of steps, each at half the teacher's cost; every
-round of stage 2 leaves N0032.pt .. N0001.pt, each of which draws in its own number of steps. The same
-command again resumes a run, exactly, on any number of processes.
+round of stage 2 leaves N0032.pt .. N0001.pt, each of which draws in its own number of steps. The
+same command again resumes a run, exactly, on any number of processes.
 
 Papers: Meng et al. 2022 (GD, arXiv 2210.03142): both stages. Salimans & Ho 2022 (PD, arXiv
-2202.00512): the halving. The models are VP: z = alpha x + sigma noise, alpha^2 + sigma^2 = 1, time tau
-in [0, 1]. With the angle phi, for which alpha = cos phi and sigma = sin phi, no formula divides by
-what may vanish. Times and angles are (B,) float64 on the CPU; only coefficients meet the images.
+2202.00512): the halving. The models are VP: z = alpha x + sigma noise, alpha^2 + sigma^2 = 1, time
+tau in [0, 1]. With the angle phi, for which alpha = cos phi and sigma = sin phi, no formula divides
+by what may vanish. Times and angles are (B,) float64 on the CPU; coefficients meet the images.
 
 Measured: glyphs, four steps, 99.0%, 99.9% and 100% of the digits are read as the label asked for at
 w = 0, 1, 4, after 9 minutes on 2 cores; the teacher, 64 steps, 97.9%, 99.9%, 100%. No code of the
@@ -48,7 +48,7 @@ def on(c, x):
 def times_of(i, N, sampler):
     """tau, tau_mid, tau_end (B,) of the student's jump from i in 1 .. N, the teacher's by tau_mid.
 
-    An S student jumps two intervals, its teacher one and one; from i = 1 there is but one, for both.
+    An S student jumps two intervals, its teacher one and one; from i = 1 both have but one.
     GD Alg. 2, and its variant for the stochastic sampler; an encoder is a decoder in reversed time.
     """
     if sampler == "D":
@@ -62,8 +62,8 @@ def two_steps(v, angle, z, tau, tau_mid, tau_end):
     """The v that takes z from tau to tau_end in one DDIM step, as the teacher's v does in two.
 
     (cos(d1 + d2) z - z_end) / sin(d1 + d2), multiplied out so that nothing cancels; d1, d2 are the
-    angles of the two steps. With d2 = 0 it is the first v, exactly, and the second call, made at tau,
-    counts nothing. GD Alg. 2, PD Alg. 2; z: (B,C,H,W) at tau.
+    angles of the two steps. With d2 = 0 it is the first v, exactly, and the second call, made at
+    tau, counts nothing. GD Alg. 2, PD Alg. 2; z: (B,C,H,W) at tau.
     """
     d1, d2 = angle(tau) - angle(tau_mid), angle(tau_mid) - angle(tau_end)
     v1 = v(z, tau)
@@ -105,8 +105,8 @@ BOTTOM, TOP = math.atan(common.T_MIN), math.atan(common.T_MAX)
 def edm_angle(tau, bottom=0.0):
     """phi(tau): the cosine schedule over EDM's noise levels tan phi, 0.002 to 80; (B,) float64.
 
-    Args:    bottom: phi(0). At 0 there is no noise, so that the last step gives the denoised x (PD);
-             an encoder, which calls the network there, begins at the least noise it knows: BOTTOM.
+    Args:    bottom: phi(0). At 0 there is no noise, so that the last step gives the denoised x
+             (PD); an encoder, which calls the network there, begins at the least noise it knows.
     Source:  PD's code, whose log SNR runs over [-20, 20]; here over what the teachers know.
     """
     return torch.where(tau > 0, BOTTOM + tau * (TOP - BOTTOM), bottom)
@@ -141,13 +141,6 @@ def net_v(net, angle):
     return edm_v(D, angle)
 
 
-def guided_v(D, angle):
-    """v(z, tau, y, w) of a teacher."""
-    def v(z, tau, y, w):
-        return common.guide(edm_v(D, angle), y, w)(z, tau)
-    return v
-
-
 def plan(settings):
     """The rounds: (N, optimizer steps) each, stage 1 first with N = 0; settings: of the run.
 
@@ -163,7 +156,7 @@ def plan(settings):
         rounds.append((N, settings["last_steps" if N <= last_N else "round_steps"]))
         N //= 2
     if stochastic and settings["end_N"] == 1:
-        rounds[-1] = 1, 1  # its only jump is its teacher's own, with whose weights it begins: loss 0
+        rounds[-1] = 1, 1  # its only jump is its teacher's own, with whose weights it begins
     return rounds
 
 
@@ -190,7 +183,7 @@ def sample(v, angle, N, sampler, z, noise=torch.randn_like, start=None, paste=No
     Args:    v: (z, tau) -> v.  sampler: D, S or encoder.  z: (B,C,H,W) at tau = 1, or start / N.
              noise: x -> unit noise like x, called N - 1 times by S.  paste: (z, tau) -> z, called
              after each step, or None.
-    Source:  DDIM; GD's stochastic sampler: jump to i - 2, add noise up to i - 1; from 1 it is plain.
+    Source:  DDIM; GD's stochastic sampler: jump to i - 2, add noise up to i - 1; plain from 1.
     """
     def at(i):
         return z.new_full((len(z),), i / N, dtype=torch.float64, device="cpu")
@@ -228,7 +221,7 @@ def draw(v, angle, N, sampler, w, device, y, noise, shape, decode=clip):
 # --------------------------------------------------------------------------------------------------
 
 class Latents:
-    """An .npz of encoded images (n,C,h,w), and embeddings (n,L,D) with `null` (L,D), or labels (n,)."""
+    """An .npz of latents (n,C,h,w), and embeddings (n,L,D) with `null` (L,D), or labels (n,)."""
     def __init__(self, path):
         with common.explain(f"--dataset {path} holds no latents"):
             with np.load(path) as file:
@@ -254,7 +247,7 @@ class Latents:
 
 
 class LatentModel:
-    """A UNet2DConditionModel on text or classes, predicting noise, v or x, in a pipeline's folder."""
+    """A UNet2DConditionModel on text or classes, predicting noise, v or x, of a pipeline."""
     def __init__(self, path, run):
         need = "--teacher diffusers:PATH needs the package diffusers"
         self.library = common.import_optional("diffusers", need)
@@ -288,7 +281,7 @@ class LatentModel:
         self.check_unet(self.teacher.config)
 
     def check_unet(self, config):
-        """Raises UserError for a UNet that takes more than square latents, a time, a text or label."""
+        """Raises UserError for a UNet of more than square latents, a time, a text or label."""
         keys = "addition_embed_type encoder_hid_dim_type class_embed_type time_cond_proj_dim"
         further = [key for key in keys.split() if config.get(key)]
         plain = config.in_channels == config.out_channels and isinstance(config.sample_size, int)
@@ -312,7 +305,7 @@ class LatentModel:
                             f"this teacher takes (n, L, {width}) and (L, {width})")
 
     def check_labels(self, flag, labels, guided):
-        """Raises UserError for unknown labels; with guidance the network's last is the null class."""
+        """Raises UserError for unknown labels; with guidance the last is the null class."""
         known = self.classes - guided
         if np.ndim(labels) != 1 or not np.isin(labels, range(known)).all():
             null = ", and then the null class" * guided
@@ -379,7 +372,7 @@ class LatentModel:
         return self.vae.decode(z / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
     def draw(self, v, conditions, N, sampler, w):
-        """A function as `common.draw_many` takes it: image i of condition i, after the last the first."""
+        """A draw function, see `common.draw_many`: image i of condition i, in turn."""
         def images(y, noise, shape):
             c = conditions[noise.indices.cpu() % len(conditions)].to(self.run.device)
             return draw(v, self.angle, N, sampler, w, self.run.device, c, noise,
@@ -396,7 +389,8 @@ class LatentModel:
             self.scheduler.save_pretrained(path / "scheduler")
             index = self.path / "model_index.json"
             if index.exists():
-                parts = json.loads(index.read_text()) | dict(scheduler=["diffusers", "DDIMScheduler"])
+                parts = json.loads(index.read_text())
+                parts["scheduler"] = ["diffusers", "DDIMScheduler"]
                 (path / index.name).write_text(json.dumps(parts, indent=2))
 
 
@@ -409,11 +403,12 @@ def w_features(w, dim):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: PD's distillation, whose numbers GD's pixel models are taken to share. start_N: DDIM steps
-# of the first teacher. glyphs and "path", your own images, are ours.
+# Recipes: PD's distillation, whose numbers GD's pixel models are taken to share. start_N: DDIM
+# steps of the first teacher. glyphs and "path", your own images, are ours.
 # --------------------------------------------------------------------------------------------------
 
-GD = dict(stage="distill", sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1", dropout=0.0, end_N=1)
+GD = dict(stage="distill", sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1", dropout=0.0,
+          end_N=1)
 STUDENTS = {
     "glyphs": dict(batch_size=32, lr=1e-3, ema_decay=0.98, start_N=64, stage1_steps=1000,
                    round_steps=300, last_steps=900),
@@ -477,8 +472,8 @@ def make_parser():
     common.add_shared_flags(parser, net=built, class_cond=built)
 
     both = parser.group("algorithm, training and sampling")
-    both.flag("--stage", only=dict(ckpt=False), choices=("teacher", "distill"), help="train a teacher, "
-              "or distil one (default; without --teacher one is trained first, by its recipe)")
+    both.flag("--stage", only=dict(ckpt=False), choices=("teacher", "distill"), help="train a "
+              "teacher, or distil one (default; without --teacher one is trained first)")
     both.flag("--sampler", only=[dict(ckpt=True), dict(ckpt=False, stage="distill")],
               choices=("D", "S", "encoder"), help="what the student is trained for: deterministic "
               "steps (default), stochastic ones of double length, or the way from image to noise "
@@ -493,37 +488,37 @@ def make_parser():
                help="ln t ~ Normal(MEAN, STD^2) (EDM -1.2 1.2), or the one word uniform")
 
     student = parser.group("distillation", ckpt=False, stage="distill")
-    student.flag("--teacher", metavar="FILE", help="a teacher written by --stage teacher or cd.py's, "
-                 "released EDM weights (--w-max 0), ideal: the exact denoiser of the training images, "
-                 "or diffusers:PATH: a latent diffusion model")
+    student.flag("--teacher", metavar="FILE", help="a teacher of --stage teacher or cd.py's, "
+                 "released EDM weights (--w-max 0), ideal: the exact denoiser of the images, or "
+                 "diffusers:PATH: a latent diffusion model")
     student.flag("--teacher-steps", only=dict(teacher=False), type=common.positive, metavar="K",
                  help="optimizer steps of the teacher that is trained first")
     student.flag("--w-min", only=dict(w_max=True), type=common.number(float, 0), metavar="W",
-                 help="least guidance weight: (1 + w) cond - w uncond, w = 0 is the conditional model "
-                 "(GD 0; text 2)")
-    student.flag("--w-max", type=common.number(float, 0), metavar="W", help="largest guidance weight "
-                 "(GD 4; latents 14); 0: plain progressive distillation")
-    student.flag("--start-N", type=common.number(int, 2), metavar="N", help="DDIM steps of the teacher "
-                 "when stage 2 begins, a power of two (GD 1024; PD 8192 for CIFAR-10)")
-    student.flag("--end-N", type=common.positive, metavar="N", help="steps of the last round's student "
-                 "(default 1)")
+                 help="least guidance weight: (1 + w) cond - w uncond, w = 0 is the conditional "
+                 "model (GD 0; text 2)")
+    student.flag("--w-max", type=common.number(float, 0), metavar="W", help="largest guidance "
+                 "weight (GD 4; latents 14); 0: plain progressive distillation")
+    student.flag("--start-N", type=common.number(int, 2), metavar="N", help="DDIM steps of the "
+                 "teacher of stage 2, a power of two (GD 1024; PD 8192 for CIFAR-10)")
+    student.flag("--end-N", type=common.positive, metavar="N",
+                 help="steps of the last round's student (default 1)")
     student.flag("--stage1-steps", only=[dict(w_max=True), dict(teacher="ideal")], metavar="K",
                  type=common.positive, help="optimizer steps of stage 1")
-    student.flag("--round-steps", type=common.positive, metavar="K", help="optimizer steps of a round "
-                 "of stage 2 (PD 50,000), but the last ones")
+    student.flag("--round-steps", type=common.positive, metavar="K",
+                 help="optimizer steps of a round of stage 2 (PD 50,000), but the last ones")
     student.flag("--last-steps", type=common.positive, metavar="K", help="the same for the last "
-                 "rounds: those of N <= 4 (GD: ten times as many), without guidance N <= 2 (PD 100,000)")
-    student.flag("--weighting", choices=WEIGHTS, help="of the loss: 1 + SNR, which is plain in v, or "
-                 "truncated SNR (PD)")
+                 "rounds: N <= 4 (GD: ten times as many), without guidance N <= 2 (PD 100,000)")
+    student.flag("--weighting", choices=WEIGHTS,
+                 help="of the loss: 1 + SNR, which is plain in v, or truncated SNR (PD)")
 
     draws = parser.group("sampling and editing, further flags", ckpt=True)
-    draws.flag("--w", type=common.number(float, 0), metavar="W", help="guidance weight (default: the "
-               "least the student knows)")
+    draws.flag("--w", type=common.number(float, 0), metavar="W",
+               help="guidance weight (default: the least the student knows)")
     draws.flag("--edit", only=dict(eval=False), choices=("img2img", "inpaint", "style"),
                help="change the --image files, --sample results each (default 4; style 1)")
     draws.flag("--image", only=dict(edit=True), nargs="+", metavar="FILE", help="images to edit")
-    draws.flag("--strength", only=dict(edit="img2img"), type=common.number(float, 0, 1), metavar="S",
-               help="share of the steps that is run, to the nearest step (default 0.5)")
+    draws.flag("--strength", only=dict(edit="img2img"), type=common.number(float, 0, 1),
+               metavar="S", help="share of the steps that is run (default 0.5)")
     draws.flag("--mask", only=dict(edit="inpaint"), metavar="FILE", help="white where to paint "
                "(default: a central square of half the side)")
     draws.flag("--encoder", only=dict(edit="style"), metavar="FILE", help="a student of --sampler "
@@ -549,15 +544,16 @@ def check(args):
         raise UserError("--sample-every does not apply with --sampler encoder, which draws nothing")
     if is_latent(args.teacher):
         if args.dataset in common.DATASETS or args.sampler == "encoder":
-            raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see the "
-                            "README), and has no --sampler encoder")
+            raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see "
+                            "the README), and has no --sampler encoder")
         common.refuse(args, ["flip", "dropout"], "with --teacher diffusers:PATH")
     elif args.w_max and getattr(args, "class_cond", None) is False:
         raise UserError("--no-class-cond goes with --w-max 0: guidance needs labels")
     for key in ("start_N", "end_N"):
         N = getattr(args, key)
         if not math.log2(N).is_integer():
-            raise UserError(f"{common.flag_name(key)} {N}: steps are halved, so name a power of two")
+            raise UserError(f"{common.flag_name(key)} {N}: steps are halved, so name a power of "
+                            "two")
     first = args.start_N if args.sampler == "S" else args.start_N // 2
     if args.end_N > first:
         raise UserError(f"--end-N {args.end_N}: the first round of --start-N {args.start_N} has "
@@ -601,17 +597,18 @@ def open_latents(args, run):
 def open_pixels(args, run):
     """What is distilled, of a denoiser of images.
 
-    Returns: a namespace: dataset, fetch (batch -> x0, y on the device), teacher, net (the student),
-             v_teacher (z, tau, y), v_of (network -> its v (z, tau, y, w)), angle (tau -> phi), times
-             (how many the teacher knows, None for all), block (v, N, w -> what draws a block of the
-             grid), and what pictures and checkpoints need.
+    Returns: a namespace: dataset, fetch (batch -> x0, y on the device), teacher, net (the
+             student), v_teacher (z, tau, y), v_of (network -> its v (z, tau, y, w)), angle (tau ->
+             phi), times (how many the teacher knows, None for all), block (v, N, w -> what draws a
+             block of the grid), and what pictures and checkpoints need.
     """
     teacher, settings = common.open_teacher(args, run)
     size = settings["image_size"]
     dataset = common.open_dataset(args, run, size)
     D, classes = common.teacher_denoiser(args, run, teacher, dataset)
     if args.w_max and not classes:
-        raise UserError("--w-max needs labels, and there are none: --w-max 0 distils without guidance")
+        raise UserError("--w-max needs labels, and there are none: --w-max 0 distils without "
+                        "guidance")
     if args.w_max and teacher is not None and teacher.null_y is None:
         raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has "
                         "nothing to guide with")
@@ -671,7 +668,7 @@ def train(args, run, stop):
     while step < args.total_steps and not stopping:
         r = max(r for r, start in enumerate(starts) if start <= step)  # the round
         N, steps = rounds[r]
-        if step == starts[r]:  # it starts from the raw weights of the last one, whose net teaches it
+        if step == starts[r]:  # from the raw weights of the last one, whose net is the teacher
             before.load_state_dict(net.state_dict())
             ema.load_state_dict(net.state_dict())
             optimizer = torch.optim.Adam(net.parameters(), args.lr, foreach=True)
@@ -717,8 +714,8 @@ def train(args, run, stop):
             common.ema_update(ema, net, args.ema_decay)
         step += 1
         # ------------------------------------------------------------------------------------------
-        # log.jsonl: loss_bins is the mean loss where tan phi is below 0.1, 1, 10 and above; grad_norm
-        # is that before it is clipped; N is 0 in stage 1
+        # log.jsonl: loss_bins is the mean loss where tan phi is below 0.1, 1, 10 and above;
+        # grad_norm is that before it is clipped; N is 0 in stage 1
         last = stopping or step == args.total_steps
         ended = step == starts[r + 1]
         log.step(step, finite, last, N=N, loss=totals["loss"], loss_bins=totals.loss_bins(),
@@ -727,7 +724,8 @@ def train(args, run, stop):
         if ended:
             save_student(args, run, out_dir / name, step, N, case, ema)
         if common.due(args.save_every, step) or last or ended:
-            common.save_run(args, run, "guided_distill", step, log.skipped, case.model_args, parts, N=N)
+            common.save_run(args, run, "guided_distill", step, log.skipped, case.model_args, parts,
+                            N=N)
         if args.sample_every and (common.due(args.sample_every, step) or ended):
             draws = [case.block(v_ema, N or 16, w) for w in weights_shown(args)]
             common.sample_grid(args, run, log, step, draws, case.classes, case.shape, f"_{name}",
@@ -737,7 +735,7 @@ def train(args, run, stop):
 
 
 def weights_shown(args):
-    """The guidance of the blocks of a grid: the least weight, a quarter of the way up, the largest."""
+    """The guidance of a grid's blocks: the least weight, a quarter of the way up, the largest."""
     if not args.w_max:
         return [None]
     return [args.w_min + share * (args.w_max - args.w_min) for share in (0, 0.25, 1)]
@@ -765,8 +763,8 @@ def save_student(args, run, path, step, N, case, ema):
 def open_student(path, run, encoder=False):
     """A checkpoint to sample with.
 
-    Returns: a namespace: v (z, tau, y, w), angle, net; N (0: any) and sampler (None: any) that it was
-             trained for, w_min and w_max; calls of the network for one of v where w > 0.
+    Returns: a namespace: v (z, tau, y, w), angle, net; N (0: any) and sampler (None: any) that it
+             was trained for, w_min and w_max; calls of the network for one of v where w > 0.
     """
     net, trained = common.load_network(path, ("guided_distill", "cd"))
     settings = trained["args"]
@@ -780,9 +778,10 @@ def open_student(path, run, encoder=False):
     elif settings.get("stage", "teacher") != "teacher":
         raise UserError(f"{path} holds a consistency model: cd.py samples with it")
     if (student.sampler == "encoder") != encoder:
-        wrong = ("holds no encoder: --sampler encoder trains one" if encoder else "holds an encoder, "
-                 "which goes from image to noise: name it as --encoder, with --edit style")
-        raise UserError(f"{path} {wrong}")
+        if encoder:
+            raise UserError(f"{path} holds no encoder: --sampler encoder trains one")
+        raise UserError(f"{path} holds an encoder, which goes from image to noise: name it as "
+                        "--encoder, with --edit style")
     student.angle = angle_of(student.sampler)
     if trained["script"] == "guided_distill":
         student.v = net_v(net, student.angle)
@@ -802,8 +801,8 @@ def open_student(path, run, encoder=False):
 def check_student(args, student):
     """N, sampler and w to draw with. Raises UserError for what --ckpt was not trained for."""
     if student.N and args.N not in (None, student.N):
-        raise UserError(f"--N {args.N}: {args.ckpt} was trained for {student.N} step(s); each round's "
-                        "student is in a file of its own")
+        raise UserError(f"--N {args.N}: {args.ckpt} was trained for {student.N} step(s); each "
+                        "round's student is in a file of its own")
     if student.sampler and args.sampler not in (None, student.sampler):
         raise UserError(f"--sampler {args.sampler}: {args.ckpt} was trained for sampler "
                         f"{student.sampler}")
@@ -811,13 +810,15 @@ def check_student(args, student):
         raise UserError("--sampler encoder applies to training only")
     w = student.w_min if args.w is None else args.w
     if not student.w_min <= w <= student.w_max:
-        known = f"weights from {student.w_min:g} to {student.w_max:g}" if student.w_max else "no guidance"
+        known = "no guidance"
+        if student.w_max:
+            known = f"weights from {student.w_min:g} to {student.w_max:g}"
         raise UserError(f"--w {w:g}: {args.ckpt} was trained for {known}")
     return student.N or args.N or 64, student.sampler or args.sampler or "D", w
 
 
 def use_checkpoint(args, run):
-    """`--ckpt`: sample, measure or edit. Raises UserError for what the student was not trained for."""
+    """`--ckpt`: sample, measure or edit."""
     state = common.load_checkpoint(args.ckpt)
     if is_latent(state.get("args", {}).get("teacher")):
         return sample_latents(args, run, state)
@@ -835,17 +836,19 @@ def sample_latents(args, run, state):
     """`--ckpt` of a latent student: draw, conditioned on the first of the data set or --labels."""
     for key in ("edit", "eval"):
         if getattr(args, key):
-            raise UserError(f"--{key} does not apply to latent models: diffusers' pipelines edit with "
-                            "them, torch-fidelity's own command measures a folder of samples")
+            raise UserError(f"--{key} does not apply to latent models: diffusers' pipelines edit "
+                            "with them, torch-fidelity's own command measures a folder of samples")
     settings = state["args"]
-    student = types.SimpleNamespace(N=state["N"], sampler=settings["sampler"] if state["N"] else None,
-                                    w_min=settings.get("w_min", 0.0), w_max=settings["w_max"])
+    student = types.SimpleNamespace(N=state["N"], sampler=None, w_min=settings.get("w_min", 0.0),
+                                    w_max=settings["w_max"])
+    if student.N:
+        student.sampler = settings["sampler"]
     N, sampler, w = check_student(args, student)
     model = LatentModel(settings["teacher"].removeprefix("diffusers:"), run)
     dataset = Latents(settings["dataset"])
     if model.digest != settings["teacher_digest"]:
-        raise UserError(f"{model.path} is not the teacher any more that {args.ckpt} was made of: its "
-                        "UNet or scheduler has changed")
+        raise UserError(f"{model.path} is not the teacher any more that {args.ckpt} was made of: "
+                        "its UNet or scheduler has changed")
     if N > model.steps:
         raise UserError(f"--N {N}: the teacher knows {model.steps} times")
     guided = student.w_max > 0
@@ -859,8 +862,9 @@ def sample_latents(args, run, state):
         conditions = torch.tensor(args.labels)
     else:
         conditions = dataset.__getitems__(np.arange(min(len(dataset), n)))[1]
-    images = common.draw_many(run, model.draw(model.v(net), conditions, N, sampler, w if guided else None),
-                              n, None, model.image_shape, args.seed, min(args.micro_batch, 8))
+    draws = model.draw(model.v(net), conditions, N, sampler, w if guided else None)
+    batch = min(args.micro_batch, 8)
+    images = common.draw_many(run, draws, n, None, model.image_shape, args.seed, batch)
     if run.main:
         common.save_samples(path, images, None, math.isqrt(n - 1) + 1)
         print(f"{n} samples, {N} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
@@ -875,8 +879,8 @@ def check_edit(args, net, sampler):
         raise UserError(f"--edit {args.edit} needs --image" + " and --encoder" * style)
     for key in ("labels", "from_labels") if style else ("labels",):
         if net.classes and len(getattr(args, key) or ()) not in (1, len(args.image)):
-            raise UserError(f"this network draws classes: name with {common.flag_name(key)} one, or "
-                            "one for each --image")
+            raise UserError(f"this network draws classes: name with {common.flag_name(key)} one, "
+                            "or one for each --image")
 
 
 def encode(args, run, net, x0):
@@ -896,7 +900,7 @@ def edit_images(args, run, student, N, sampler, w):
     """`--edit`: change images, and write a picture of it. A row: an image, then the results.
 
     img2img starts at an intermediate step from the noised image (SDEdit); inpaint pastes the known
-    part, noised to the level, after each step; style encodes with one class and decodes with another.
+    part, noised to the level, after each step; style encodes with one class, decodes with another.
     """
     net, angle, task = student.net, student.angle, args.edit
     check_edit(args, net, sampler)
@@ -930,7 +934,8 @@ def edit_images(args, run, student, N, sampler, w):
             z = z_top[row]
         elif task == "img2img":
             z = noised(torch.full((len(row),), start / N, dtype=torch.float64))
-        return clip(sample(v, angle, N, sampler, z, noise, start, paste if task == "inpaint" else None))
+        after = paste if task == "inpaint" else None
+        return clip(sample(v, angle, N, sampler, z, noise, start, after))
 
     y = common.labels_to_draw(args, net, len(x0), run.device)
     if y is not None:
@@ -964,8 +969,8 @@ if __name__ == "__main__":
     common.finish(run, None if finished else stop)
 
 # Where this differs from the papers; no official code was published
-#   pixel models      the teacher is an EDM denoiser; the cosine schedule runs over its noise levels,
-#                     0.002 to 80: one teacher for all scripts. PD's log SNR runs over [-20, 20]
+#   pixel models      the teacher is an EDM denoiser; the cosine schedule runs over its noise
+#                     levels, 0.002 to 80: one teacher for all scripts. PD's log SNR: [-20, 20]
 #   encoder           starts at noise level 0.002, not at 0: the least the network knows
 #   stage 2's target  angles multiplied out, coefficients in float64: the papers' quotient loses
 #                     digits where neighbouring levels are close

@@ -1,4 +1,6 @@
-"""guided_distill.py as a user runs it: stages, rounds, resuming, several processes, sampling, editing, latent models and mistakes."""
+"""guided_distill.py as a user runs it: stages, rounds, resuming, several processes, sampling,
+editing, latent models and mistakes."""
+
 import copy
 import signal
 import subprocess
@@ -15,14 +17,41 @@ from test_scripts import BAD_LOSS, STOP_AT_3, assert_same, records
 from util import ROOT, SMALL, assert_mistake, fill, last, run_script, torchrun
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
-STEPS = ["--batch-size", 8, "--micro-batch", 4, "--log-every", 1, "--sample-every", 0, "--save-every", 0, "--lr", 1e-3]
-NET = SMALL[:SMALL.index("--precision")]
+STEPS = [
+    "--batch-size",
+    8,
+    "--micro-batch",
+    4,
+    "--log-every",
+    1,
+    "--sample-every",
+    0,
+    "--save-every",
+    0,
+    "--lr",
+    1e-3,
+]
+NET = SMALL[: SMALL.index("--precision")]
 ROUNDS = ["--start-N", 8, "--end-N", 2, "--stage1-steps", 3, "--round-steps", 3, "--last-steps", 3]
-RUN = [*NET, *FP32, *STEPS, *ROUNDS, "--teacher-steps", 3, "--flip", "--ema-decay", 0.8, "--w-min", 1]
+RUN = [
+    *NET,
+    *FP32,
+    *STEPS,
+    *ROUNDS,
+    "--teacher-steps",
+    3,
+    "--flip",
+    "--ema-decay",
+    0.8,
+    "--w-min",
+    1,
+]
 
 
 def stop_after(step):
-    return STOP_AT_3.replace('record["step"] == 2', f'record["step"] == {step - 1} and "teacher" not in str(self.path)')
+    return STOP_AT_3.replace(
+        'record["step"] == 2', f'record["step"] == {step - 1} and "teacher" not in str(self.path)'
+    )
 
 
 def run(*flags, **more):
@@ -43,46 +72,82 @@ def load(path):
 
 def test_one_command_leaves_the_students_of_all_rounds(trained):
     teacher, end = last(trained / "teacher"), last(trained)
-    assert (teacher["step"], teacher["script"], teacher["args"]["label_dropout"], teacher["model_args"]["null"]) == (3, "cd", 0.1, True)
-    assert (end["step"], end["N"], end["args"]["total_steps"]) == (9, 2, 9) and end["model_args"]["extra"]
+    assert (
+        teacher["step"],
+        teacher["script"],
+        teacher["args"]["label_dropout"],
+        teacher["model_args"]["null"],
+    ) == (3, "cd", 0.1, True)
+    assert (end["step"], end["N"], end["args"]["total_steps"]) == (9, 2, 9) and end["model_args"][
+        "cond"
+    ]
     for k, (name, N) in enumerate((("stage1", 0), ("N0004", 4), ("N0002", 2))):
         student = load(trained / f"{name}.pt")
-        assert (student["step"], student["N"], student["args"]["sampler"]) == (3 * (k + 1), N, "D") and "optimizer" not in student
-        assert Image.open(trained / "samples" / f"{3 * (k + 1):06d}_{name}.png").size == (3 * (3 * 160 + 2 * 4), 3 * 128)  # w = 1, 1.75, 4
+        assert (student["step"], student["N"], student["args"]["sampler"]) == (
+            3 * (k + 1),
+            N,
+            "D",
+        ) and "optimizer" not in student
+        assert Image.open(trained / "samples" / f"{3 * (k + 1):06d}_{name}.png").size == (
+            3 * (3 * 160 + 2 * 4),
+            3 * 128,
+        )  # w = 1, 1.75, 4
     assert_same(load(trained / "N0002.pt")["ema"], end["ema"])
     assert_same(torch.load(trained / "ema.pt", weights_only=True), end["ema"])
     lines = records(trained)
     assert [line["N"] for line in lines] == [0] * 3 + [4] * 3 + [2] * 3
     np.testing.assert_allclose([line["lr"] for line in lines], [1e-3, 2e-3 / 3, 1e-3 / 3] * 3)
-    assert all({"loss", "loss_bins", "grad_norm", "images_per_s", "peak_gb", "skipped"} <= line.keys() for line in lines)
+    assert all(
+        {"loss", "loss_bins", "grad_norm", "images_per_s", "peak_gb", "skipped"} <= line.keys()
+        for line in lines
+    )
 
 
-@pytest.mark.parametrize("step", [2, 3, 5, 7], ids=["in stage 1", "at its end", "in a round", "in its successor"])
+@pytest.mark.parametrize(
+    "step", [2, 3, 5, 7], ids=["in stage 1", "at its end", "in a round", "in its successor"]
+)
 def test_stopped_and_resumed_is_the_same_run(trained, tmp_path, step):
     run(*RUN, "--out-dir", "run", cwd=tmp_path, prelude=stop_after(step), code=128 + signal.SIGTERM)
     assert last(tmp_path / "run")["step"] == step
     run(*RUN, "--out-dir", "run", cwd=tmp_path, code=0)
     assert_same(last(tmp_path / "run"), last(trained))
     for name in ("stage1", "N0004", "N0002"):
-        assert_same(load(tmp_path / "run" / f"{name}.pt")["ema"], load(trained / f"{name}.pt")["ema"])
+        assert_same(
+            load(tmp_path / "run" / f"{name}.pt")["ema"], load(trained / f"{name}.pt")["ema"]
+        )
     assert [r["loss"] for r in records(tmp_path / "run")] == [r["loss"] for r in records(trained)]
 
 
 def test_two_processes_equal_one(trained, tmp_path):
-    """With the same teacher: Adam's first steps are little more than signs, and would make much of a last bit in it."""
-    flags = [*RUN[RUN.index("--precision"):]]
-    del flags[flags.index("--teacher-steps"):flags.index("--teacher-steps") + 2]
-    run(*flags, "--teacher", trained / "teacher" / "last.pt", "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), code=0)
+    """With the same teacher: Adam's first steps are little more than signs, and would make much
+    of a last bit in it."""
+    flags = [*RUN[RUN.index("--precision") :]]
+    del flags[flags.index("--teacher-steps") : flags.index("--teacher-steps") + 2]
+    run(
+        *flags,
+        "--teacher",
+        trained / "teacher" / "last.pt",
+        "--out-dir",
+        "run",
+        cwd=tmp_path,
+        launcher=torchrun(2),
+        code=0,
+    )
     for name in ("net", "before", "ema"):
         assert_same(last(tmp_path / "run")[name], last(trained)[name], 1e-5)
     assert_same(load(tmp_path / "run" / "N0004.pt")["ema"], load(trained / "N0004.pt")["ema"], 1e-5)
     for ours, one in zip(records(tmp_path / "run"), records(trained), strict=True):
-        np.testing.assert_allclose([ours["loss"], ours["grad_norm"]], [one["loss"], one["grad_norm"]], 1e-3)
-        assert [value is None for value in ours["loss_bins"]] == [value is None for value in one["loss_bins"]]
+        np.testing.assert_allclose(
+            [ours["loss"], ours["grad_norm"]], [one["loss"], one["grad_norm"]], 1e-3
+        )
+        assert [value is None for value in ours["loss_bins"]] == [
+            value is None for value in one["loss_bins"]
+        ]
 
 
 def test_the_loop_by_hand(trained):
-    """Stage 1 and both rounds from their formulas: the batch at once, clipped gradients, Adam anew in each round, EMA, the teacher."""
+    """Stage 1 and both rounds from their formulas: the batch at once, clipped gradients, Adam
+    anew in each round, EMA, the teacher."""
     dataset, state = common.load_dataset("glyphs", None, 16), last(trained)
     origin, _ = common.load_network(trained / "teacher" / "last.pt", ("cd",))
     common.seed_everything(common.INIT, 0)
@@ -97,8 +162,12 @@ def test_the_loop_by_hand(trained):
         def v(z, tau, *c):
             phi = angle(tau)
             t = torch.tensor(np.tan(phi), dtype=torch.float32)
-            return (column(np.cos(phi)) * z - D(z / column(np.cos(phi)), t, *c)) / column(np.sin(phi))
+            return (column(np.cos(phi)) * z - D(z / column(np.cos(phi)), t, *c)) / column(
+                np.sin(phi)
+            )
+
         return v
+
     for k in range(9):
         N = (0, 4, 2)[k // 3]
         if k % 3 == 0:
@@ -125,15 +194,24 @@ def test_the_loop_by_hand(trained):
                     target = column(1 + w) * v_of(D)(z, tau, y) - column(w) * v_of(D)(z, tau, null)
                 else:
                     phi1, phi2 = angle(tau1), angle(tau2)
-                    z1 = column(np.cos(phi - phi1)) * z - column(np.sin(phi - phi1)) * v_of(teacher)(z, tau, y, w)
-                    z2 = column(np.cos(phi1 - phi2)) * z1 - column(np.sin(phi1 - phi2)) * v_of(teacher)(z1, tau1, y, w)
+                    z1 = column(np.cos(phi - phi1)) * z - column(np.sin(phi - phi1)) * v_of(
+                        teacher
+                    )(z, tau, y, w)
+                    z2 = column(np.cos(phi1 - phi2)) * z1 - column(np.sin(phi1 - phi2)) * v_of(
+                        teacher
+                    )(z1, tau1, y, w)
                     target = (column(np.cos(phi - phi2)) * z - z2) / column(np.sin(phi - phi2))
             losses.append((v_of(guided)(z, tau, y, w) - target).square().mean((1, 2, 3)))
         optimizer.zero_grad()
         loss = torch.cat(losses).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        np.testing.assert_allclose([log[k]["loss"], log[k]["grad_norm"]], [loss.item(), norm.item()], 2e-3, err_msg=f"step {k}")
+        np.testing.assert_allclose(
+            [log[k]["loss"], log[k]["grad_norm"]],
+            [loss.item(), norm.item()],
+            2e-3,
+            err_msg=f"step {k}",
+        )
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - k % 3 / 3)
         optimizer.step()
         with torch.no_grad():
@@ -142,21 +220,46 @@ def test_the_loop_by_hand(trained):
         if k % 3 == 2:
             kept = load(trained / ("stage1.pt", "N0004.pt", "N0002.pt")[k // 3])["ema"]
             far = max((a - kept[name]).abs().max().item() for name, a in ema.state_dict().items())
-            assert far < 3e-4, (k, far)  # of steps of 1e-3: Adam's first steps are signs, which rounding may turn where a gradient is 0
+            assert far < 3e-4, (
+                k,
+                far,
+            )  # of steps of 1e-3: rounding may turn the sign that is a first step of Adam
 
 
-@pytest.mark.parametrize("flags, kept", [(["--sampler", "S", "--end-N", 1], ["N0008", "N0004", "N0002", "N0001", "stage1"]),
-                                         (["--w-max", 0], ["N0004", "N0002"]), (["--sampler", "encoder"], ["N0004", "N0002"])], ids=str)
+@pytest.mark.parametrize(
+    "flags, kept",
+    [
+        (["--sampler", "S", "--end-N", 1], ["N0008", "N0004", "N0002", "N0001", "stage1"]),
+        (["--w-max", 0], ["N0004", "N0002"]),
+        (["--sampler", "encoder"], ["N0004", "N0002"]),
+    ],
+    ids=str,
+)
 def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
-    more = [*FP32, *STEPS, "--start-N", 8, "--end-N", 2, "--round-steps", 3, "--last-steps", 3, *flags, "--teacher",
-            trained / "teacher" / "last.pt"]
+    more = [
+        *FP32,
+        *STEPS,
+        "--start-N",
+        8,
+        "--end-N",
+        2,
+        "--round-steps",
+        3,
+        "--last-steps",
+        3,
+        *flags,
+        "--teacher",
+        trained / "teacher" / "last.pt",
+    ]
     more += ["--stage1-steps", 3] if "stage1" in kept else []
     run(*more, "--out-dir", "a", cwd=tmp_path, prelude=stop_after(4), code=128 + signal.SIGTERM)
     run(*more, "--out-dir", "a", cwd=tmp_path, code=0)
     run(*more, "--out-dir", "b", cwd=tmp_path, code=0)
     assert_same(last(tmp_path / "a"), last(tmp_path / "b"))
-    assert sorted(p.stem for p in (tmp_path / "b").glob("*.pt") if p.stem not in ("last", "ema")) == sorted(kept)
-    assert last(tmp_path / "b")["model_args"]["extra"] == ("stage1" in kept)
+    assert sorted(
+        p.stem for p in (tmp_path / "b").glob("*.pt") if p.stem not in ("last", "ema")
+    ) == sorted(kept)
+    assert last(tmp_path / "b")["model_args"]["cond"] == ("stage1" in kept)
     assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "b"))
     if "S" in flags:  # one step from pure noise is a jump that the student before makes already
         assert_same(last(tmp_path / "b")["net"], last(tmp_path / "b")["before"])
@@ -164,24 +267,60 @@ def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
 
 
 def test_a_steep_step_is_clipped_and_a_bad_one_left_out(trained, tmp_path):
-    flags = [*FP32, *STEPS, "--w-max", 0, "--start-N", 4, "--round-steps", 2, "--last-steps", 2, "--teacher", trained / "teacher" / "last.pt",
-             "--out-dir", "run"]
-    bad = BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}").replace("else 1)", "else 1e4)")  # bad: step 2, first half
+    flags = [
+        *FP32,
+        *STEPS,
+        "--w-max",
+        0,
+        "--start-N",
+        4,
+        "--round-steps",
+        2,
+        "--last-steps",
+        2,
+        "--teacher",
+        trained / "teacher" / "last.pt",
+        "--out-dir",
+        "run",
+    ]
+    bad = (
+        BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}").replace("else 1)", "else 1e4)")
+    )  # bad: step 2, first half
     run(*flags, cwd=tmp_path, prelude=f"{stop_after(2)}\n{bad}", code=128 + signal.SIGTERM)
     state = last(tmp_path / "run")
     moments = state["optimizer"]["state"].values()
-    assert (state["step"], state["skipped"]) == (2, 1) and {int(moment["step"]) for moment in moments} == {1}
+    assert (state["step"], state["skipped"]) == (2, 1) and {
+        int(moment["step"]) for moment in moments
+    } == {1}
     length = torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item()
-    assert records(tmp_path / "run")[0]["grad_norm"] > 10 and abs(length - 0.1) < 1e-4  # a tenth of a gradient of length 1
+    assert (
+        records(tmp_path / "run")[0]["grad_norm"] > 10 and abs(length - 0.1) < 1e-4
+    )  # a tenth of a gradient of length 1
     run(*flags, cwd=tmp_path, code=0)
-    assert [r["skipped"] for r in records(tmp_path / "run")] == [0, 1, 1, 1] and last(tmp_path / "run")["skipped"] == 1
+    assert [r["skipped"] for r in records(tmp_path / "run")] == [0, 1, 1, 1] and last(
+        tmp_path / "run"
+    )["skipped"] == 1
     assert all(p.isfinite().all() for p in last(tmp_path / "run")["net"].values())
 
 
 def test_unlabelled_images_and_the_ideal_teacher(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "x.npy", rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
-    plain = [*NET, *FP32, *STEPS, "--dataset", "x.npy", "--w-max", 0, "--start-N", 4, "--round-steps", 2, "--last-steps", 2]
+    plain = [
+        *NET,
+        *FP32,
+        *STEPS,
+        "--dataset",
+        "x.npy",
+        "--w-max",
+        0,
+        "--start-N",
+        4,
+        "--round-steps",
+        2,
+        "--last-steps",
+        2,
+    ]
     run(*plain, "--teacher-steps", 2, "--out-dir", "a", cwd=tmp_path, code=0)
     run(*plain, "--teacher", "ideal", "--stage1-steps", 2, "--out-dir", "b", cwd=tmp_path, code=0)
     assert (tmp_path / "b" / "stage1.pt").exists() and not (tmp_path / "a" / "stage1.pt").exists()
@@ -190,16 +329,29 @@ def test_unlabelled_images_and_the_ideal_teacher(tmp_path):
 
 # ---- sampling and editing
 
+
 @pytest.fixture(scope="module")
 def wild(trained, tmp_path_factory):
-    """The students and their teacher, and an encoder, with weights to which label and w matter; after three steps they hardly do."""
+    """The students and their teacher, and an encoder, with weights to which label and w matter;
+    after three steps they hardly do."""
     folder = tmp_path_factory.mktemp("wild")
     (folder / "teacher").mkdir()
-    for k, (name, made_of) in enumerate({"stage1.pt": "", "N0002.pt": "", "N0004.pt": "", "teacher/last.pt": "", "up.pt": "N0004.pt"}.items()):
+    for k, (name, made_of) in enumerate(
+        {
+            "stage1.pt": "",
+            "N0002.pt": "",
+            "N0004.pt": "",
+            "teacher/last.pt": "",
+            "up.pt": "N0004.pt",
+        }.items()
+    ):
         state = load(trained / (made_of or name))
         if made_of:
-            state["model_args"]["extra"], state["args"]["sampler"] = False, "encoder"
-        torch.save(state | dict(ema=fill(common.UNet(**state["model_args"]), k).state_dict()), folder / name)
+            state["model_args"]["cond"], state["args"]["sampler"] = False, "encoder"
+        torch.save(
+            state | dict(ema=fill(common.UNet(**state["model_args"]), k).state_dict()),
+            folder / name,
+        )
     return folder
 
 
@@ -213,37 +365,69 @@ def wanted_of(x):
 
 
 def test_samples_are_the_formulas(wild, tmp_path):
-    """A student in its steps, stage 1 in any number and stochastically, the teacher guided: with the noise of the seed."""
+    """A student in its steps, stage 1 in any number and stochastically, the teacher guided:
+    with the noise of the seed."""
     y, zeros = torch.arange(4), torch.zeros(4, 3, 16, 16)
-    for name, flags, N, sampler, w, calls in (("N0002.pt", [], 2, "D", 1.0, 2), ("N0004.pt", ["--w", 2.5, "--N", 4], 4, "D", 2.5, 4),
-                                              ("stage1.pt", ["--N", 3, "--w", 2, "--sampler", "S"], 3, "S", 2.0, 3),
-                                              ("teacher/last.pt", ["--N", 3, "--w", 2], 3, "D", 2.0, 6)):
+    for name, flags, N, sampler, w, calls in (
+        ("N0002.pt", [], 2, "D", 1.0, 2),
+        ("N0004.pt", ["--w", 2.5, "--N", 4], 4, "D", 2.5, 4),
+        ("stage1.pt", ["--N", 3, "--w", 2, "--sampler", "S"], 3, "S", 2.0, 3),
+        ("teacher/last.pt", ["--N", 3, "--w", 2], 3, "D", 2.0, 6),
+    ):
         found, done = drawn(tmp_path, "--ckpt", wild / name, "--sample", 4, *flags)
         net, _ = common.load_network(wild / name, ("guided_distill", "cd"))
 
         def by_hand(y, w, N=N, sampler=sampler, net=net):
-            noise, w_all = common.seeded_noise(range(4), 0), torch.full((4,), w)
-            v = (lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, w_all)) if net.extra else common.guide(
-                gd.edm_v(common.net_denoiser(net), gd.edm_angle), y, w_all)
+            noise, w_all = common.SeededNoise(torch.arange(4), 0), torch.full((4,), w)
+            v = (
+                (lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, w_all))
+                if net.cond
+                else common.guide(gd.edm_v(common.net_denoiser(net), gd.edm_angle), y, w_all)
+            )
             with torch.no_grad():
                 return wanted_of(gd.sample(v, gd.edm_angle, N, sampler, noise(zeros), noise))
-        assert np.abs(found - by_hand(y, w)).max() <= 1 and f"{calls} network call(s)" in done.stdout, name
-        assert np.abs(found - by_hand(y, w - 1)).max() > 10 and np.abs(found - by_hand(y + 1, w)).max() > 10, name
+
+        assert (
+            np.abs(found - by_hand(y, w)).max() <= 1 and f"{calls} network call(s)" in done.stdout
+        ), name
+        assert (
+            np.abs(found - by_hand(y, w - 1)).max() > 10
+            and np.abs(found - by_hand(y + 1, w)).max() > 10
+        ), name
 
 
 def test_editing(wild, tmp_path):
     dataset = common.load_dataset("glyphs", None, 16)
     for i in range(2):
-        Image.fromarray(dataset.__getitems__([i])[0][0].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
-    images = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) for i in range(2)]).repeat(2, 0)
-    edit = ["--ckpt", wild / "N0004.pt", "--image", "0.png", "1.png", "--labels", 3, 4, "--sample", 2]
+        Image.fromarray(dataset.__getitems__([i])[0][0].permute(1, 2, 0).numpy()).save(
+            tmp_path / f"{i}.png"
+        )
+    images = np.stack(
+        [np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) for i in range(2)]
+    ).repeat(2, 0)
+    edit = [
+        "--ckpt",
+        wild / "N0004.pt",
+        "--image",
+        "0.png",
+        "1.png",
+        "--labels",
+        3,
+        4,
+        "--sample",
+        2,
+    ]
     found, done = drawn(tmp_path, *edit, "--edit", "img2img", "--strength", 0)
     assert np.array_equal(found, images) and "0 of 4 steps" in done.stdout
 
     net, _ = common.load_network(wild / "N0004.pt", ("guided_distill",))
-    known, y, inside = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor([3, 3, 4, 4]), torch.zeros(16, 16)
+    known, y, inside = (
+        torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1,
+        torch.tensor([3, 3, 4, 4]),
+        torch.zeros(16, 16),
+    )
     inside[4:12, 4:12] = 1
-    first = common.seeded_noise(range(4), 0)(known)
+    first = common.SeededNoise(torch.arange(4), 0)(known)
 
     def noised(tau):
         phi = np.arctan(0.002) + tau * (np.arctan(80) - np.arctan(0.002)) if tau else 0.0
@@ -251,12 +435,28 @@ def test_editing(wild, tmp_path):
 
     def by_hand(z, w, **more):
         with torch.no_grad():
-            return wanted_of(gd.sample(lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, torch.full((4,), w)), gd.edm_angle, 4, "D", z,
-                                       **more))
-    half, done = drawn(tmp_path, *edit, "--edit", "img2img", "--strength", 0.4, "--w", 2)  # 1.6 steps: two
-    assert np.abs(half - by_hand(noised(0.5), 2.0, start=2)).max() <= 1 and "2 of 4 steps" in done.stdout
+            return wanted_of(
+                gd.sample(
+                    lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, torch.full((4,), w)),
+                    gd.edm_angle,
+                    4,
+                    "D",
+                    z,
+                    **more,
+                )
+            )
+
+    half, done = drawn(
+        tmp_path, *edit, "--edit", "img2img", "--strength", 0.4, "--w", 2
+    )  # 1.6 steps: two
+    assert (
+        np.abs(half - by_hand(noised(0.5), 2.0, start=2)).max() <= 1
+        and "2 of 4 steps" in done.stdout
+    )
     painted, _ = drawn(tmp_path, *edit, "--edit", "inpaint")
-    by_paste = by_hand(first, 1.0, paste=lambda z, tau: torch.where(inside > 0, z, noised(tau[0].item())))
+    by_paste = by_hand(
+        first, 1.0, paste=lambda z, tau: torch.where(inside > 0, z, noised(tau[0].item()))
+    )
     assert np.abs(painted - by_paste).max() <= 1 and (painted[0] != painted[1])[4:12, 4:12].any()
     assert np.array_equal(painted[:, inside == 0], images[:, inside == 0])
     run(*edit, "--edit", "inpaint", "--save", "x.png", *FP32, cwd=tmp_path, code=0)
@@ -267,17 +467,46 @@ def test_style_transfer(wild, tmp_path):
     """Encoded by one network and decoded by another: the formulas, with the labels of each."""
     image = common.load_dataset("glyphs", None, 16).__getitems__([0])[0]
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
-    found, _ = drawn(tmp_path, "--ckpt", wild / "N0004.pt", "--edit", "style", "--encoder", wild / "up.pt", "--image", "0.png",
-                     "--from-labels", 3, "--labels", 5)
+    found, _ = drawn(
+        tmp_path,
+        "--ckpt",
+        wild / "N0004.pt",
+        "--edit",
+        "style",
+        "--encoder",
+        wild / "up.pt",
+        "--image",
+        "0.png",
+        "--from-labels",
+        3,
+        "--labels",
+        5,
+    )
     up, _ = common.load_network(wild / "up.pt", ("guided_distill",))
     down, _ = common.load_network(wild / "N0004.pt", ("guided_distill",))
     above = lambda tau: torch.where(tau > 0, gd.edm_angle(tau), gd.BOTTOM)
 
     def by_hand(origin, label):
         with torch.no_grad():
-            z = gd.sample(lambda z, tau: gd.net_v(up, above)(z, tau, torch.tensor([origin]), None), above, 4, "encoder", image / 127.5 - 1)
-            return wanted_of(gd.sample(lambda z, tau: gd.net_v(down, gd.edm_angle)(z, tau, torch.tensor([label]), torch.ones(1)),
-                                       gd.edm_angle, 4, "D", z))
+            z = gd.sample(
+                lambda z, tau: gd.net_v(up, above)(z, tau, torch.tensor([origin]), None),
+                above,
+                4,
+                "encoder",
+                image / 127.5 - 1,
+            )
+            return wanted_of(
+                gd.sample(
+                    lambda z, tau: gd.net_v(down, gd.edm_angle)(
+                        z, tau, torch.tensor([label]), torch.ones(1)
+                    ),
+                    gd.edm_angle,
+                    4,
+                    "D",
+                    z,
+                )
+            )
+
     assert np.abs(found - by_hand(3, 5)).max() <= 1
     assert np.abs(found - by_hand(5, 5)).max() > 10 and np.abs(found - by_hand(3, 3)).max() > 10
     assert "holds an encoder" in run("--ckpt", wild / "up.pt", cwd=tmp_path, code=2).stderr
@@ -285,32 +514,67 @@ def test_style_transfer(wild, tmp_path):
 
 # ---- latent models
 
-IMPORTABLE = f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest"  # see there: a torchvision of another build
-LATENT = [*FP32, *STEPS[:-1], 0.03, *ROUNDS, "--w-max", 14, "--ema-decay", 0.5]  # nine steps, after which w is to be heard
+# see there: a torchvision of another build
+IMPORTABLE = f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest"
+LATENT = [
+    *FP32,
+    *STEPS[:-1],
+    0.03,
+    *ROUNDS,
+    "--w-max",
+    14,
+    "--ema-decay",
+    0.5,
+]  # nine steps, after which w is to be heard
 
 
 def pipeline(folder, prediction="epsilon", labels=False, **more):
     """A random latent diffusion pipeline, of 17k parameters, and a data set for it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    plain = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type="UNetMidBlock2D",
-                 num_class_embeds=4)
-    text = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                attention_head_dim=2, cross_attention_dim=8)
+    plain = dict(
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        mid_block_type="UNetMidBlock2D",
+        num_class_embeds=4,
+    )
+    text = dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
     small = dict(sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
     unet = diffusers.UNet2DConditionModel(**small | (plain if labels else text) | more)
-    vae = diffusers.AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2,
-                                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16)
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                        set_alpha_to_one=False, prediction_type=prediction)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=prediction,
+    )
     for part, name in ((unet, "unet"), (vae, "vae"), (scheduler, "scheduler")):
         part.save_pretrained(folder / "pipe" / name)
     if not labels:
-        diffusers.StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(
-            folder / "pipe")
+        diffusers.StableDiffusionPipeline(
+            vae, None, None, unet, scheduler, None, None, requires_safety_checker=False
+        ).save_pretrained(folder / "pipe")
     rng = np.random.default_rng(0)
-    latents, embeddings, null = (rng.normal(size=size).astype(np.float32) for size in ((12, 4, 8, 8), (12, 5, 8), (5, 8)))
-    conditions = dict(labels=np.arange(12) % 3) if labels else dict(embeddings=embeddings, null=null)
+    latents, embeddings, null = (
+        rng.normal(size=size).astype(np.float32) for size in ((12, 4, 8, 8), (12, 5, 8), (5, 8))
+    )
+    conditions = (
+        dict(labels=np.arange(12) % 3) if labels else dict(embeddings=embeddings, null=null)
+    )
     np.savez(folder / "latents.npz", latents=latents.astype(np.float16), **conditions)
 
 
@@ -319,12 +583,14 @@ def draw_alone(folder, name, N, w):
     code = f"""
 import sys; {IMPORTABLE}
 import numpy as np, torch, diffusers
-pipe = diffusers.StableDiffusionPipeline.from_pretrained({str(folder / name)!r}, safety_checker=None, tokenizer=None, text_encoder=None,
+pipe = diffusers.StableDiffusionPipeline.from_pretrained({str(folder / name)!r}, safety_checker=None,
+    tokenizer=None, text_encoder=None,
                                                          feature_extractor=None, image_encoder=None)
 pipe.set_progress_bar_config(disable=True)
 z, c = np.load("z.npy"), np.load("latents.npz")
-images = pipe(prompt_embeds=torch.from_numpy(c["embeddings"][:2]), negative_prompt_embeds=torch.from_numpy(c["embeddings"][:2]),
-              latents=torch.from_numpy(z), guidance_scale={w} + 1, num_inference_steps={N}, output_type="np").images
+words = torch.from_numpy(c["embeddings"][:2])
+images = pipe(prompt_embeds=words, negative_prompt_embeds=words, latents=torch.from_numpy(z),
+              guidance_scale={w} + 1, num_inference_steps={N}, output_type="np").images
 np.save("alone.npy", images)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
@@ -333,19 +599,31 @@ np.save("alone.npy", images)
 
 
 def first_loss(folder, prediction):
-    """Of stage 1, by hand: the student still being its conditional teacher, it misses w (v_cond - v_null)."""
+    """Of stage 1, by hand: the student still being its conditional teacher, it misses w (v_cond
+    - v_null)."""
     import diffusers
+
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "pipe" / "unet")
     alphas = diffusers.DDIMScheduler.from_pretrained(folder / "pipe" / "scheduler").alphas_cumprod
-    data = {key: torch.from_numpy(value).float() for key, value in np.load(folder / "latents.npz").items()}
+    data = {
+        key: torch.from_numpy(value).float()
+        for key, value in np.load(folder / "latents.npz").items()
+    }
     losses, indices = [], common.index_batches(12, 0, 0, 9, 8, 4)
     for m in range(2):
         common.seed_everything(common.STEP, 0, 0, m)
-        batch, w, k = next(indices), 2 + 12 * torch.rand(4), (1000 * torch.rand(4, dtype=torch.float64)).ceil().long() - 1
+        batch, w, k = (
+            next(indices),
+            2 + 12 * torch.rand(4),
+            (1000 * torch.rand(4, dtype=torch.float64)).ceil().long() - 1,
+        )
         a = alphas[k].view(4, 1, 1, 1)
         z = a.sqrt() * data["latents"][batch] + (1 - a).sqrt() * torch.randn(4, 4, 8, 8)
         with torch.no_grad():
-            missed = unet(z, k, data["embeddings"][batch]).sample - unet(z, k, data["null"].expand(4, -1, -1)).sample
+            missed = (
+                unet(z, k, data["embeddings"][batch]).sample
+                - unet(z, k, data["null"].expand(4, -1, -1)).sample
+            )
         missed = missed / a.sqrt() if prediction == "epsilon" else missed
         losses.append(w**2 * missed.square().mean((1, 2, 3)))
     return torch.cat(losses).mean().item()
@@ -357,17 +635,48 @@ def test_a_text_pipeline_is_distilled_and_drawn_with_diffusers_alone(tmp_path, p
     flags = ["--teacher", "diffusers:pipe", "--dataset", "latents.npz", *LATENT]
     run(*flags, "--out-dir", "run", cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert [r["N"] for r in records(tmp_path / "run")] == [0] * 3 + [4] * 3 + [2] * 3
-    np.testing.assert_allclose(records(tmp_path / "run")[0]["loss"], first_loss(tmp_path, prediction), 1e-3)
-    np.save(tmp_path / "z.npy", common.seeded_noise(range(2), 0)(torch.zeros(2, 4, 8, 8)).numpy())
+    np.testing.assert_allclose(
+        records(tmp_path / "run")[0]["loss"], first_loss(tmp_path, prediction), 1e-3
+    )
+    np.save(
+        tmp_path / "z.npy", common.SeededNoise(torch.arange(2), 0)(torch.zeros(2, 4, 8, 8)).numpy()
+    )
     for name, N, w in (("N0002", 2, 7.5), ("N0004", 4, 2.0), ("stage1", 8, 14.0)):
-        ours, done = drawn(tmp_path, "--ckpt", f"run/{name}.pt", "--w", w, "--N", N, "--sample", 2, prelude=IMPORTABLE)
+        ours, done = drawn(
+            tmp_path,
+            "--ckpt",
+            f"run/{name}.pt",
+            "--w",
+            w,
+            "--N",
+            N,
+            "--sample",
+            2,
+            prelude=IMPORTABLE,
+        )
         alone = draw_alone(tmp_path, f"run/{name}", N, w)
         assert f"{N} network call(s)" in done.stdout
-        assert ours.shape == (2, 16, 16, 3) and ours.std() > 5 and np.abs(ours - (255 * alone).round()).max() <= 1, name
-    other, _ = drawn(tmp_path, "--ckpt", "run/stage1.pt", "--w", 2, "--N", 8, "--sample", 2, prelude=IMPORTABLE)
+        assert (
+            ours.shape == (2, 16, 16, 3)
+            and ours.std() > 5
+            and np.abs(ours - (255 * alone).round()).max() <= 1
+        ), name
+    other, _ = drawn(
+        tmp_path, "--ckpt", "run/stage1.pt", "--w", 2, "--N", 8, "--sample", 2, prelude=IMPORTABLE
+    )
     assert np.abs(other - ours).max() > (10 if prediction == "v_prediction" else 0)
-    assert "was trained for 2 step(s)" in run("--ckpt", "run/N0002.pt", "--N", 4, cwd=tmp_path, code=2).stderr
-    run(*flags, "--out-dir", "again", cwd=tmp_path, prelude=f"{IMPORTABLE}\n{stop_after(5)}", code=128 + signal.SIGTERM)
+    assert (
+        "was trained for 2 step(s)"
+        in run("--ckpt", "run/N0002.pt", "--N", 4, cwd=tmp_path, code=2).stderr
+    )
+    run(
+        *flags,
+        "--out-dir",
+        "again",
+        cwd=tmp_path,
+        prelude=f"{IMPORTABLE}\n{stop_after(5)}",
+        code=128 + signal.SIGTERM,
+    )
     run(*flags, "--out-dir", "again", cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert_same(last(tmp_path / "again"), last(tmp_path / "run"))
 
@@ -378,8 +687,15 @@ def test_a_class_conditional_latent_model(tmp_path):
     run(*train, "--sample-every", 500, cwd=tmp_path, prelude=IMPORTABLE, code=0)
     grid = Image.open(tmp_path / "run" / "samples" / "000009_N0002.png")
     assert grid.size == (3 * (3 * 16 + 2 * 4), 3 * 8 * 16)  # eight rows of 16 pixels
-    low, middle, high = (np.asarray(grid)[:, x:x + 48].astype(int) for x in (0, 60, 120))  # w = 2, 5, 14
-    assert low.std() > 5 and np.abs(low - middle).max() > 2 and np.abs(low - high).max() > 2 and np.abs(middle - high).max() > 2
+    low, middle, high = (
+        np.asarray(grid)[:, x : x + 48].astype(int) for x in (0, 60, 120)
+    )  # w = 2, 5, 14
+    assert (
+        low.std() > 5
+        and np.abs(low - middle).max() > 2
+        and np.abs(low - high).max() > 2
+        and np.abs(middle - high).max() > 2
+    )
     assert (tmp_path / "run" / "N0002" / "unet" / "config.json").exists()
     away = tmp_path / "elsewhere"  # a student knows where its teacher and its data lie
     away.mkdir()
@@ -387,15 +703,33 @@ def test_a_class_conditional_latent_model(tmp_path):
     run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=0)
     assert len(np.load(away / "x.npz")["arr_0"]) == 3
     done = run(*draw, 3, cwd=away, prelude=IMPORTABLE, code=2)
-    assert done.stderr.endswith("error: --labels: the labels of this network are 0 to 2, and then the null class\n"), done.stderr
+    assert done.stderr.endswith(
+        "error: --labels: the labels of this network are 0 to 2, and then the null class\n"
+    ), done.stderr
     config = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("v_prediction", "sample"))
-    assert "is not the teacher any more" in run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=2).stderr
+    assert (
+        "is not the teacher any more" in run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=2).stderr
+    )
     run(*train, "--overwrite", "--end-N", 4, cwd=tmp_path, prelude=IMPORTABLE, code=0)
-    assert (tmp_path / "run" / "N0004" / "unet").is_dir() and not (tmp_path / "run" / "N0002").exists()
+    assert (tmp_path / "run" / "N0004" / "unet").is_dir() and not (
+        tmp_path / "run" / "N0002"
+    ).exists()
     (tmp_path / "pipe" / "vae").rename(tmp_path / "vae")  # missed at once, not at the first picture
-    done = run(*train, "--out-dir", "other", "--sample-every", 500, cwd=tmp_path, prelude=IMPORTABLE, code=2)
-    assert "there is no folder pipe/vae to decode latents with" in done.stderr and not (tmp_path / "other").exists()
+    done = run(
+        *train,
+        "--out-dir",
+        "other",
+        "--sample-every",
+        500,
+        cwd=tmp_path,
+        prelude=IMPORTABLE,
+        code=2,
+    )
+    assert (
+        "there is no folder pipe/vae to decode latents with" in done.stderr
+        and not (tmp_path / "other").exists()
+    )
 
 
 def test_what_a_latent_model_refuses(tmp_path):
@@ -405,6 +739,7 @@ def test_what_a_latent_model_refuses(tmp_path):
         np.savez(tmp_path / "latents.npz", **dict(np.load(tmp_path / "good.npz")) | arrays)
         with pytest.raises(common.UserError, match=message):
             model.check(gd.Latents(tmp_path / "latents.npz"), guided)
+
     for labels in (False, True):
         pipeline(tmp_path, "v_prediction", labels=labels)
         (tmp_path / "latents.npz").rename(tmp_path / "good.npz")
@@ -420,16 +755,28 @@ def test_what_a_latent_model_refuses(tmp_path):
         else:
             refused(r"\(n, L, 8\)", embeddings=np.zeros((12, 5, 6)), null=np.zeros((5, 6)))
             refused(r"null \(4, 8\)", null=np.zeros((4, 8)))
-    for more in (dict(in_channels=9), dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"), dict(sample_size=(8, 16))):
+    for more in (
+        dict(in_channels=9),
+        dict(time_cond_proj_dim=16),
+        dict(class_embed_type="timestep"),
+        dict(sample_size=(8, 16)),
+    ):
         pipeline(tmp_path, "v_prediction", **more)
         with pytest.raises(common.UserError, match="more than square latents"):
             gd.LatentModel(tmp_path / "pipe", run_on)
     pipeline(tmp_path)
-    model, unet = gd.LatentModel(tmp_path / "pipe", run_on), tmp_path / "pipe" / "unet" / "config.json"
+    model, unet = (
+        gd.LatentModel(tmp_path / "pipe", run_on),
+        tmp_path / "pipe" / "unet" / "config.json",
+    )
     unet.write_text(unet.read_text() + " ")
     assert gd.LatentModel(tmp_path / "pipe", run_on).digest != model.digest
     config = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'))
+    config.write_text(
+        config.read_text().replace(
+            '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'
+        )
+    )
     with pytest.raises(common.UserError, match="nothing about x at zero SNR"):
         gd.LatentModel(tmp_path / "pipe", run_on)
     with pytest.raises(common.UserError, match=r"vae does not decode latents \(3, 8, 8\)"):
@@ -443,13 +790,20 @@ def test_what_a_latent_model_refuses(tmp_path):
 
 
 def test_the_adapter(tmp_path):
-    """Timesteps, one DDIM step and guidance as diffusers has them; a student begins as its teacher, to the last bit."""
+    """Timesteps, one DDIM step and guidance as diffusers has them; a student begins as its
+    teacher, to the last bit."""
     diffusers = pytest.importorskip("diffusers")
     run_on = common.types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    z, w = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2.0, 14.0])
+    z, w = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([2.0, 14.0]),
+    )
     for prediction in ("epsilon", "v_prediction", "sample"):
         pipeline(tmp_path, prediction)
-        model, data = gd.LatentModel(tmp_path / "pipe", run_on), gd.Latents(tmp_path / "latents.npz")
+        model, data = (
+            gd.LatentModel(tmp_path / "pipe", run_on),
+            gd.Latents(tmp_path / "latents.npz"),
+        )
         c = data.__getitems__(np.arange(2))[1]
         teacher, student = model.v(model.teacher, data.null), model.v(model.student(True))
         for N in (1, 2, 4, 8):
@@ -460,51 +814,150 @@ def test_the_adapter(tmp_path):
             with torch.no_grad():
                 for tau, k in zip(taus, scheduler.timesteps):
                     tau = tau.expand(2)
-                    wanted = scheduler.step(model.teacher(z, k, encoder_hidden_states=c).sample, k, z).prev_sample
-                    found = gd.ddim(lambda z, tau: teacher(z, tau, c), model.angle, z, tau, tau - 1 / N)
+                    wanted = scheduler.step(
+                        model.teacher(z, k, encoder_hidden_states=c).sample, k, z
+                    ).prev_sample
+                    found = gd.ddim(
+                        lambda z, tau: teacher(z, tau, c), model.angle, z, tau, tau - 1 / N
+                    )
                     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
                     assert torch.equal(student(z, tau, c, w), teacher(z, tau, c))
         with torch.no_grad():
             assert torch.equal(teacher(z, tau, None), teacher(z, tau, data.null.expand(2, -1, -1)))
     wanted = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, w, 256)
-    torch.testing.assert_close(gd.w_features(w, 256), wanted, rtol=0, atol=2e-3)  # sines of 14000, in float32
+    torch.testing.assert_close(
+        gd.w_features(w, 256), wanted, rtol=0, atol=2e-3
+    )  # sines of 14000, in float32
 
 
 # ---- mistakes
 
 MISTAKES = {
-    "N of a student": (["--ckpt", "N0002.pt", "--N", "4"], "--N 4: N0002.pt was trained for 2 step(s)"),
-    "sampler of a student": (["--ckpt", "N0002.pt", "--sampler", "S"], "--sampler S: N0002.pt was trained for sampler D"),
-    "too much guidance": (["--ckpt", "N0002.pt", "--w", "4.5"], "--w 4.5: N0002.pt was trained for weights from 1 to 4"),
-    "noise levels": (["--ckpt", "N0002.pt", "--sigmas", "80"], "--sigmas does not apply"),
-    "noise levels in training": (["--sigmas", "80"], "--sigmas does not apply"),
-    "length of the whole": (["--total-steps", "80"], "--total-steps does not apply: name --stage1-steps"),
+    "N of a student": (
+        ["--ckpt", "N0002.pt", "--N", "4"],
+        "--N 4: N0002.pt was trained for 2 step(s)",
+    ),
+    "sampler of a student": (
+        ["--ckpt", "N0002.pt", "--sampler", "S"],
+        "--sampler S: N0002.pt was trained for sampler D",
+    ),
+    "too much guidance": (
+        ["--ckpt", "N0002.pt", "--w", "4.5"],
+        "--w 4.5: N0002.pt was trained for weights from 1 to 4",
+    ),
+    "noise levels": (["--ckpt", "N0002.pt", "--sigmas", "80"], "unrecognized arguments: --sigmas"),
+    "noise levels in training": (["--sigmas", "80"], "unrecognized arguments: --sigmas"),
+    "length of the whole": (
+        ["--total-steps", "80"],
+        "--total-steps does not apply with --stage distill: name --stage1-steps",
+    ),
     "steps of the rounds": (["--N", "4"], "--N does not apply"),
     "start that does not halve": (["--start-N", "12"], "--start-N 12: steps are halved"),
     "end above the start": (["--start-N", "8", "--end-N", "8"], "--end-N 8: the first round"),
     "range of weights": (["--w-min", "3", "--w-max", "2"], "--w-min 3.0 is above --w-max 2.0"),
-    "stage 1 of nothing": (["--w-max", "0", "--stage1-steps", "5"], "--stage1-steps does not apply without --w-max"),
-    "guided encoder": (["--sampler", "encoder", "--w-max", "2"], "--sampler encoder goes with --w-max 0"),
-    "student's flag with --stage teacher": (["--stage", "teacher", "--w-max", "2"], "--w-max does not apply with --stage teacher"),
-    "label dropout of a student": (["--label-dropout", "0.1"], "--label-dropout applies to --stage teacher only"),
-    "teacher without null label": (["--teacher", "plain.pt"], "plain.pt was trained without --label-dropout"),
+    "stage 1 of nothing": (
+        ["--w-max", "0", "--stage1-steps", "5"],
+        "--stage1-steps does not apply without --w-max",
+    ),
+    "guided encoder": (
+        ["--sampler", "encoder", "--w-max", "2"],
+        "--sampler encoder goes with --w-max 0",
+    ),
+    "student's flag with --stage teacher": (
+        ["--stage", "teacher", "--w-max", "2"],
+        "--w-max does not apply with --stage teacher",
+    ),
+    "label dropout of a student": (
+        ["--label-dropout", "0.1"],
+        "--label-dropout does not apply with --stage distill",
+    ),
+    "teacher without null label": (
+        ["--teacher", "plain.pt"],
+        "plain.pt was trained without --label-dropout",
+    ),
     "guidance without labels": (["--dataset", "images"], "needs labels"),
     "no teacher": (["--teacher", "nowhere.pt"], "nowhere.pt: No such file"),
-    "a student as teacher": (["--teacher", "N0002.pt"], "N0002.pt was written by guided_distill.py"),
-    "edit without images": (["--ckpt", "N0002.pt", "--edit", "img2img"], "--edit img2img needs --image"),
-    "strength of another task": (["--ckpt", "N0002.pt", "--edit", "inpaint", "--strength", "1"], "--strength applies to --edit img2img"),
-    "images of no edit": (["--ckpt", "N0002.pt", "--image", "x.png"], "--image does not apply without --edit"),
-    "edit without classes": (["--ckpt", "N0002.pt", "--edit", "inpaint", "--image", "images/0.png"], "name with --labels one"),
-    "style with noise": (["--ckpt", "S.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1", "--from-labels", "1", "--encoder",
-                          "encoder.pt"], "--edit style decodes without noise"),
-    "a decoder as encoder": (["--ckpt", "N0002.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1", "--from-labels", "1",
-                              "--encoder", "N0002.pt"], "holds no encoder"),
-    "a class to come from that is not there": (["--ckpt", "N0002.pt", "--edit", "style", "--image", "images/0.png", "--labels", "1",
-                                                "--from-labels", "11", "--encoder", "encoder.pt"], "--from-labels 11: this network has"),
+    "a student as teacher": (
+        ["--teacher", "N0002.pt"],
+        "N0002.pt was written by guided_distill.py",
+    ),
+    "edit without images": (
+        ["--ckpt", "N0002.pt", "--edit", "img2img"],
+        "--edit img2img needs --image",
+    ),
+    "strength of another task": (
+        ["--ckpt", "N0002.pt", "--edit", "inpaint", "--strength", "1"],
+        "--strength does not apply with --edit inpaint",
+    ),
+    "images of no edit": (
+        ["--ckpt", "N0002.pt", "--image", "x.png"],
+        "--image does not apply without --edit",
+    ),
+    "edit without classes": (
+        ["--ckpt", "N0002.pt", "--edit", "inpaint", "--image", "images/0.png"],
+        "name with --labels one",
+    ),
+    "style with noise": (
+        [
+            "--ckpt",
+            "S.pt",
+            "--edit",
+            "style",
+            "--image",
+            "images/0.png",
+            "--labels",
+            "1",
+            "--from-labels",
+            "1",
+            "--encoder",
+            "encoder.pt",
+        ],
+        "--edit style decodes without noise",
+    ),
+    "a decoder as encoder": (
+        [
+            "--ckpt",
+            "N0002.pt",
+            "--edit",
+            "style",
+            "--image",
+            "images/0.png",
+            "--labels",
+            "1",
+            "--from-labels",
+            "1",
+            "--encoder",
+            "N0002.pt",
+        ],
+        "holds no encoder",
+    ),
+    "a class to come from that is not there": (
+        [
+            "--ckpt",
+            "N0002.pt",
+            "--edit",
+            "style",
+            "--image",
+            "images/0.png",
+            "--labels",
+            "1",
+            "--from-labels",
+            "11",
+            "--encoder",
+            "encoder.pt",
+        ],
+        "--from-labels 11: this network has",
+    ),
     "no labels, and guidance": (["--no-class-cond"], "--no-class-cond goes with --w-max 0"),
-    "pictures of an encoder": (["--sampler", "encoder", "--sample-every", "5"], "--sample-every does not apply with --sampler encoder"),
+    "pictures of an encoder": (
+        ["--sampler", "encoder", "--sample-every", "5"],
+        "--sample-every does not apply with --sampler encoder",
+    ),
     "no teacher at all": (["--teacher", "none"], "--teacher none: what is distilled"),
-    "more images than the ideal teacher goes through": (["--dataset", "bedroom256", "--teacher", "ideal"], "bedroom256 needs --data-dir"),
+    "more images than the ideal teacher goes through": (
+        ["--dataset", "bedroom256", "--teacher", "ideal"],
+        "bedroom256 needs --data-dir",
+    ),
     "latents without data": (["--teacher", "diffusers:pipe"], "needs --dataset FILE.npz"),
 }
 
@@ -521,7 +974,9 @@ def workplace(trained, tmp_path_factory):
     torch.save(teacher, folder / "teacher.pt")
     for key in ("net", "ema"):
         teacher[key]["label_emb.weight"] = teacher[key]["label_emb.weight"][:10]
-    torch.save(teacher | dict(model_args=teacher["model_args"] | dict(null=False)), folder / "plain.pt")
+    torch.save(
+        teacher | dict(model_args=teacher["model_args"] | dict(null=False)), folder / "plain.pt"
+    )
     Image.new("RGB", (32, 32)).save(folder / "images" / "0.png")
     return folder
 
@@ -533,7 +988,10 @@ def test_mistakes_end_in_one_line(workplace, mistake):
 
 def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
-    for flag in ("stage teacher teacher-steps label-dropout sampler w-min w-max start-N end-N stage1-steps round-steps last-steps "
-                 "weighting w N edit image strength mask encoder from-labels ckpt sample").split():
+    for flag in (
+        "stage teacher teacher-steps label-dropout sampler w-min w-max start-N end-N "
+        "stage1-steps round-steps last-steps "
+        "weighting w N edit image strength mask encoder from-labels ckpt sample"
+    ).split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
