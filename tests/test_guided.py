@@ -714,15 +714,16 @@ def test_recipes():
 def test_what_a_student_draws_with():
     """--N, --sampler and --w if they are given and fit, else the student's own and its least w."""
 
-    def chosen(N, sampler, w_min, w_max, **given):
+    def chosen(student, **given):
         args = argparse.Namespace(**dict(ckpt="x.pt", N=None, sampler=None, w=None) | given)
-        student = argparse.Namespace(N=N, sampler=sampler, w_min=w_min, w_max=w_max)
+        names = "N", "sampler", "w_min", "w_max"
+        student = argparse.Namespace(**dict(zip(names, student)))
         return gd.check_student(args, student)
 
-    assert chosen(4, "S", 2.0, 14.0) == (4, "S", 2.0)
-    assert chosen(4, "S", 2.0, 14.0, N=4, sampler="S", w=7.5) == (4, "S", 7.5)
-    assert chosen(0, None, 1.0, 4.0) == (64, "D", 1.0)
-    assert chosen(0, None, 1.0, 4.0, N=3, sampler="S") == (3, "S", 1.0)
+    assert chosen((4, "S", 2.0, 14.0)) == (4, "S", 2.0)
+    assert chosen((4, "S", 2.0, 14.0), N=4, sampler="S", w=7.5) == (4, "S", 7.5)
+    assert chosen((0, None, 1.0, 4.0)) == (64, "D", 1.0)
+    assert chosen((0, None, 1.0, 4.0), N=3, sampler="S") == (3, "S", 1.0)
     for student, given, message in (
         ((4, "D", 0.0, 4.0), dict(N=8), "--N 8: x.pt was trained for 4"),
         ((4, "D", 0.0, 4.0), dict(sampler="S"), "trained for sampler D"),
@@ -731,4 +732,4 @@ def test_what_a_student_draws_with():
         ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for no guidance"),
     ):
         with pytest.raises(common.UserError, match=message):
-            chosen(*student, **given)
+            chosen(student, **given)

@@ -583,9 +583,9 @@ def draw_alone(folder, name, N, w):
     code = f"""
 import sys; {IMPORTABLE}
 import numpy as np, torch, diffusers
-pipe = diffusers.StableDiffusionPipeline.from_pretrained({str(folder / name)!r}, safety_checker=None,
-    tokenizer=None, text_encoder=None,
-                                                         feature_extractor=None, image_encoder=None)
+pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+    {str(folder / name)!r}, safety_checker=None, tokenizer=None, text_encoder=None,
+    feature_extractor=None, image_encoder=None)
 pipe.set_progress_bar_config(disable=True)
 z, c = np.load("z.npy"), np.load("latents.npz")
 words = torch.from_numpy(c["embeddings"][:2])
