@@ -1,4 +1,4 @@
-"""Consistency training: schedules, loss, stop-gradients, dropout, and its theory, against the paper and closed forms."""
+"""Consistency training against the paper: schedules, loss, stop-gradients, dropout, theory."""
 import copy
 import math
 
@@ -10,22 +10,26 @@ import ct
 from test_unet import reference_lpips
 from util import TINY, VECTORS, close, fill, gauss, img
 
-IMAGENET64, LSUN, CIFAR10 = (800_000, 2, 200), (1_000_000, 2, 150), (800_000, 2, 150)  # K, s0, s1
+SETTINGS = {"ct_imagenet64": (800_000, 2, 200), "ct_lsun256": (1_000_000, 2, 150),
+            "ct_cifar10": (800_000, 2, 150)}  # K, s0, s1
+IMAGENET64 = SETTINGS["ct_imagenet64"]
+T_N, T_N1 = torch.tensor([0.2, 3.0]), torch.tensor([0.5, 5.0])
+X0, NOISE = img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5)
+HUBER = None, common.pseudo_huber, common.WEIGHTS["inverse"]
+PLAIN = None, common.l2, common.WEIGHTS["one"]
 
 
 # ---- schedules
 
-@pytest.mark.parametrize("key, setting", [("ct_imagenet64", IMAGENET64), ("ct_lsun256", LSUN), ("ct_cifar10", CIFAR10)])
-def test_sqrt_schedule(key, setting):
-    rows = [row for row in VECTORS["schedules"][key] if row[0] <= setting[0]]
-    assert len(rows) > 10
-    for k, N, _ in rows:
-        assert ct.num_points(k, *setting, "sqrt") == N
-
-
-def test_sqrt_schedule_changes_at_the_right_steps():
+def test_sqrt_schedule():
+    for key, setting in SETTINGS.items():
+        rows = [row for row in VECTORS["schedules"][key] if row[0] <= setting[0]]
+        assert len(rows) > 10
+        for k, N, _ in rows:
+            assert ct.num_points(k, *setting, "sqrt") == N
     for k, N in VECTORS["schedules"]["ct_imagenet64_first_changes"]:
-        assert ct.num_points(k, *IMAGENET64, "sqrt") == N and (k == 0 or ct.num_points(k - 1, *IMAGENET64, "sqrt") == N - 1)
+        assert ct.num_points(k, *IMAGENET64, "sqrt") == N
+        assert k == 0 or ct.num_points(k - 1, *IMAGENET64, "sqrt") == N - 1
 
 
 def test_target_decay_is_the_papers_not_the_codes():
@@ -39,35 +43,34 @@ def test_target_decay_is_the_papers_not_the_codes():
     assert ct.target_decay(11, 10, 0.0) == 0.0
 
 
-@pytest.mark.parametrize("K", [400_000, 800_000])
-def test_doubling_schedule(K):
-    for k, N in VECTORS["ict"]["ict_N"][f"K{K}"]:
-        assert ct.num_points(k, K, 10, 1280, "double") == N
+def test_doubling_schedule():
+    for K in (400_000, 800_000):
+        for k, N in VECTORS["ict"]["ict_N"][f"K{K}"]:
+            assert ct.num_points(k, K, 10, 1280, "double") == N
 
 
-@pytest.mark.parametrize("schedule", ["sqrt", "double"])
-@pytest.mark.parametrize("K, s0, s1", [(1, 2, 2), (3, 10, 1280), (7, 2, 150), (4000, 10, 320), (1000, 10, 100)])
-def test_schedules_of_any_length_grow_and_end_within_s1(schedule, K, s0, s1):
-    N = [ct.num_points(k, K, s0, s1, schedule) for k in range(K)]
-    assert N == sorted(N) and N[0] == (s0 if schedule == "sqrt" else s0 + 1) and N[-1] <= s1 + 1
+@pytest.mark.parametrize("schedule, more", [("sqrt", 0), ("double", 1)])
+def test_schedules_of_any_length_grow_and_end_within_s1(schedule, more):
+    for K, s0, s1 in ((1, 2, 2), (3, 10, 1280), (7, 2, 150), (4000, 10, 320), (1000, 10, 100)):
+        N = [ct.num_points(k, K, s0, s1, schedule) for k in range(K)]
+        assert N == sorted(N) and N[0] == s0 + more and N[-1] <= s1 + 1
 
 
-def test_lognormal_times():
+def test_p_of_t():
     p = common.interval_probabilities(common.karras_times(11), [-1.1, 2.0])
     close(p, VECTORS["ict"]["lognormal_pmf_N11"])
     p = common.interval_probabilities(common.karras_times(1281), [-1.1, 2.0])
-    close(p[[0, 320, 640, 960, 1279]], VECTORS["ict"]["lognormal_pmf_N1281_indices_0_320_640_960_1279"], 2e-4)
+    close(p[[0, 320, 640, 960, 1279]],
+          VECTORS["ict"]["lognormal_pmf_N1281_indices_0_320_640_960_1279"], 2e-4)
     close(p.sum(), 1)
-
-
-def test_uniform_times():
     close(common.interval_probabilities(common.karras_times(5), ["uniform"]), [0.25] * 4)
 
 
-def test_times_of_another_law():
-    """Mean and deviation of ln t under p(n), for a grid so fine that an interval is a point."""
+def test_mean_and_deviation_of_p_of_t():
+    """Those of ln t, for a grid so fine that an interval is a point."""
     times = common.karras_times(4001)
-    p, ln_t = common.interval_probabilities(times, [0.0, 1.2]), (times[1:] * times[:-1]).sqrt().log()
+    p = common.interval_probabilities(times, [0.0, 1.2])
+    ln_t = (times[1:] * times[:-1]).sqrt().log()
     mean = (p * ln_t).sum()
     close([mean, ((p * (ln_t - mean) ** 2).sum()).sqrt()], [0.0, 1.2], 2e-3, 2e-3)
 
@@ -80,8 +83,8 @@ def reference_loss(dist, weighting="one"):
     i = torch.tensor([0, 3, 6, 9])  # the reference counts from t_max down
     close(t[i], VECTORS["ct_loss"]["t"])
     close(t[i + 1], VECTORS["ct_loss"]["t2"])
-    losses = ct.loss_fn(*nets, img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), t[i + 1], t[i], torch.tensor([0, 3, 7, 9]),
-                        dist, common.WEIGHTS[weighting])
+    x0, noise, y = img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), torch.tensor([0, 3, 7, 9])
+    losses = ct.loss_fn(*nets, x0, noise, t[i + 1], t[i], y, dist, common.WEIGHTS[weighting])
     return nets, losses, t[i] - t[i + 1]
 
 
@@ -91,13 +94,14 @@ def test_loss_vectors(name):
     close(losses, VECTORS["ct_loss"][name]["per_sample"], 1e-5, 2e-8)
     if name == "l2":
         losses.mean().backward()
-        close(sum(p.grad.square().sum() for p in net.parameters()).sqrt(), VECTORS["ct_loss"]["l2"]["grad_norm_total"], 1e-5)
+        norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
+        close(norm, VECTORS["ct_loss"]["l2"]["grad_norm_total"], 1e-5)
         assert all(p.grad is None for p in target.parameters())
 
 
-def test_loss_vector_lpips():
+def test_loss_vector_lpips(monkeypatch):
     pytest.importorskip("lpips")
-    _, losses, _ = reference_loss(reference_lpips("average"))
+    _, losses, _ = reference_loss(reference_lpips(monkeypatch, "average"))
     close(losses, VECTORS["ct_loss"]["lpips"]["per_sample"], 1e-4, 1e-6)
 
 
@@ -107,20 +111,23 @@ def test_inverse_weighting():
     close(weighted, plain / gap)
     times = common.karras_times(11)
     n, x0 = torch.arange(10), torch.zeros(10, 3, 8, 8)
-    net = lambda x, t_in, y, extra: torch.ones_like(x)
+    net = lambda x, c_noise, y, cond: torch.ones_like(x)
     ones = lambda x, y: torch.ones(len(x))
-    close(ct.loss_fn(net, net, x0, x0, times[n], times[n + 1], None, ones, common.WEIGHTS["inverse"]), VECTORS["ict"]["weights_N11"], 1e-5)
+    weighted = ct.loss_fn(net, net, x0, x0, times[n], times[n + 1], None, ones,
+                          common.WEIGHTS["inverse"])
+    close(weighted, VECTORS["ict"]["weights_N11"], 1e-5)
 
 
 class Known(torch.nn.Module):
-    """A network whose consistency function is f(x, t) = c + t_min / t (x - c): exact for data that is the one point c."""
+    """Its consistency function is f(x, t) = c + t_min / t (x - c): exact if c is all the data."""
     c = 0.3
 
-    def forward(self, x_in, t_in, y=None, extra=None):
-        t = (t_in.double() / 250).exp()
+    def forward(self, x_in, c_noise, y=None, cond=None):
+        t = (c_noise.double() / 250).exp()
         c_skip, c_out, c_in = (common.bcast(s, x_in) for s in common.cm_scalings(t))
         x = x_in.double() / c_in
-        return ((self.c + common.T_MIN / common.bcast(t, x) * (x - self.c) - c_skip * x) / c_out).float()
+        f = self.c + common.T_MIN / common.bcast(t, x) * (x - self.c)
+        return ((f - c_skip * x) / c_out).float()
 
 
 def test_loss_vanishes_at_the_true_consistency_function():
@@ -128,27 +135,27 @@ def test_loss_vanishes_at_the_true_consistency_function():
     n = torch.arange(1, 39)  # at t_min itself c_out is 0 and F is undefined
     known = Known()
     x0 = torch.full_like(noise, known.c)
-    assert ct.loss_fn(known, known, x0, noise, times[n], times[n + 1], None, common.l2, common.WEIGHTS["one"]).max() < 1e-7
-    assert ct.loss_fn(known, known, x0 + 0.1, noise, times[n], times[n + 1], None, common.l2, common.WEIGHTS["one"]).max() > 1e-4
+    interval = times[n], times[n + 1]
+    assert ct.loss_fn(known, known, x0, noise, *interval, *PLAIN).max() < 1e-7
+    assert ct.loss_fn(known, known, x0 + 0.1, noise, *interval, *PLAIN).max() > 1e-4
 
 
 def test_no_gradient_through_a_target_that_is_the_net():
     """With mu = 0 the gradient is that of a frozen copy as target, not of both branches."""
     torch.manual_seed(0)
     net, frozen = (fill(common.UNet(**TINY)) for _ in range(2))
-    x0, noise, t_n, t_n1 = img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), torch.tensor([0.2, 3.0]), torch.tensor([0.5, 5.0])
     grads = []
     for target in (net, frozen):
         net.zero_grad()
-        ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.pseudo_huber, common.WEIGHTS["inverse"]).sum().backward()
+        ct.loss_fn(net, target, X0, NOISE, T_N, T_N1, *HUBER).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert grads[0].norm() > 0 and torch.equal(*grads) and all(p.grad is None for p in frozen.parameters())
+    assert grads[0].norm() > 0 and torch.equal(*grads)
+    assert all(p.grad is None for p in frozen.parameters())
 
 
 def test_gradient_by_finite_differences():
     net, target = (fill(common.UNet(**TINY), offset) for offset in (0.0, 0.05))
-    args = (target, img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), torch.tensor([0.2, 3.0]), torch.tensor([0.5, 5.0]), None,
-            common.pseudo_huber, common.WEIGHTS["inverse"])
+    args = target, X0, NOISE, T_N, T_N1, *HUBER
     ct.loss_fn(net, *args).sum().backward()
     p = net.out[2].bias
     for i in range(3):
@@ -165,18 +172,34 @@ def test_gradient_by_finite_differences():
 def masks_agree(net, target):
     """Equal inputs to both branches: the loss is 0 if and only if they drop out the same units."""
     device = next(net.parameters()).device
-    x0, noise, t = (x.to(device) for x in (img((2, 3, 16, 16)), gauss((2, 3, 16, 16), 5), torch.tensor([0.5, 2.0])))
-    same = ct.loss_fn(net, target, x0, noise, t, t, None, common.l2, common.WEIGHTS["one"])
+    x0, noise, t = X0.to(device), NOISE.to(device), torch.tensor([0.5, 2.0], device=device)
+    same = ct.loss_fn(net, target, x0, noise, t, t, *PLAIN)
     with torch.no_grad():
         a, b = (common.consistency(net, x0, t) for _ in range(2))
     return same.max().item(), common.l2(a, b).min().item()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+class OneBlock(torch.nn.Module):
+    """Little to compile: with its dropout, one block of the UNet."""
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 32, 1)
+        self.block = common.ResBlock(32, 32, 1, 0.5, scale_shift=True, cond=False)
+        self.last = torch.nn.Conv2d(32, 3, 1)
+
+    def forward(self, x, c_noise, y=None, cond=None):
+        return self.last(self.block(self.first(x), c_noise[:, None], None))
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_both_branches_drop_out_the_same_units(compiled, device):
     torch.manual_seed(0)
-    net = fill(common.UNet(**(TINY | dict(mult=(1,), attention=())), dropout=0.5)).to(device)
+    net = OneBlock() if compiled else common.UNet(**TINY, dropout=0.5)
+    net = fill(net).to(device)
     target = copy.deepcopy(net).requires_grad_(False)
     if compiled:
         net.compile()
@@ -193,47 +216,49 @@ def test_replayed_randomness_moves_on():
     assert torch.equal(torch.rand(3), first) and not torch.equal(torch.rand(3), first)
 
 
-# ---- CM Theorem 2: with the exact denoiser, consistency distillation by Euler steps and consistency training agree
+# ---- CM Theorem 2: with the exact denoiser, distillation by Euler steps and training agree
 
 class Bent(torch.nn.Module):
-    """A network with one parameter for each image, so that backward gives the gradient image by image."""
-    dtype = torch.float32
-
+    """A network with one parameter an image, so that backward gives the gradient of each image."""
     def __init__(self, a):
         super().__init__()
         self.a = torch.nn.Parameter(a)
 
-    def forward(self, x, t_in, y=None, extra=None):
-        return (self.a * x + common.bcast(t_in, x) / 500).tanh() + 0.3 * self.a
+    def forward(self, x, c_noise, y=None, cond=None, dtype=None):
+        return (self.a * x + common.bcast(c_noise, x) / 500).tanh() + 0.3 * self.a
 
 
 def test_training_loss_tends_to_the_distillation_loss():
-    """The mean difference of the losses, and of their gradients, shrinks like 1/N^2, faster than the 1/N of a grid step."""
+    """Differences of losses and of gradients shrink like 1/N^2, the steps of the grid like 1/N."""
     torch.manual_seed(0)
     n = 1_000_000
     data = torch.tensor([-0.9, -0.2, 0.1, 0.7]).view(-1, 1, 1, 1)
     D = common.ideal_denoiser(data)
-    net, target = Bent(torch.full((n, 1, 1, 1), 0.8)), Bent(torch.tensor(2.0)).requires_grad_(False)
+    net = Bent(torch.full((n, 1, 1, 1), 0.8))
+    target = Bent(torch.tensor(2.0)).requires_grad_(False)
     gaps = []
     for N in (12, 24, 48):
         times = common.karras_times(N)
-        x0, noise, i = data[torch.randint(4, (n,))], torch.randn(n, 1, 1, 1), torch.randint(N - 1, (n,))
+        x0, noise = data[torch.randint(4, (n,))], torch.randn(n, 1, 1, 1)
+        i = torch.randint(N - 1, (n,))
         t_n, t_n1 = times[i], times[i + 1]
         x_tn1 = x0 + common.bcast(t_n1, x0) * noise
         with torch.no_grad():
-            f_target = common.consistency(target, common.euler_step(D, x_tn1, t_n1, t_n), t_n)
+            x_tn = common.euler_step(D, x_tn1, t_n1, t_n)
+            f_target = common.consistency(target, x_tn, t_n)
         distillation = common.l2(common.consistency(net, x_tn1, t_n1), f_target)
-        training = ct.loss_fn(net, target, x0, noise, t_n, t_n1, None, common.l2, common.WEIGHTS["one"])
+        training = ct.loss_fn(net, target, x0, noise, t_n, t_n1, *PLAIN)
+        losses = training, distillation
+        grads = [torch.autograd.grad(loss.sum(), net.a)[0].flatten() for loss in losses]
         row = []
-        for a, b in ((training, distillation),
-                     (torch.autograd.grad(loss.sum(), net.a)[0].flatten() for loss in (training, distillation))):
+        for a, b in (losses, grads):
             d = (a - b).detach().double()
             row.append((abs(d.mean().item()), d.std().item() / math.sqrt(n), b.mean().item()))
         gaps.append(row)
     for coarse, fine in zip(gaps, gaps[1:]):
         for (gap, error, _), (gap2, error2, _) in zip(coarse, fine):
             assert gap > 5 * error, gaps  # a difference there is at first ...
-            assert gap2 + 3 * error2 < gap / 2, gaps  # ... and it falls faster than the steps of the grid, which halve
+            assert gap2 + 3 * error2 < gap / 2, gaps  # ... and falls faster than steps, which halve
     assert all(gap < 0.05 * abs(value) for gap, _, value in gaps[-1]), gaps
 
 
@@ -241,28 +266,36 @@ def test_training_loss_tends_to_the_distillation_loss():
 
 def test_recipes_are_the_papers():
     """CM Table 3 and iCT's published settings."""
+    lsun = dict(lr=1e-5, batch_size=2048, s0=2, s1=150, mu0=0.95, ema_decay=0.999943,
+                total_steps=1_000_000)
     wanted = {
-        ("ct", "cifar10"): dict(lr=4e-4, batch_size=512, s0=2, s1=150, mu0=0.9, ema_decay=0.9999, total_steps=800_000, dropout=0),
-        ("ct", "imagenet64"): dict(lr=8e-6, batch_size=2048, s0=2, s1=200, mu0=0.95, ema_decay=0.999943, total_steps=800_000),
-        ("ct", "bedroom256"): dict(lr=1e-5, batch_size=2048, s0=2, s1=150, mu0=0.95, ema_decay=0.999943, total_steps=1_000_000),
-        ("ct", "cat256"): dict(lr=1e-5, batch_size=2048, s0=2, s1=150, mu0=0.95, ema_decay=0.999943, total_steps=1_000_000),
-        ("ict", "cifar10"): dict(lr=1e-4, batch_size=1024, s0=10, s1=1280, mu0=0, ema_decay=0.99993, total_steps=400_000, dropout=0.3),
-        ("ict", "imagenet64"): dict(lr=1e-4, batch_size=4096, s0=10, s1=1280, mu0=0, ema_decay=0.99997, total_steps=800_000,
-                                    dropout=0.2),
+        ("ct", "cifar10"): dict(lr=4e-4, batch_size=512, s0=2, s1=150, mu0=0.9, ema_decay=0.9999,
+                                total_steps=800_000, dropout=0),
+        ("ct", "imagenet64"): dict(lr=8e-6, batch_size=2048, s0=2, s1=200, mu0=0.95,
+                                   ema_decay=0.999943, total_steps=800_000),
+        ("ct", "bedroom256"): lsun,
+        ("ct", "cat256"): lsun,
+        ("ict", "cifar10"): dict(lr=1e-4, batch_size=1024, s0=10, s1=1280, mu0=0,
+                                 ema_decay=0.99993, total_steps=400_000, dropout=0.3),
+        ("ict", "imagenet64"): dict(lr=1e-4, batch_size=4096, s0=10, s1=1280, mu0=0,
+                                    ema_decay=0.99997, total_steps=800_000, dropout=0.2),
     }
-    method = {"ct": dict(schedule="sqrt", dist="lpips", times=["uniform"], weighting="one"),
-              "ict": dict(schedule="double", dist="huber", times=[-1.1, 2.0], weighting="inverse")}
+    method = {"ct": dict(schedule="sqrt", dist="lpips", p_t=["uniform"], weighting="one"),
+              "ict": dict(schedule="double", dist="huber", p_t=[-1.1, 2.0], weighting="inverse")}
     for (recipe, dataset), settings in wanted.items():
-        found = ct.recipe(dict(recipe=recipe, dataset=dataset))
-        assert settings | method[recipe] == {key: found[key] for key in settings | method[recipe]}, (recipe, dataset)
-        assert found["batch_size"] % found["micro_batch"] == 0
-    assert ct.recipe({})["recipe"] == "ict" and ct.recipe(dict(dataset="some/folder"))["net"] == ["cifar-small"]
+        settings = settings | method[recipe]
+        actual = ct.recipe(dict(recipe=recipe, dataset=dataset))
+        assert settings == {key: actual[key] for key in settings}, (recipe, dataset)
+        assert actual["batch_size"] % actual["micro_batch"] == 0
+    assert ct.recipe({})["recipe"] == "ict"
+    assert ct.recipe(dict(dataset="some/folder"))["net"] == ["cifar-small"]
 
 
-@pytest.mark.parametrize("tau, N, index", [("imagenet64", 201, 94), ("bedroom256", 151, 83), ("cat256", 151, 88)])
-def test_two_step_levels_are_the_papers_time_points(tau, N, index):
+def test_two_step_levels_are_the_papers_time_points():
     """CM's published indices 106 of 200, 67 and 62 of 150 count from t_max."""
-    close(ct.recipe(dict(recipe="ct", dataset=tau))["sigmas"], [80.0, common.karras_times(N)[index].item()])
+    for name, N, index in (("imagenet64", 201, 94), ("bedroom256", 151, 83), ("cat256", 151, 88)):
+        sigmas = ct.recipe(dict(recipe="ct", dataset=name))["sigmas"]
+        close(sigmas, [80.0, common.karras_times(N)[index].item()])
 
 
 # ---- sampling
@@ -273,21 +306,25 @@ def test_sampler_clips_every_output_and_starts_at_the_first_level():
             super().__init__()
             self.p, self.seen = torch.nn.Parameter(torch.zeros(1)), []
 
-        def forward(self, x, t_in, y=None, extra=None):
-            self.seen.append((x / common.bcast(common.cm_scalings((t_in / 250).exp())[2], x), t_in))
+        def forward(self, x, c_noise, y=None, cond=None):
+            c_in = common.cm_scalings((c_noise / 250).exp())[2]
+            self.seen.append((x / common.bcast(c_in, x), c_noise))
             return 100 * x
-    wild, noise = Wild(), common.seeded_noise(range(2), 0)
+    wild, noise = Wild(), common.SeededNoise(torch.arange(2), 0)
     x = ct.sample(wild, [80.0, 0.8], None, noise, (2, 3, 8, 8))
     assert x.abs().max() == 1
     close(wild.seen[0][0].std(), 80, 0.1)
     assert (wild.seen[1][0].abs() <= 1 + 0.8 * 6).all()  # the clipped first output, and noise
-    close(torch.cat([t_in for _, t_in in wild.seen]), [250 * math.log(80)] * 2 + [250 * math.log(0.8)] * 2)
+    told = torch.cat([c_noise for _, c_noise in wild.seen])
+    close(told, [250 * math.log(80)] * 2 + [250 * math.log(0.8)] * 2)
 
 
 def test_seeded_noise_does_not_depend_on_the_batch():
-    x = torch.zeros(6, 3, 8, 8)
-    whole, part = common.seeded_noise(range(6), 7), common.seeded_noise(range(2, 4), 7)
+    x, everything = torch.zeros(6, 3, 8, 8), torch.arange(6)
+    whole = common.SeededNoise(everything, 7)
+    part = common.SeededNoise(everything[2:4], 7)
     for _ in range(2):
         a, b = whole(x), part(x[:2])
         assert torch.equal(a[2:4], b) and not torch.equal(a[0], a[1])
-    assert not torch.equal(common.seeded_noise(range(6), 8)(x), common.seeded_noise(range(6), 7)(x))
+    other = common.SeededNoise(everything, 8)(x)
+    assert not torch.equal(other, common.SeededNoise(everything, 7)(x))
