@@ -1,0 +1,234 @@
+"""Break the code on purpose, a fault at a time, and see whether the tests notice. No part of the
+suite: 2 cores need some hours for all.
+
+    python tests/mutants.py [--only ct.py] [--jobs 2] [--list]
+
+Each fault is applied to a copy of the tree, where the tests beside it run until one fails. A line
+for each, caught or SURVIVED, then the sum; exit code 1 if one survived.
+"""
+import argparse
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# file: (text found exactly once, what takes its place, tests that should notice)
+MUTANTS = {
+    "common.py": [
+        ("low + i / (N - 1) * (high - low)", "low + i / N * (high - low)", "math"),
+        ("P = standard.erf().diff()", "P = standard.diff()", "ct"),
+        ("return (P / P.sum()).float()", "return P.float()", "ct"),
+        ("return t.clamp(T_MIN, T_MAX)", "return 2 * t.clamp(T_MIN, T_MAX)", "cd"),
+        ("(mean + std * torch.randn(n, device=device)).exp()",
+         "(mean - std + std * torch.randn(n, device=device)).exp()", "cd"),
+        ("t * SIGMA_DATA / root, 1 / root", "t * SIGMA_DATA * root, 1 / root", "math"),
+        ("SIGMA_DATA * (t - T_MIN) / root", "SIGMA_DATA * t / root", "math"),
+        ("SIGMA_DATA**2 / ((t - T_MIN) ** 2", "SIGMA_DATA**2 / (t ** 2", "math"),
+        ("return 250 * t.log()", "return 1000 * t.log()", "math"),
+        ("return x + bcast(t_next - t, x) * d_cur", "return x + bcast(t - t_next, x) * d_cur",
+         "math"),
+        ("dt * (d_cur + d_prime) / 2", "dt * (d_cur + d_prime) / 3", "math"),
+        ("math.sqrt(t_hat**2 - t**2) * churn_noise", "(t_hat - t) * churn_noise", "math"),
+        ("math.sqrt(max(tau**2 - T_MIN**2, 0))", "tau", "math"),
+        ("levels_like(x, tau))\n    return x\n\n\ndef edit",
+         "levels_like(x, taus[0]))\n    return x\n\n\ndef edit", "math"),
+        ("return x - known(x) + known(y)", "return x", "edit"),
+        ("rescale, p = (peak - shift).exp()", "rescale, p = (shift - peak).exp()", "math"),
+        ("(1 + bcast(w, x)) * D(x, t, y) - bcast", "(1 - bcast(w, x)) * D(x, t, y) + bcast",
+         "cd"),
+        ("y = torch.full_like(t, net.null_y, dtype=torch.int64)",
+         "y = torch.full_like(t, 0, dtype=torch.int64)", "cd"),
+        ("c = 0.00054 * math.sqrt(x[0].numel())", "c = 0.00054 * math.sqrt(x.numel())", "math"),
+        ("(1 / t**2 + 1 / SIGMA_DATA**2) * l2(D_x, x0)", "(1 / t**2 + 1) * l2(D_x, x0)", "cd"),
+        ("    return 1 / (t_n1 - t_n)\n", "    return 1 / t_n1\n", "ct"),
+        ("    generator.set_rng_state(state)\n", "    pass\n", "ct"),
+        ("    with torch.no_grad(), replay_random(x_t.device):\n        _, df_dt",
+         "    with replay_random(x_t.device):\n        _, df_dt", "cd"),
+        ("    with torch.no_grad(), replay_random(x_t.device):\n        _, df_dt",
+         "    with torch.no_grad():\n        _, df_dt", "cd"),
+        ("f_net.detach() - df_dt", "f_net.detach() + df_dt", "cd"),
+        ("(dx_dt, torch.ones_like(t))", "(dx_dt, torch.zeros_like(t))", "cd"),
+        ("h = self.out_layers[0](h) * (1 + scale) + shift",
+         "h = self.out_layers[0](h) * scale + shift", "unet"),
+        ("torch.cat([angles.cos(), angles.sin()], 1), (0", "torch.cat([angles.sin(), "
+         "angles.cos()], 1), (0", "unet"),
+        ("list(net.parameters()), 1 - decay)", "list(net.parameters()), decay)", "unet"),
+        ("default_rng((seed, epoch)).permutation(n)", "default_rng((seed, 0)).permutation(n)",
+         "data"),
+        ("+ k * batch_size + m * micro_batch", "+ k * batch_size + m", "data"),
+        ("for k in range(step, total_steps):", "for k in range(0, total_steps - step):", "data"),
+        ("x0 = x0.float() / 127.5 - 1", "x0 = x0.float() / 128 - 1", "data"),
+        ("torch.rand(len(x0), device=device) < 0.5", "torch.rand(1, device=device) < 0.5", "data"),
+        ("x0.flip(3), x0)", "x0.flip(2), x0)", "data"),
+        ("net.state_dict() | teacher.state_dict()", "teacher.state_dict() | net.state_dict()",
+         "common"),
+        ("torch.distributed.all_reduce(gradients)", "pass", "common"),
+        ("totals.stop.item() > 0", "stop.number > 0", "common"),
+        ("share * value.detach()", "value.detach()", "common"),
+        ("self.bin_losses / self.bin_counts", "self.bin_losses", "common"),
+        ("(x + 1) * 127.5).round()", "(x + 1) * 127.5)", "common"),
+        ("(SAMPLE, seed, i)", "(SAMPLE, seed, 0)", "common"),
+        ("return t * noise(torch.zeros(shape", "return noise(torch.zeros(shape", "ct"),
+        ("return q * (q * x).sum(1, keepdim=True)", "return q * x.sum(1, keepdim=True)", "edit"),
+        ("(((1 - a) * psi).sin() * z1", "((a * psi).sin() * z1", "edit"),
+    ],
+    "cd.py": [
+        ("return None if w is None else 25 * w", "return None if w is None else w", "cd"),
+        ("with torch.no_grad(), common.replay_random(x0.device):",
+         "with common.replay_random(x0.device):", "cd"),
+        ("with torch.no_grad(), common.replay_random(x0.device):", "with torch.no_grad():", "cd"),
+        ("solver(common.guide(D, y, w), x_tn1, t_n1, t_n)",
+         "solver(common.guide(D, y, w), x_tn1, t_n, t_n1)", "cd"),
+        ("consistency(target, x_tn, t_n, y, c_guidance(w))",
+         "consistency(net, x_tn, t_n, y, c_guidance(w))", "cd"),
+        ("consistency(target, x_tn, t_n, y", "consistency(target, x_tn, t_n1, y", "cd"),
+        ("return weight(t_n, t_n1) * dist", "return weight(t_n1, t_n) * dist", "cd"),
+        ("(x_t - x_denoised) / bcast", "(x_denoised - x_t) / bcast", "cd"),
+        ("torch.rand(len(y), device=y.device) < share", "torch.rand(len(y), device=y.device) "
+         "> share", "cd_scripts"),
+        ("t, y, cond).clamp(-1, 1)", "t, y, cond)", "cd_scripts edit"),
+        ("common.seed_everything(common.STEP, args.seed, step, m)",
+         "common.seed_everything(common.STEP, args.seed, step)", "cd_scripts"),
+        ("w = w_max * torch.rand", "w = 1 + w_max * torch.rand", "cd_scripts"),
+        ("t = times[n + 1]", "t = times[n]", "cd_scripts"),
+        ("(losses.sum() / args.batch_size).backward()", "losses.mean().backward()", "cd_scripts"),
+        ("common.ema_update(target, net, mu)", "common.ema_update(target, net, 1 - mu)",
+         "cd_scripts"),
+        ("common.ema_update(ema, net, args.ema_decay)", "common.ema_update(ema, target, "
+         "args.ema_decay)", "cd_scripts"),
+    ],
+    "ct.py": [
+        ("min(s0 * 2 ** (k // stage), s1) + 1", "min(s0 * 2 ** (k // stage), s1)", "ct"),
+        ("return mu0 ** (s0 / N)", "return mu0 ** (s0 / (N - 1))", "ct"),
+        ("n = 1 + k * torch.sigmoid(-b * t)", "n = 1 + k * torch.sigmoid(b * t)", "ect"),
+        ("q ** (stage + 1)", "q ** stage", "ect"),
+        ("return t * ratio.clamp(min=0)", "return t * ratio", "ect"),
+        ("    t_n = t_n.clamp(min=common.T_MIN)\n", "", "ect"),
+        ("    t_n1 = t_n1.clamp(min=common.T_MIN)\n", "", "ect"),
+        ("x_tn = x0 + bcast(t_n, x0) * noise", "x_tn = x0 + bcast(t_n, x0) * -noise", "ct"),
+        ("with torch.no_grad(), common.replay_random(x0.device):",
+         "with common.replay_random(x0.device):", "ct"),
+        ("with torch.no_grad(), common.replay_random(x0.device):", "with torch.no_grad():", "ct"),
+        ("f_target = consistency(target, x_tn", "f_target = consistency(net, x_tn", "ct"),
+        ("dx_dt = noise  #", "dx_dt = -noise  #", "cd"),
+        ("1 / t_n1**2 + 1 / common", "1 / t_n**2 + 1 / common", "ect"),
+        ("t, y).clamp(-1, 1)", "t, y)", "ct"),
+        ("stage = step * args.stages //", "stage = (step + 1) * args.stages //", "ect"),
+        ("common.seed_everything(common.STEP, args.seed, step, m)",
+         "common.seed_everything(common.STEP, args.seed, 0, m)", "scripts"),
+        ("common.ema_update(target, net, mu)", "common.ema_update(target, net, 1 - mu)", "scripts"),
+    ],
+    "ctm.py": [
+        ("keep = bcast(s / t, x)", "keep = bcast(t / s, x)", "ctm"),
+        ("t, y, common.c_noise(s))\n\n\ndef G", "t, y, common.c_noise(t))\n\n\ndef G", "ctm"),
+        ("above = torch.randint(N - k,", "above = torch.randint(N - k - 1,", "ctm"),
+        ("(position * (i - k + 1)).long()", "(position * (i - k)).long()", "ctm"),
+        ("times[i - done], times[i - done - 1]", "times[i - done - 1], times[i - done]", "ctm"),
+        ("return G(target, x_s, s, t_min, y)", "return G(net, x_s, s, t_min, y)", "ctm"),
+        ("    with torch.no_grad():\n        x_u = solve", "    if True:\n        x_u = solve",
+         "ctm"),
+        ("x_target = estimate(net, target, x_u, u, s", "x_target = estimate(target, target, x_u, "
+         "u, s", "ctm"),
+        ("position = 0.7 * torch.rand", "position = torch.rand", "ctm"),
+        ("gradient.norm() / (other.norm() + 1e-4)", "other.norm() / (gradient.norm() + 1e-4)",
+         "ctm"),
+        ("return ratio.clamp(0, 1e4)", "return ratio", "ctm"),
+        (".clamp(0.01, 10)", "", "ctm"),
+        ("total, alpha=share)", "total)", "ctm"),
+        ("real_loss = F.relu(1 - critic(real))", "real_loss = F.relu(1 + critic(real))", "critic"),
+        ("s = math.sqrt(1 - gamma**2) *", "s = (1 - gamma) *", "ctm"),
+        ("math.sqrt(t_next**2 - s**2)", "t_next", "ctm"),
+        ("gan = -critic(x_est).mean()", "gan = critic(x_est).mean()", "ctm_scripts"),
+        ("(step - args.disc_start) % 2 == 1", "(step - args.disc_start) % 2 == 0", "ctm_scripts"),
+        ("common.ema_update(target, net, args.mu)", "common.ema_update(target, net, 0)",
+         "ctm_scripts"),
+        ("                j = i - k  # s = u", "                j = i  # s = u", "ctm_scripts"),
+    ],
+    "guided_distill.py": [
+        ("return i / N, (i - 0.5) / N, (i - 1) / N", "return i / N, (i - 0.5) / N, i / N - 0.5 / N",
+         "guided"),
+        ("(i - 2).clamp(min=0) / N", "(i - 2) / N", "guided"),
+        ("a, b = d1.sin() * d2.cos() / scale", "a, b = d1.cos() * d2.sin() / scale", "guided"),
+        ("on(b, z) * v2 - on(c, z) * z", "on(b, z) * v2 + on(c, z) * z", "guided"),
+        ("on(phi.cos(), x0) * x0 + on(phi.sin()", "on(phi.cos(), x0) * x0 - on(phi.sin()",
+         "guided"),
+        ("    with torch.no_grad():\n        v_target", "    if True:\n        v_target", "guided"),
+        ("return torch.maximum(phi.cos()", "return torch.minimum(phi.cos()", "guided"),
+        ("(alpha * z - D(z / alpha, t, *c)) / sigma", "(alpha * z + D(z / alpha, t, *c)) / sigma",
+         "guided"),
+        ("    return 25 * w\n", "    return w\n", "guided"),
+        ("rounds[-1] = 1, 1", "pass", "guided"),
+        ("on(delta.cos(), z) * z - on", "on(delta.cos(), z) * z + on", "guided"),
+        ("added = ((up - phi).sin() * (up + phi).sin()).sqrt()", "added = (up - phi).sin()",
+         "guided"),
+        ("max(i - 2, 0) if sampler", "max(i - 1, 0) if sampler", "guided"),
+        ("lr = args.lr * (1 - (step", "lr = args.lr * (0 * (step", "guided_scripts"),
+        ("            before.load_state_dict(net.state_dict())\n", "", "guided_scripts"),
+        ("gradients *= min(1.0, 1.0 /", "gradients *= max(1.0, 1.0 /", "guided_scripts"),
+        ("common.ema_update(ema, net, args.ema_decay)",
+         "common.ema_update(ema, net, 1 - args.ema_decay)", "guided_scripts"),
+        ("w = args.w_min + (args.w_max - args.w_min) *", "w = args.w_min + args.w_max *",
+         "guided_scripts"),
+    ],
+}
+
+
+def broken(file, old, new):
+    """The file's text with the fault in it."""
+    text = (ROOT / file).read_text()
+    count = text.count(old)
+    if count != 1:
+        raise SystemExit(f"{file}: found {count} times, not once: {old!r}")
+    return text.replace(old, new)
+
+
+def is_caught(file, text, tests):
+    """Whether one of the tests fails in a copy of the tree with this text. None: they never ran."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
+        (tree / file).write_text(text)
+        names = [f"tests/test_{name}.py" for name in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True)
+    return {0: False, 1: True}.get(done.returncode)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=MUTANTS)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="see that every text is found, no more")
+    args = parser.parse_args()
+    mutants = []
+    for file in [args.only] if args.only else MUTANTS:
+        for old, new, tests in MUTANTS[file]:
+            mutants.append((file, old, new, tests, broken(file, old, new)))
+    if args.list:
+        return print(f"{len(mutants)} faults")
+
+    for tests in sorted({mutant[3] for mutant in mutants}):  # or a test that fails anyway catches
+        if is_caught("common.py", (ROOT / "common.py").read_text(), tests) is not False:
+            raise SystemExit(f"without any fault these do not pass: {tests}")
+
+    def judge(mutant):
+        file, old, new, tests, text = mutant
+        verdict = {True: "caught", False: "SURVIVED", None: "NOT RUN"}[is_caught(file, text, tests)]
+        print(f"{verdict:8} {file}: {old.strip()!r} -> {new.strip()!r}", flush=True)
+        return verdict
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        verdicts = list(pool.map(judge, mutants))
+    caught = verdicts.count("caught")
+    print(f"{caught} of {len(verdicts)} caught")
+    sys.exit(caught < len(verdicts))
+
+
+if __name__ == "__main__":
+    main()
