@@ -1,9 +1,10 @@
-"""Benchmarks: how readable the digits are, and how fast the training step is. No test depends on a number printed here.
+"""Benchmarks: how readable the digits are, how fast a step is. No test depends on the numbers.
 
-    python tests/bench.py quality                            the scoreboard: trains every method alike, measures it (scoreboard.py)
-    python tests/bench.py quality --ckpt out/cd/last.pt out/cd/teacher/last.pt     share of generated glyphs that are the digit asked for
-    python tests/bench.py guided --dir out/guided_distill    the same of every round's student, against N and w, and of their teacher
-    python tests/bench.py speed                              images/s of the training steps, share of the GEMM rate, memory
+    python tests/bench.py quality                   the scoreboard: trains and measures every method
+    python tests/bench.py quality --ckpt out/cd/last.pt      share of digits that are as asked for
+    python tests/bench.py search-times --ckpt out/cd/last.pt --M 2 --N 40     noise levels
+    python tests/bench.py guided --dir out/guided_distill    every round's student, against N and w
+    python tests/bench.py speed                     images/s of the steps, share of the GEMM rate
 """
 import argparse
 import copy
@@ -12,6 +13,7 @@ import itertools
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -24,17 +26,22 @@ import cd  # noqa: E402
 import common  # noqa: E402
 import ct  # noqa: E402
 import ctm  # noqa: E402
+import evaluate  # noqa: E402
 import guided_distill  # noqa: E402
 
 
+# ---- quality: a classifier, and the Frechet distance in its features
+
 class Classifier(nn.Module):
-    """A small convolutional network; `features` (B,128) also serve as the space of the Frechet distance."""
+    """A small convolutional network; in `features` (B,128) the Frechet distance is taken."""
     def __init__(self, classes=10):
         super().__init__()
-        def block(c_in, c_out):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())
-        self.features = nn.Sequential(block(3, 32), block(32, 32), nn.MaxPool2d(2), block(32, 64), block(64, 64),
-                                      nn.MaxPool2d(2), block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        layers = []
+        for c_in, c_out in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128)):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
+            if c_in == c_out:
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(128, classes)
 
     def forward(self, x):
@@ -59,78 +66,96 @@ def train_classifier(x, y, steps=500, batch=128):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
         i = torch.randint(len(x), (batch,), device=x.device)
-        noisy = x[i] + 0.1 * torch.rand(batch, 1, 1, 1, device=x.device) * torch.randn_like(x[i])
+        strength = 0.1 * torch.rand(batch, 1, 1, 1, device=x.device)
+        noisy = x[i] + strength * torch.randn_like(x[i])
         F.cross_entropy(net(noisy), y[i], label_smoothing=0.05).backward()
-        optimizer.step(), optimizer.zero_grad(), schedule.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
     return net.eval()
 
 
 def some_images(dataset, device, most):
-    """At most `most` images (n,C,H,W) of a data set, the same ones every time, and their labels (n,).
+    """At most `most` images (n,C,H,W) of a data set, always the same, and their labels (n,).
 
     Raises:  UserError if it has no labels to train a classifier with.
     """
     if not dataset.classes:
         raise common.UserError("the benchmark's feature distance needs a data set with labels")
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most].sort().values.numpy()
-    x, y = (part.to(device) for part in dataset.__getitems__(chosen))
-    return as_floats(x), y
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    images, labels = dataset.__getitems__(order[:most].sort().values.numpy())
+    return as_floats(images.to(device)), labels.to(device)
 
 
 def feature_distance(dataset, device, most=30000):
-    """images (n,H,W,C) uint8 array -> the Frechet distance between them and `dataset`, in the features of a classifier trained on it.
-
-    Raises:  UserError if the data set has no labels to train one with.
-    """
+    """images (n,H,W,C) uint8 array -> their Frechet distance to `dataset`, in the features of a
+    classifier trained on it. Raises UserError if it has no labels to train one with."""
     x, y = some_images(dataset, device, most)
     classifier = train_classifier(x, y)
-    return lambda images: frechet(classifier, as_floats(torch.from_numpy(images).permute(0, 3, 1, 2).to(device)), x)
+
+    def distance(images):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+        return frechet(classifier, as_floats(images), x)
+    return distance
 
 
 @torch.no_grad()
 def read(classifier, x, y):
     """The share of images that the classifier reads as their label."""
-    return torch.cat([classifier(part).argmax(1) for part in x.split(1000)]).eq(y).cpu().double().mean().item()
+    labels = torch.cat([classifier(part).argmax(1) for part in x.split(1000)])
+    return labels.eq(y).cpu().double().mean().item()
 
 
 @torch.no_grad()
 def frechet(classifier, a, b):
     """Frechet distance of two sets of images in the classifier's features."""
-    features = (torch.cat([classifier.features(part) for part in x.split(1000)]).cpu().double() for x in (a, b))  # mps has no float64
-    return common.frechet_distance(*(moment for f in features for moment in (f.mean(0), f.T.cov())))
+    moments = []
+    for x in (a, b):
+        features = torch.cat([classifier.features(part) for part in x.split(1000)])
+        features = features.cpu().double()  # mps has no float64
+        moments += [features.mean(0), features.T.cov()]
+    return evaluate.frechet_distance(*moments)
 
 
 def make_judge(name="glyphs", size=16, device="cpu"):
-    """What samples are measured with: a classifier, images (n,C,H,W) it has not seen, and words on how well it reads those.
+    """What samples are measured with: a classifier, images (n,C,H,W) it has not seen, and words on
+    how well it reads those.
 
-    Of glyphs it shares no image with the generators' training set either; of a path it is trained on five sixths of at most 60,000 images.
+    Of glyphs it shares no image with the generators' training set either; of a path it is trained
+    on five sixths of at most 60,000 images.
     Raises:  UserError if the data set is not there, or has no labels.
     """
     if name == "glyphs":
-        (x, y), (real, labels), longer = load_glyphs(30000, 1, size), load_glyphs(10000, 2, size), {}
+        what, longer = "glyphs", {}
+        x, y = load_glyphs(30000, 1, size)
+        real, labels = load_glyphs(10000, 2, size)
     else:
+        what, longer = "images", dict(steps=2000)  # photographs take longer than digits
         x, y = some_images(common.load_dataset(name, None, size), "cpu", 60000)
-        held_out, longer = torch.arange(len(x)) % 6 == 0, dict(steps=2000)  # photographs take longer than digits
-        (x, y), (real, labels) = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
+        held_out = torch.arange(len(x)) % 6 == 0
+        real, labels = x[held_out], y[held_out]
+        x, y = x[~held_out], y[~held_out]
     real, labels, half = real.to(device), labels.to(device), len(real) // 2
     classifier = train_classifier(x.to(device), y.to(device), **longer)
-    return classifier, real, (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out "
-                              + ("glyphs" if name == "glyphs" else "images")
-                              + f"; Frechet distance between two halves of them {frechet(classifier, real[:half], real[half:]):.3f}")
+    apart = frechet(classifier, real[:half], real[half:])
+    words = (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out {what}; "
+             f"Frechet distance between two halves of them {apart:.3f}")
+    return classifier, real, words
 
 
 def score(judge, net, draw, n, seed):
     """Draw n images with labels in turn; image i depends on (seed, i) alone.
 
-    Args:    judge: of `make_judge`.  draw: (y (b,), noise, shape (b,C,H,W)) -> images, of the network `net`.
-    Returns: the share that is read as the label asked for; the Frechet distance to the judge's images; images drawn a second, in
-             the fastest batch.
+    Args:    judge: of `make_judge`.  draw: (y (b,), noise, shape (b,C,H,W)) -> images, by `net`.
+    Returns: the share that is read as the label asked for; the Frechet distance to the judge's
+             images; images drawn a second, in the fastest batch.
     """
     classifier, real, _ = judge
     y, images, fastest = torch.arange(n, device=real.device) % net.classes, [], 0.0
-    for i in range(0, n, 250):
-        part = range(i, min(i + 250, n))
-        work = functools.partial(draw, y[i:i + 250], common.seeded_noise(part, seed), (len(part), 3, net.image_size, net.image_size))
+    for part in torch.arange(n).split(250):
+        shape = (len(part), 3, net.image_size, net.image_size)
+        noise = common.SeededNoise(part, seed)
+        work = functools.partial(draw, y[part], noise, shape)
         seconds = timed(real.device, lambda: images.append(work().clamp(-1, 1)))  # noqa: B023
         fastest = max(fastest, len(part) / seconds)
     images = torch.cat(images)
@@ -139,9 +164,10 @@ def score(judge, net, draw, n, seed):
 
 def quality(args):
     """The scoreboard, or with --ckpt the samples of these checkpoints."""
+    why = "does not apply with --ckpt" if args.ckpt else "goes with --ckpt"
     for key, default in args.apart[bool(args.ckpt)].items():
         if getattr(args, key) != default:
-            raise common.UserError(f"--{key.replace('_', '-')} " + ("does not apply with --ckpt" if args.ckpt else "goes with --ckpt"))
+            raise common.UserError(f"{common.flag_name(key)} {why}")
     if not args.ckpt:
         import scoreboard
         return scoreboard.main(args)
@@ -149,47 +175,127 @@ def quality(args):
     print(judge[2])
     for path in args.ckpt:
         net, trained = common.load_network(path, ("cd", "ct", "ctm"))
+        heun = f"{2 * args.N - 1} calls, Heun"
         if trained["args"].get("stage") == "teacher":
-            ways = {f"{2 * args.N - 1} calls, Heun": functools.partial(common.sample_teacher, net, args.N, w=args.w)}
-        elif net.extra and trained["script"] != "cd":
-            ways = {f"{n} call(s), gamma {gamma}": functools.partial(ctm.sample, net, ctm.step_levels(n), gamma)
-                    for n in args.steps for gamma in args.gamma if n > 1 or gamma == args.gamma[0]}  # one step knows no gamma
-            ways |= {f"{2 * args.N - 1} calls, Heun on g": functools.partial(ctm.sample_heun, net, args.N)}
+            draws = {heun: functools.partial(cd.sample_teacher, net, args.N, w=args.w)}
+        elif net.cond and trained["script"] != "cd":
+            draws = {}
+            for n, gamma in itertools.product(args.steps, args.gamma):
+                if n > 1 or gamma == args.gamma[0]:  # one step knows no gamma
+                    draws[f"{n} call(s), gamma {gamma}"] = functools.partial(
+                        ctm.sample, net, ctm.step_levels(n), gamma)
+            draws[f"{heun} on g"] = functools.partial(ctm.sample_heun, net, args.N)
         else:
-            ways = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(cd.sample, net, sigmas, w=args.w) for sigmas in
-                    ([80.0], [80.0, args.mid])}
-        for way, draw in ways.items():
+            draws = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(
+                cd.sample, net, sigmas, w=args.w) for sigmas in ([80.0], [80.0, args.mid])}
+        for name, draw in draws.items():
             share, distance, _ = score(judge, net, draw, args.n, args.seed)
-            print(f"{path}, {way}: {share:.1%} of {args.n} read as the label asked for, Frechet distance {distance:.3f}", flush=True)
+            print(f"{path}, {name}: {share:.1%} of {args.n} read as the label asked for, "
+                  f"Frechet distance {distance:.3f}", flush=True)
 
+
+# ---- search-times
+
+def ternary_search(score, low, high):
+    """The integer in low .. high at which `score` is least, if it falls and then rises.
+
+    Source:  CM Sec. 3. The ends can win; openai's code returns their neighbour, or fails.
+    """
+    score = functools.cache(score)
+    while high - low >= 3:
+        third = (high - low) / 3
+        m1, m2 = int(low + third), int(high - third)
+        if score(m1) < score(m2):
+            high = m2
+        else:
+            low = m1
+    return min(range(low, high + 1), key=score)
+
+
+def search_times(score, M, N):
+    """The noise levels of M steps, largest first: t_max, then each the best on the grid of N.
+
+    Args:    score: noise levels, largest first -> a number, the lower the better.
+    Source:  CM Sec. 3 ("time points").
+    """
+    grid = common.karras_times(N).flip(0).tolist()
+    levels, index = grid[:1], 0
+    while len(levels) < M:
+        index = ternary_search(lambda i: score([*levels, grid[i]]), index, N - 1)  # noqa: B023
+        levels.append(grid[index])
+    return levels
+
+
+def search(args):
+    """Find the noise levels of a consistency model by the Frechet distance of its samples."""
+    run = common.setup(args)
+    net, trained = common.sampling_net(args, run, ("cd", "ct"))
+    if trained["args"].get("stage") == "teacher":
+        raise common.UserError(f"{args.ckpt} holds a teacher, which draws on the grid of --N")
+    if args.w > trained["args"].get("w_max", 0.0):
+        raise common.UserError(f"--w {args.w}: {args.ckpt} was not trained for it")
+    name, data_dir = common.dataset_of(args, trained)
+    with common.main_process_first(run):
+        dataset = common.load_dataset(name, data_dir, net.image_size)
+        distance = feature_distance(dataset, run.device)
+    y = common.labels_to_draw(args, net, args.sample, run.device)
+    shape = 3, net.image_size, net.image_size
+
+    def score(sigmas):
+        draw = functools.partial(cd.sample, net, sigmas, w=args.w)
+        images = common.draw_many(run, draw, args.sample, y, shape, args.seed, args.micro_batch)
+        value = torch.tensor(distance(images), dtype=torch.float64, device=run.device)
+        if run.world > 1:  # the ranks must take the same turns
+            torch.distributed.broadcast(value, 0)
+        if run.main:
+            print(f"{as_flag(sigmas)}: Frechet distance {value.item():.4f}", flush=True)
+        return value.item()
+
+    sigmas = search_times(score, args.M, args.N)
+    if run.main:
+        print(f"found: {as_flag(sigmas)}")
+    common.finish(run)
+
+
+def as_flag(sigmas):
+    return "--sigmas " + " ".join(f"{t:.6g}" for t in sigmas)
+
+
+# ---- guided
 
 def guided(args):
-    """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and for each round; a column a weight."""
-    run = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32 if args.fp32 else torch.bfloat16, main=False)
+    """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and
+    for each round; a column a weight."""
+    run = types.SimpleNamespace(device=torch.device("cpu"), main=False)
+    run.dtype = torch.float32 if args.fp32 else torch.bfloat16
     judge, folder = make_judge(), Path(args.dir)
-    trained = common.load_checkpoint(sorted(folder.glob("N????.pt"))[0])["args"]
-    rows = [("teacher", args.teacher or trained["teacher"], n) for n in args.N]
+    students = sorted(folder.glob("N????.pt"))
+    teacher = args.teacher or common.load_checkpoint(students[0])["args"]["teacher"]
+    rows = [("teacher", teacher, n) for n in args.N]
     rows += [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
-    rows += [("student", path, None) for path in sorted(folder.glob("N????.pt"), reverse=True)]
-    print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}\n| | N | "
-          + " | ".join(f"w = {w:g}" for w in args.w) + " |\n|---|---|" + "---|" * len(args.w))
+    rows += [("student", path, None) for path in reversed(students)]
+    print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}")
+    print("| | N | " + " | ".join(f"w = {w:g}" for w in args.w) + " |")
+    print("|---|---|" + "---|" * len(args.w))
     for name, path, N in rows:
-        v, angle, own, sampler, *_, net = guided_distill.open_student(path, run)
-        N, cells = own or N, []
+        student = guided_distill.open_student(path, run)
+        N, sampler = student.N or N, student.sampler or args.sampler
+        cells = []
         for w in args.w:
-            draw = functools.partial(guided_distill.draw, v, angle, N, sampler or args.sampler, w, device=run.device)
-            cells.append("{:.1%}, {:.2f}".format(*score(judge, net, draw, args.n, args.seed)))
-        print(f"| {name} | {N} {sampler or args.sampler} | " + " | ".join(cells) + " |", flush=True)
+            draw = functools.partial(guided_distill.draw, student.v, student.angle, N, sampler, w,
+                                     run.device)
+            share, distance, _ = score(judge, student.net, draw, args.n, args.seed)
+            cells.append(f"{share:.1%}, {distance:.2f}")
+        print(f"| {name} | {N} {sampler} | " + " | ".join(cells) + " |", flush=True)
 
 
 # ---- speed
 
 def gemm_rate(device, dtype, size):
-    """Floating-point operations a second of a square matrix product: the best of several, as a ceiling should be."""
-    a, best = torch.randn(size, size, device=device).to(dtype), 0.0
-    for _ in range(8):
-        best = max(best, 2 * size**3 / timed(device, lambda: a @ a))
-    return best
+    """Floating-point operations a second of a square matrix product: the best of eight."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    seconds = min(timed(device, lambda: a @ a) for _ in range(8))
+    return 2 * size**3 / seconds
 
 
 def timed(device, work):
@@ -201,57 +307,92 @@ def timed(device, work):
     return time.perf_counter() - start
 
 
+def flops_of(name, classes):
+    """Of a forward pass of an image."""
+    with torch.device("meta"):
+        net = common.UNet(**common.NETS[name], classes=classes)
+        x, t = torch.zeros(1, 3, net.image_size, net.image_size), torch.ones(1)
+        with FlopCounterMode(display=False) as counter:
+            net(x, t, torch.zeros(1, dtype=torch.int64))
+    return counter.get_total_flops()
+
+
+# Forward 1, backward 2, or 1 where the weights are frozen; a forward derivative counted as 1,
+# though it costs more. ctm: two solver steps.
+PASSES = dict(ct=4, cd=6, teacher=3, continuous=4, ctm=4 + 4 + 3 + 3, guided=5, rounds=5)
+
+
+def make_gradients(step, net, target, teacher, x0, noise, t, y):
+    """A function that computes the gradients of one training step of the method `step`."""
+    D, dist, inverse = common.net_denoiser(teacher), common.pseudo_huber, common.WEIGHTS["inverse"]
+
+    def of_ct():
+        ct.loss_fn(net, net, x0, noise, t, t + 0.1, y, dist, inverse).mean().backward()
+
+    def of_cd():
+        losses = cd.loss_fn(net, net, D, x0, noise, t, t + 0.1, y, None, common.heun_step, dist,
+                            inverse)
+        losses.mean().backward()
+
+    def of_teacher():
+        common.edm_loss(net, x0, noise, t, y).mean().backward()
+
+    def of_continuous():
+        ct.continuous_loss(net, x0, noise, t, y).mean().backward()
+
+    times = common.karras_times(18).to(x0.device)
+    i, j = ctm.draw_indices(len(x0), 18, 2, x0.device)
+
+    def of_ctm():
+        def solve(x, i, k, y):
+            return ctm.heun_solve(D, times, x, i, k, y)
+        losses, _ = ctm.loss_fn(net, target, solve, x0, noise, times, i, j, 2, y, dist)
+        dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
+        ctm.add_gradients(net, losses.mean(), dsm.mean(), None, 0.0, 1.0)
+
+    angle = guided_distill.edm_angle
+    v = guided_distill.edm_v(D, angle)
+    tau = torch.randint(1, 5, (len(x0),)).double() / 4
+    w = 4 * torch.rand(len(x0), device=x0.device)
+
+    def of_v(target):  # without the embedding of w, as if --w-max were 0
+        def v_net(z, tau):
+            return guided_distill.net_v(net, angle)(z, tau, y, None)
+        losses = guided_distill.loss_fn(v_net, target, angle, x0, noise, tau, torch.ones_like)
+        losses.mean().backward()
+
+    def two_steps(z, tau):
+        return guided_distill.two_steps(lambda z, tau: v(z, tau, y), angle, z, tau, tau - 1 / 8,
+                                        tau - 1 / 4)
+
+    return dict(ct=of_ct, cd=of_cd, teacher=of_teacher, continuous=of_continuous, ctm=of_ctm,
+                guided=lambda: of_v(common.guide(v, y, w)), rounds=lambda: of_v(two_steps))[step]
+
+
 def measure(args):
-    """One variant, in a process of its own so that its peak memory is its own: prints a row of the table."""
+    """One variant, in a process of its own for its peak memory: a row of the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
+    run = types.SimpleNamespace(device=device, dtype=dtype)
     torch.manual_seed(0)
     classes = 1000 if args.net == "imagenet64" else 10
-    net, teacher = (common.UNet(**common.NETS[args.net], classes=classes, **more) for more in (dict(extra=args.step == "ctm"),
-                                                                                              dict(null=args.step == "guided")))
-    size = net.image_size
-    x0, noise = (torch.randn(args.batch, 3, size, size, device=device) for _ in range(2))
-    y, t_n = torch.randint(net.classes, (args.batch,), device=device), torch.rand(args.batch, device=device) + 0.1
-    with torch.device("meta"):
-        meta = common.UNet(**common.NETS[args.net], classes=net.classes)
-        with FlopCounterMode(display=False) as counter:
-            meta(x0[:1].to("meta"), t_n[:1].to("meta"), y[:1].to("meta"))
-    # Forward 1, backward 2, or 1 where the weights are frozen; a forward derivative counted as 1, though it costs more. ctm: two solver steps.
-    passes = dict(ct=4, cd=6, teacher=3, continuous=4, ctm=4 + 4 + 3 + 3, guided=5, rounds=5)
-    flops = passes[args.step] * counter.get_total_flops()
-
-    net = common.place(net, argparse.Namespace(device=device, dtype=dtype))
-    net.to(memory_format=torch.channels_last if args.layout == "channels_last" else torch.contiguous_format)
-    teacher = common.place(teacher, argparse.Namespace(device=device, dtype=dtype)).requires_grad_(False).eval()
+    settings = common.NETS[args.net] | dict(classes=classes)
+    net = common.UNet(**settings, cond=args.step == "ctm")
+    teacher = common.UNet(**settings, null=args.step == "guided")
+    shape = args.batch, 3, net.image_size, net.image_size
+    x0, noise = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    y = torch.randint(classes, (args.batch,), device=device)
+    t = torch.rand(args.batch, device=device) + 0.1
+    layout = torch.channels_last if args.layout == "channels_last" else torch.contiguous_format
+    net = common.place(net, run).to(memory_format=layout)
+    teacher = common.place(teacher, run).requires_grad_(False).eval()
     ema, target = copy.deepcopy(net), copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.RAdam(net.parameters(), 1e-4, foreach=True)
-    buffer, _ = common.flatten_gradients(net, 0)
+    buffer = common.flatten_gradients(net)
     if args.mode == "compiled":
         for module in (net, target, teacher):
             module.compile()
-    D, inverse, times = common.net_denoiser(teacher), common.WEIGHTS["inverse"], common.karras_times(18).to(device)
-    i, j = ctm.draw_indices(args.batch, 18, 2, device)
-
-    def ctm_gradients():
-        loss, _ = ctm.loss_fn(net, target, functools.partial(ctm.heun_solve, D, times), x0, noise, times, i, j, 2, y, common.pseudo_huber)
-        ctm.add_gradients(net, loss.mean(), common.edm_loss(net, x0, noise, t_n, y, common.c_noise(t_n)).mean(), None, 0.0, 1.0)
-
-    angle = guided_distill.edm_angle
-    v, tau, w = guided_distill.edm_v(D, angle), torch.randint(1, 5, (args.batch,)).double() / 4, 4 * torch.rand(args.batch, device=device)
-
-    def guided_gradients(target):  # without the embedding of w, as if --w-max were 0
-        guided_distill.loss_fn(lambda z, tau: guided_distill.net_v(net, angle)(z, tau, y, None), target, angle, x0, noise, tau,
-                               torch.ones_like).mean().backward()
-
-    gradients = dict(
-        ct=lambda: ct.loss_fn(net, net, x0, noise, t_n, t_n + 0.1, y, common.pseudo_huber, inverse).mean().backward(),
-        cd=lambda: cd.loss_fn(net, net, D, x0, noise, t_n, t_n + 0.1, y, None, common.heun_step, common.pseudo_huber, inverse).mean().backward(),
-        teacher=lambda: common.edm_loss(net, x0, noise, t_n, y).mean().backward(),
-        continuous=lambda: ct.continuous_loss(net, x0, noise, t_n, y).mean().backward(),
-        ctm=ctm_gradients,
-        guided=lambda: guided_gradients(common.guide(v, y, w)),
-        rounds=lambda: guided_gradients(lambda z, tau: guided_distill.two_steps(lambda z, tau: v(z, tau, y), angle, z, tau, tau - 1 / 8,
-                                                                                tau - 1 / 4)))[args.step]
+    gradients = make_gradients(args.step, net, target, teacher, x0, noise, t, y)
 
     def step():
         buffer.zero_()
@@ -264,72 +405,121 @@ def measure(args):
     rate = gemm_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
     for _ in range(3):
         step()
-    times = sorted(timed(device, step) for _ in range(args.repeat))
-    median = times[len(times) // 2]
-    share = flops * args.batch / median / rate
-    print(f"| {args.step} | {args.net} | {args.batch} | {args.mode} | {args.dtype} | {args.layout} | {args.batch / median:.1f} | "
-          f"{args.batch / times[0]:.1f} | {share:.2f} | {rate / 1e9:.0f} | {common.peak_memory_gb(device):.2f} |", flush=True)
+    seconds = sorted(timed(device, step) for _ in range(args.repeat))
+    median = seconds[len(seconds) // 2]
+    flops = PASSES[args.step] * flops_of(args.net, classes) * args.batch
+    cells = [args.step, args.net, args.batch, args.mode, args.dtype, args.layout,
+             f"{args.batch / median:.1f}", f"{args.batch / seconds[0]:.1f}",
+             f"{flops / median / rate:.2f}", f"{rate / 1e9:.0f}",
+             f"{common.peak_memory_gb(device):.2f}"]
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def speed(args):
-    print("| step | net | batch | mode | dtype | layout | images/s | best | share of GEMM rate | GEMM GFLOP/s | peak GB |\n" + "|---" * 11 + "|")
+    print("| step | net | batch | mode | dtype | layout | images/s | best | share of GEMM rate | "
+          "GEMM GFLOP/s | peak GB |\n" + "|---" * 11 + "|")
     cuda = torch.cuda.is_available()
-    for step, net in itertools.product(args.step, args.net):
-        batch = args.batch or {"glyphs": 64, "cifar-small": 32}.get(net, 64)
-        for variant in itertools.product(args.mode, ("fp32", "bf16"), ("contiguous", "channels_last")):
-            if step == "continuous" and "channels_last" in variant and not cuda:
-                continue  # torch's group norm has no forward derivative in that layout on a CPU
-            command = [sys.executable, __file__, "measure", step, net, str(batch), *variant, "--repeat", "20" if cuda else "7"]
-            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-                print(f"| {step} | {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
+    variants = args.mode, ("fp32", "bf16"), ("contiguous", "channels_last")
+    for step, net, *variant in itertools.product(args.step, args.net, *variants):
+        if step == "continuous" and "channels_last" in variant and not cuda:
+            continue  # torch's group norm has no forward derivative in that layout on a CPU
+        batch = args.batch or (32 if net == "cifar-small" else 64)
+        command = [sys.executable, __file__, "measure", step, net, str(batch), *variant,
+                   "--repeat", "20" if cuda else "7"]
+        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+            print(f"| {step} | {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
 
 
-STEPS = ["ct", "cd", "teacher", "continuous", "ctm", "guided", "rounds"]
+# ---- flags
 
-
-def flags():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("quality", help="the scoreboard of all methods; with --ckpt, how readable its glyphs are")
+def add_quality(commands):
+    command = commands.add_parser(
+        "quality", help="the scoreboard of all methods; with --ckpt, how readable its glyphs are")
     command.add_argument("--n", type=common.positive, default=2000, help="samples of each")
-    command.add_argument("--seed", type=int, default=1, help="of the samples and, of the scoreboard, of the trainings")
-    checkpoints = command.add_argument_group("checkpoints trained on glyphs")
-    checkpoints.add_argument("--ckpt", nargs="+", metavar="FILE", help="measure these, and train nothing")
-    checkpoints.add_argument("--mid", type=float, default=1.6, help="the second noise level of the two-step samples")
-    checkpoints.add_argument("--N", type=int, default=18, help="Heun steps of a teacher's samples")
-    checkpoints.add_argument("--w", type=float, default=0.0, help="guidance weight")
-    checkpoints.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="jumps of a trajectory model's samples")
-    checkpoints.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.3, 1.0], help="noise put back between its jumps")
-    group = command.add_argument_group("scoreboard: the same command again goes on where it was stopped")
-    group.add_argument("--dataset", default="glyphs", help="glyphs, or the path of your own images, with labels")
-    group.add_argument("--net", nargs="+", metavar="NAME KEY=VALUE", help="as of the scripts (default: the data set's)")
-    group.add_argument("--batch-size", type=common.positive, metavar="B", help="images a step (default 32)")
-    group.add_argument("--total-steps", type=common.number(int, 10), default=1500, metavar="K", help="optimizer steps of every student")
-    group.add_argument("--teacher-steps", type=common.positive, default=2600, metavar="K", help="optimizer steps of their teacher")
-    group.add_argument("--ablation-steps", type=common.count, default=800, metavar="K", help="of a student in CM's Figure 3; 0: without it")
-    group.add_argument("--only", nargs="+", metavar="NAME", help="these trainings and their teacher (a wrong name lists them)")
-    group.add_argument("--jobs", type=common.positive, metavar="J", help="trainings at once, which share the cores (default: one a core; "
-                       "one where there is a GPU)")
-    group.add_argument("--work", default="out/bench", metavar="DIR", help="where the trainings lie")
-    group.add_argument("--results", default=str(Path(__file__).parent / "results"), metavar="DIR", help="receives the table and the pictures")
-    apart = [{action.dest: action.default for action in group._group_actions} for group in (checkpoints, group)]
+    command.add_argument("--seed", type=int, default=1,
+                         help="of the samples and, of the scoreboard, of the trainings")
+    group = command.add_argument_group("checkpoints trained on glyphs")
+    flag = group.add_argument
+    flag("--ckpt", nargs="+", metavar="FILE", help="measure these, and train nothing")
+    flag("--mid", type=float, default=1.6, help="the second noise level of two-step samples")
+    flag("--N", type=int, default=18, help="Heun steps of a teacher's samples")
+    flag("--w", type=float, default=0.0, help="guidance weight")
+    flag("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="jumps of a trajectory model")
+    flag("--gamma", type=float, nargs="+", default=[0.0, 0.3, 1.0],
+         help="noise put back between its jumps")
+    board = command.add_argument_group(
+        "scoreboard: the same command again goes on where it was stopped")
+    flag = board.add_argument
+    flag("--dataset", default="glyphs", help="glyphs, or the path of your own images, with labels")
+    flag("--net", nargs="+", metavar="NAME KEY=VALUE", help="as of the scripts (default: the data "
+         "set's)")
+    flag("--batch-size", type=common.positive, metavar="B", help="images a step (default 32)")
+    flag("--total-steps", type=common.number(int, 10), default=1500, metavar="K",
+         help="optimizer steps of every student")
+    flag("--teacher-steps", type=common.positive, default=2600, metavar="K",
+         help="optimizer steps of their teacher")
+    flag("--ablation-steps", type=common.count, default=800, metavar="K",
+         help="of a student in CM's Figure 3; 0: without it")
+    flag("--only", nargs="+", metavar="NAME",
+         help="these trainings and their teacher (a wrong name lists them)")
+    flag("--jobs", type=common.positive, metavar="J", help="trainings at once, which share the "
+         "cores (default: one a core; one where there is a GPU)")
+    flag("--work", default="out/bench", metavar="DIR", help="where the trainings lie")
+    flag("--results", default=str(Path(__file__).parent / "results"), metavar="DIR",
+         help="receives the table and the pictures")
+    apart = [{action.dest: action.default for action in part._group_actions}
+             for part in (group, board)]
     command.set_defaults(run=quality, apart=apart)
-    command = commands.add_parser("guided", help="table of guided_distill.py: readability and Frechet distance against N and w")
-    command.add_argument("--dir", default="out/guided_distill", help="its --out-dir")
-    command.add_argument("--teacher", help="default: the one that the students name")
-    command.add_argument("--n", type=common.positive, default=2000, help="samples of each")
-    command.add_argument("--N", type=int, nargs="+", default=[64, 4, 2, 1], help="DDIM steps of the teacher, two calls each")
-    command.add_argument("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")
-    command.add_argument("--w", type=float, nargs="+", default=[0.0, 1.0, 4.0], help="guidance weights")
-    command.add_argument("--sampler", choices=("D", "S"), default="D", help="of teacher and stage 1; a student has its own")
-    command.add_argument("--fp32", action="store_true", help="instead of bf16")
-    command.add_argument("--seed", type=int, default=1, help="of the samples")
+
+
+def add_search(commands):
+    command = commands.add_parser("search-times", help="the noise levels of M steps, one after the "
+                                  "other, by the quality of --sample images each")
+    flag = command.add_argument
+    flag("--ckpt", required=True, metavar="FILE", help="a consistency model of cd.py or ct.py")
+    flag("--M", type=common.number(int, 2), default=2, help="steps (default 2)")
+    flag("--N", type=common.number(int, 2), default=40, help="levels of the grid (default 40)")
+    flag("--sample", type=common.positive, default=2000, metavar="N", help="images (default 2000)")
+    flag("--w", type=common.number(float, 0), default=0.0, help="guidance weight (default 0)")
+    flag("--labels", type=common.count, nargs="+", metavar="Y", help="classes (default: all)")
+    flag("--dataset", metavar="NAME", help="to be near to, with labels (default: trained on)")
+    flag("--data-dir", metavar="DIR", help="where a named data set lies")
+    flag("--seed", type=common.count, default=0)
+    flag("--micro-batch", type=common.positive, default=64, help="images a pass (default 64)")
+    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    flag("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    command.set_defaults(run=search, compile=False)
+
+
+def add_guided(commands):
+    command = commands.add_parser("guided", help="table of guided_distill.py: readability and "
+                                  "Frechet distance against N and w")
+    flag = command.add_argument
+    flag("--dir", default="out/guided_distill", help="its --out-dir")
+    flag("--teacher", help="default: the one that the students name")
+    flag("--n", type=common.positive, default=2000, help="samples of each")
+    flag("--N", type=int, nargs="+", default=[64, 4, 2, 1], help="DDIM steps of the teacher")
+    flag("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")
+    flag("--w", type=float, nargs="+", default=[0.0, 1.0, 4.0], help="guidance weights")
+    flag("--sampler", choices=("D", "S"), default="D", help="of teacher and stage 1")
+    flag("--fp32", action="store_true", help="instead of bf16")
+    flag("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=guided)
-    command = commands.add_parser("speed", help="how fast the training steps are, in all variants")
-    command.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
-    command.add_argument("--net", nargs="+", choices=common.NETS, default=["glyphs", "cifar-small"]
-                         + ["imagenet64"] * torch.cuda.is_available())
-    command.add_argument("--mode", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"],
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    add_quality(commands)
+    add_search(commands)
+    add_guided(commands)
+    command = commands.add_parser("speed", help="how fast the steps are, in all variants")
+    command.add_argument("--step", nargs="+", choices=PASSES, default=list(PASSES))
+    nets = ["glyphs", "cifar-small"] + ["imagenet64"] * torch.cuda.is_available()
+    command.add_argument("--net", nargs="+", choices=common.NETS, default=nets)
+    modes = ["eager", "compiled"]
+    command.add_argument("--mode", nargs="+", choices=modes, default=modes,
                          help="compiling takes minutes on a CPU")
     command.add_argument("--batch", type=int, help="images a step (default 64; cifar-small 32)")
     command.set_defaults(run=speed)
@@ -343,5 +533,5 @@ def flags():
 
 if __name__ == "__main__":
     sys.excepthook = common.one_line_errors
-    args = flags().parse_args()
+    args = make_parser().parse_args()
     args.run(args)
