@@ -1,11 +1,12 @@
-"""The scoreboard: every method on the same net, data and number of training steps; and the consistency paper's Figure 3 at this scale.
+"""The scoreboard: every method on the same net, data and number of training steps; and the
+consistency paper's Figure 3 at this scale.
 
-    python tests/bench.py quality                                                            glyphs, within two hours on 2 cores
-    python tests/bench.py quality --dataset cifar10.zip --net glyphs image_size=16           your own images, with labels
+    python tests/bench.py quality                            glyphs, within two hours on 2 cores
+    python tests/bench.py quality --dataset cifar10.zip --net glyphs image_size=16    your own
 
-Trainings are the scripts themselves, a process each, in folders under --work; the teacher first, then the longest. Whatever is done is kept:
-the same command goes on where it was stopped, and at its end writes a table and pictures into --results. A training that fails is a
-line of the table.
+Trainings are the scripts themselves, a process each, in folders under --work; the teacher first,
+then the longest. Whatever is done is kept: the same command goes on where it was stopped, and at
+its end writes a table and pictures into --results. A training that fails is a line of the table.
 """
 
 import argparse
@@ -125,7 +126,8 @@ METHODS = {
     "pd": Method(
         "progressive distillation",
         GD,
-        "--teacher {teacher} --w-max 0 --start-N 16 --round-steps {pd_round} --last-steps {pd_last}",
+        "--teacher {teacher} --w-max 0 --start-N 16 --round-steps {pd_round} --last-steps "
+        "{pd_last}",
         1.9,
         [ddim(N, 0.0, f"N{N:04d}.pt") for N in (4, 2, 1)],
     ),
@@ -331,9 +333,10 @@ def last_line(path):
 
 
 def train(todo, commands, folders, jobs, stop):
-    """Run the trainings `todo` (name -> cost), `jobs` at once, and keep in each folder's result.json how it went.
+    """Run the trainings `todo` (name -> cost), `jobs` at once; result.json says how each went.
 
-    The others wait for "teacher" if it is in their command. When `stop` has caught a signal, they are told to save, and waited for.
+    The others wait for "teacher" if it is in their command. When `stop` has caught a signal, they
+    are told to save, and waited for.
     """
 
     def keep(name, seconds, **news):
@@ -406,7 +409,8 @@ def train(todo, commands, folders, jobs, stop):
                         if code
                         else "trained"
                     )
-                    + f", {read_record(folders[name])['seconds'] / 60:.1f} min; {elapsed / 60:.0f} min gone, about "
+                    + f", {read_record(folders[name])['seconds'] / 60:.1f} min; {elapsed / 60:.0f} "
+                    "min gone, about "
                     f"{elapsed * left / max(sum(todo.values()) - left, 1e-9) / 60:.0f} to go",
                     flush=True,
                 )
@@ -446,7 +450,8 @@ def measure(name, ways, folder, run, judge, args, stop):
             break
         path = folder / way.file
         with open(path, "rb") as file:
-            key = f"{hashlib.file_digest(file, 'sha256').hexdigest()[:12]} {way.calls} {way.how} {way.w:g} {args.n} {args.seed}"
+            sha = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+            key = f"{sha} {way.calls} {way.how} {way.w:g} {args.n} {args.seed}"
         if key not in record["rows"]:
             net, draw = way.open(path, run)
             step = common.load_checkpoint(path)["step"]
@@ -459,7 +464,8 @@ def measure(name, ways, folder, run, judge, args, stop):
             ]
             write_record(folder, record)
             print(
-                f"{name}, {way.how}, {way.calls} calls, w = {way.w:g}: {record['rows'][key][4]:.1%}, {record['rows'][key][5]:.3f}",
+                f"{name}, {way.how}, {way.calls} calls, w = {way.w:g}: "
+                f"{record['rows'][key][4]:.1%}, {record['rows'][key][5]:.3f}",
                 flush=True,
             )
         rows.append(record["rows"][key])
@@ -493,7 +499,8 @@ def judged(claim, pairs):
         return f"- {claim}: *not measured*."
     right = sum(a < b for _, a, b in pairs)
     return (
-        f"- {claim}: **{'holds' if right == len(pairs) else 'holds in part' if right else 'does not hold'}** ("
+        f"- {claim}: "
+        f"**{'holds' if right == len(pairs) else 'holds in part' if right else 'does not hold'}** ("
         + "; ".join(f"{name} {a:.3f} {'<' if a < b else '≥'} {b:.3f}" for name, a, b in pairs)
         + ")."
     )
@@ -639,21 +646,24 @@ def conclusions(curves):
 def table(rows, records):
     teacher = records.get("teacher", {}).get("seconds", 0.0) / 60
     lines = [
-        "| method | NFE | drawn | w | read as asked | Fréchet distance | images/s | training minutes | steps |",
+        "| method | NFE | drawn | w | read as asked | Fréchet distance | images/s | training "
+        "minutes | steps |",
         "|---" * 9 + "|",
     ]
     for name in rows:
         record, method = records[name], METHODS[name]
         if not rows[name]:
             lines.append(
-                f"| {method.title} | failed: {(record.get('error') or 'not trained').replace('|', '/')} |"
+                f"| {method.title} | failed: "
+                f"{(record.get('error') or 'not trained').replace('|', '/')} |"
                 + " |" * 7
             )
         minutes = f"{record['seconds'] / 60:.1f}" + f" + {teacher:.1f}" * (
             "{teacher}" in method.flags
         )
         lines += [
-            f"| {method.title} | {calls} | {how} | {w:g} | {share:.1%} | {distance:.2f} | {rate:,.0f} | {minutes} | {step} |"
+            f"| {method.title} | {calls} | {how} | {w:g} | {share:.1%} | {distance:.2f} | "
+            f"{rate:,.0f} | {minutes} | {step} |"
             for calls, how, w, step, share, distance, rate in rows[name]
         ]
     return lines
@@ -775,7 +785,8 @@ def main(args):
         args.dataset != "glyphs" and not Path(args.dataset).exists()
     ):  # now, not when every training has failed
         raise common.UserError(
-            f"--dataset {args.dataset} does not exist: name glyphs or the path of images with labels"
+            f"--dataset {args.dataset} does not exist: name glyphs or the path of images with "
+            "labels"
         )
     args.dataset = args.dataset if args.dataset == "glyphs" else str(Path(args.dataset).resolve())
     stem = Path(args.dataset).stem
@@ -861,28 +872,35 @@ def main(args):
         "",
         "`python tests/bench.py quality "
         + " ".join(
-            f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            f"--{key.replace('_', '-')} "
+            f"{' '.join(map(str, value)) if isinstance(value, list) else value}"
             for key, value in given.items()
             if value is not None
         )
         + "`",
         "",
-        f"{machine()}; torch {torch.__version__}, {str(run.dtype).removeprefix('torch.')}; one run, one seed. Every student took {args.total_steps} "
-        f"optimizer steps of {batch} images, the teacher {args.teacher_steps}; the settings are those of the glyphs recipes, but for continuous CD "
+        f"{machine()}; torch {torch.__version__}, {str(run.dtype).removeprefix('torch.')}; one "
+        f"run, one seed. Every student took {args.total_steps} "
+        f"optimizer steps of {batch} images, the teacher {args.teacher_steps}; the settings are "
+        "those of the glyphs recipes, but for continuous CD "
         "and CT --ema-decay 0.99.",
         f"{args.n} samples each; {told.read_text()}.",
         "",
         *table(rows, records),
         "",
-        "- *read as asked*: share of the samples that the classifier reads as the label asked for. *Fréchet distance*: in its features, to held-out "
+        "- *read as asked*: share of the samples that the classifier reads as the label asked for. "
+        "*Fréchet distance*: in its features, to held-out "
         "images; for w > 0 too, though guidance moves away from the data as it is meant to.",
         "- *images/s*: when sampling, "
         + ("on the GPU." if run.device.type == "cuda" else "in one thread.")
         + " *training minutes*: of "
         + ("the machine" if run.device.type == "cuda" else "processor time")
-        + ", start included, + those of the teacher where there is one; of a distillation in rounds all its rounds, of which *steps* counts those "
-        f"up to that student. Stage 1 has {3 * args.total_steps // 10} of guided distillation D's {args.total_steps} steps.",
-        "- Consistency models draw from the noise levels named, in four steps from those of the Karras grid of N = 5 but its end, on which CTM "
+        + ", start included, + those of the teacher where there is one; of a distillation in "
+        "rounds all its rounds, of which *steps* counts those "
+        f"up to that student. Stage 1 has {3 * args.total_steps // 10} of guided distillation D's "
+        f"{args.total_steps} steps.",
+        "- Consistency models draw from the noise levels named, in four steps from those of the "
+        "Karras grid of N = 5 but its end, on which CTM "
         "jumps too. Steps are the critic's own turns too.",
         "",
         "## What was expected",
@@ -897,7 +915,8 @@ def main(args):
             "## Consistency models, Figure 3, at this scale",
             "",
             f"One-step samples, Fréchet distance after {args.ablation_steps} steps. "
-            "Settings otherwise: in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 21, mu0 = 0.9, l2."
+            "Settings otherwise: in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 21, mu0 = "
+            "0.9, l2."
             + " LPIPS takes a GPU and a download."
             * ("cd-lpips" not in chosen),
             "",

@@ -1,4 +1,6 @@
-"""Consistency distillation and its teacher: losses, guidance, continuous time and stop-gradients, against vectors and closed forms."""
+"""Consistency distillation and its teacher: losses, guidance, continuous time and
+stop-gradients, against vectors and closed forms."""
+
 import copy
 import math
 
@@ -26,7 +28,8 @@ def double(net):
 
 
 def slim(offset=0.0, **more):
-    """One level, with attention: forward derivatives of group norms are slow to start, for every shape."""
+    """One level, with attention: forward derivatives of group norms are slow to start, for
+    every shape."""
     return tiny(offset, mult=(1,), attention=(16,), **more)
 
 
@@ -35,6 +38,7 @@ def gradient(net):
 
 
 # ---- the loss
+
 
 def reference_loss(dist, weighting="one", dtype=torch.float32):
     """Student, target and teacher of the reference, and the loss of four images."""
@@ -45,18 +49,35 @@ def reference_loss(dist, weighting="one", dtype=torch.float32):
     i = torch.tensor([0, 10, 25, 38])  # the reference counts from t_max down
     close(t[i], VECTORS["cd_loss"]["t"])
     close(t[i + 1], VECTORS["cd_loss"]["t2"])
-    losses = cd.loss_fn(net, target, common.net_denoiser(teacher), x0, noise, t[i + 1], t[i], LABELS, None, common.heun_step, dist,
-                        common.WEIGHTS[weighting])
+    losses = cd.loss_fn(
+        net,
+        target,
+        common.net_denoiser(teacher),
+        x0,
+        noise,
+        t[i + 1],
+        t[i],
+        LABELS,
+        None,
+        common.heun_step,
+        dist,
+        common.WEIGHTS[weighting],
+    )
     return (net, target, teacher), losses, t[i], t[i + 1]
 
 
 @pytest.mark.parametrize("name", ["l1", "l2", "lpips"])
-def test_loss_vectors(name):
-    """The last image's loss, at the two smallest levels, is a difference of nearly equal numbers: 1e-7, known to 1e-9."""
+def test_loss_vectors(name, monkeypatch):
+    """The last image's loss, at the two smallest levels, is a difference of nearly equal
+    numbers: 1e-7, known to 1e-9."""
     if name == "lpips":
         pytest.importorskip("lpips")
     wanted = VECTORS["cd_loss"][name]
-    dist = reference_lpips("average") if name == "lpips" else common.make_distance(name, "cpu")
+    dist = (
+        reference_lpips(monkeypatch, "average")
+        if name == "lpips"
+        else common.make_distance(name, "cpu")
+    )
     tolerance = 1e-4 if name == "lpips" else 1e-5
     (net, target, teacher), losses, _, _ = reference_loss(dist)
     close(losses, wanted["per_sample"], tolerance, {"l1": 2e-6, "l2": 5e-10, "lpips": 1e-8}[name])
@@ -76,40 +97,70 @@ def test_solver_vectors():
     D = common.net_denoiser(tiny(0.1))
     t = common.karras_times(40).flip(0)[torch.tensor([[0, 10, 25, 38], [1, 11, 26, 39]])]
     with torch.no_grad():
-        x = common.heun_step(common.guide(D, LABELS, None), X0 + common.bcast(t[0], X0) * NOISE, t[0], t[1])
+        x = common.heun_step(
+            common.guide(D, LABELS, None), X0 + common.bcast(t[0], X0) * NOISE, t[0], t[1]
+        )
     close(x.flatten(1)[:, :4], VECTORS["cd_loss"]["x_t2_per_sample_first4"], 1e-5, 1e-6)
 
 
 def test_weightings():
     _, plain, t_n1, t_n = reference_loss(common.l2)
     close(reference_loss(common.l2, "inverse")[1], plain / (t_n1 - t_n))
-    close(plain / t_n1**2, VECTORS["cd_loss"]["l2_weight_snr"], 1e-4, 1e-10)  # which of the two times the reference weighs by
+    close(
+        plain / t_n1**2, VECTORS["cd_loss"]["l2_weight_snr"], 1e-4, 1e-10
+    )  # which of the two times the reference weighs by
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_loss_by_hand(solver):
     """CM Alg. 2 written out anew, for both solvers, with guidance."""
-    w, t_n1, t_n = torch.tensor([0.0, 0.5, 2.0, 3.0]), torch.tensor([70.0, 5.0, 0.9, 0.1]), torch.tensor([60.0, 4.0, 0.7, 0.08])
-    net, target = (tiny(offset, extra=True) for offset in (0.0, 0.05))
+    w, t_n1, t_n = (
+        torch.tensor([0.0, 0.5, 2.0, 3.0]),
+        torch.tensor([70.0, 5.0, 0.9, 0.1]),
+        torch.tensor([60.0, 4.0, 0.7, 0.08]),
+    )
+    net, target = (tiny(offset, cond=True) for offset in (0.0, 0.05))
     teacher, null = tiny(0.1, null=True), torch.full((4,), 10)
-    found = cd.loss_fn(net, target, common.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, w, cd.SOLVERS[solver], common.l2,
-                       common.WEIGHTS["one"])
+    found = cd.loss_fn(
+        net,
+        target,
+        common.net_denoiser(teacher),
+        X0,
+        NOISE,
+        t_n,
+        t_n1,
+        LABELS,
+        w,
+        cd.SOLVERS[solver],
+        common.l2,
+        common.WEIGHTS["one"],
+    )
     column = lambda v: v.view(4, 1, 1, 1)
     with torch.no_grad():
+
         def slope(x, t):
-            D_w = ((1 + column(w)) * common.denoise(teacher, x, t, LABELS) - column(w) * common.denoise(teacher, x, t, null))
+            D_w = (1 + column(w)) * common.denoise(teacher, x, t, LABELS) - column(
+                w
+            ) * common.denoise(teacher, x, t, null)
             return (x - D_w) / column(t)
+
         x = X0 + column(t_n1) * NOISE
         d = slope(x, t_n1)
         x_hat = x + column(t_n - t_n1) * d
         if solver == "heun":
             x_hat = x + column(t_n - t_n1) * (d + slope(x_hat, t_n)) / 2
-        a, b = common.consistency(net, x, t_n1, LABELS, 25 * w), common.consistency(target, x_hat, t_n, LABELS, 25 * w)
+        a, b = (
+            common.consistency(net, x, t_n1, LABELS, 25 * w),
+            common.consistency(target, x_hat, t_n, LABELS, 25 * w),
+        )
         close(found, (a - b).square().mean((1, 2, 3)), 1e-5)
 
 
 def test_edm_loss_vectors():
-    nvidia, toy = VECTORS["edm_loss"]["nvlabs"], lambda x, t_in, y, extra: torch.zeros_like(x)  # F = 0: D = c_skip x, their toy
+    nvidia, toy = (
+        VECTORS["edm_loss"]["nvlabs"],
+        lambda x, t_in, y, cond: torch.zeros_like(x),
+    )  # F = 0: D = c_skip x, their toy
     t = (-1.2 + 1.2 * gauss((4, 1, 1, 1), 7)).exp().flatten()
     close(t, nvidia["sigma"])
     losses = common.edm_loss(toy, X0, NOISE, t, None)
@@ -134,20 +185,35 @@ def test_edm_loss_gradient_by_finite_differences():
 
 
 def test_edm_loss_is_least_at_the_ideal_denoiser():
-    """On four images no change of D by a factor or an offset, the same everywhere, lowers the loss (EDM App. B.3)."""
+    """On four images no change of D by a factor or an offset, the same everywhere, lowers the
+    loss (EDM App. B.3)."""
     torch.manual_seed(0)
     data = torch.tensor([-0.9, -0.2, 0.1, 0.7]).view(-1, 1, 1, 1)
-    x0, noise, t, D = data[torch.randint(4, (40_000,))], torch.randn(40_000, 1, 1, 1), common.random_times(40_000, [-1.2, 1.2], "cpu"), \
-        common.ideal_denoiser(data)
+    x0, noise, t, D = (
+        data[torch.randint(4, (40_000,))],
+        torch.randn(40_000, 1, 1, 1),
+        common.random_times(40_000, [-1.2, 1.2], "cpu"),
+        common.ideal_denoiser(data),
+    )
 
     def loss(change):
-        def F(x_in, t_in, y, extra):
+        def F(x_in, t_in, y, cond):
             c_skip, c_out, c_in = (common.bcast(c, x_in) for c in common.edm_scalings(t))
             x = x_in / c_in
             return (change(D(x, t)) - c_skip * x) / c_out
+
         return common.edm_loss(F, x0, noise, t, None).mean().item()
+
     best = loss(lambda d: d)
-    assert all(loss(change) > best for change in (lambda d: 1.05 * d, lambda d: 0.95 * d, lambda d: d + 0.02, lambda d: d - 0.02))
+    assert all(
+        loss(change) > best
+        for change in (
+            lambda d: 1.05 * d,
+            lambda d: 0.95 * d,
+            lambda d: d + 0.02,
+            lambda d: d - 0.02,
+        )
+    )
 
 
 def test_laws_of_times():
@@ -163,31 +229,47 @@ def test_laws_of_times():
 
 # ---- guidance
 
+
 def test_guided_denoiser():
     D, x, t = common.net_denoiser(tiny(0.1, null=True)), X0, torch.tensor([0.1, 0.5, 2.0, 30.0])
     with torch.no_grad():
         cond, uncond = D(x, t, LABELS), D(x, t, None)
         assert (cond - uncond).abs().max() > 0.01
-        assert torch.equal(common.guide(D, LABELS, None)(x, t), cond) and torch.equal(common.guide(D, LABELS, torch.zeros(4))(x, t), cond)
+        assert torch.equal(common.guide(D, LABELS, None)(x, t), cond) and torch.equal(
+            common.guide(D, LABELS, torch.zeros(4))(x, t), cond
+        )
         assert torch.equal(common.guide(D, LABELS, -torch.ones(4))(x, t), uncond)
         w = torch.tensor([0.5, 1.0, 2.0, 3.0])
-        close(common.guide(D, LABELS, w)(x, t), cond + common.bcast(w, x) * (cond - uncond), 1e-5, 1e-5)
+        close(
+            common.guide(D, LABELS, w)(x, t),
+            cond + common.bcast(w, x) * (cond - uncond),
+            1e-5,
+            1e-5,
+        )
         close(uncond, common.denoise(tiny(0.1, null=True), x, t, torch.full((4,), 10)), 1e-6)
 
 
 def test_guided_mean_of_gaussian_classes():
-    """For classes N(m_y, s^2) guidance moves the denoised mean along m_y minus the mean over classes, by a known factor."""
+    """For classes N(m_y, s^2) guidance moves the denoised mean along m_y minus the mean over
+    classes, by a known factor."""
     torch.manual_seed(0)
     means = torch.tensor([-0.5, 0.5])
-    x, t, y, w, s = torch.linspace(-2, 2, 9).view(9, 1, 1, 1), full(torch.zeros(9), 0.7), torch.arange(9) % 2, torch.full((9,), 1.5), 0.3
+    x, t, y, w, s = (
+        torch.linspace(-2, 2, 9).view(9, 1, 1, 1),
+        full(torch.zeros(9), 0.7),
+        torch.arange(9) % 2,
+        torch.full((9,), 1.5),
+        0.3,
+    )
 
     def D(x, t, y):
         variance = s**2 + common.bcast(t, x) ** 2
         of_class = lambda m: m + (x - m) * s**2 / variance
         if y is not None:
             return of_class(common.bcast(means[y], x))
-        p = torch.softmax(torch.stack([-(x - m) ** 2 / (2 * variance) for m in means]), 0)
+        p = torch.softmax(torch.stack([-((x - m) ** 2) / (2 * variance) for m in means]), 0)
         return p[0] * of_class(means[0]) + p[1] * of_class(means[1])
+
     moved = common.guide(D, y, w)(x, t) - D(x, t, y)
     variance = s**2 + 0.49
     p = torch.sigmoid(x.flatten() * (means[1] - means[0]) / variance)  # posterior of class 1
@@ -196,40 +278,56 @@ def test_guided_mean_of_gaussian_classes():
 
 
 def test_a_guided_student_begins_as_its_teacher():
-    teacher, student = tiny(0.1, null=True), common.UNet(**TINY, classes=10, null=True, extra=True)
+    teacher, student = tiny(0.1, null=True), common.UNet(**TINY, classes=10, null=True, cond=True)
     student.load_state_dict(student.state_dict() | teacher.state_dict())
     t = torch.tensor([0.1, 0.5, 2.0, 30.0])
     with torch.no_grad():
         for w in (0.0, 1.0, 4.0):
-            assert torch.equal(common.denoise(student, X0, t, LABELS, cd.c_guidance(full(t, w))), common.denoise(teacher, X0, t, LABELS))
+            assert torch.equal(
+                common.denoise(student, X0, t, LABELS, cd.c_guidance(full(t, w))),
+                common.denoise(teacher, X0, t, LABELS),
+            )
 
 
 def test_the_embedding_of_w_tells_weights_apart():
     """A tenth apart they correlate, but not wholly; one apart, less."""
     e = common.sinusoidal_embedding(cd.c_guidance(torch.tensor([2.0, 2.1, 3.0])), 64)
-    near, far = torch.cosine_similarity(e[0], e[1], dim=0), torch.cosine_similarity(e[0], e[2], dim=0)
+    near, far = (
+        torch.cosine_similarity(e[0], e[1], dim=0),
+        torch.cosine_similarity(e[0], e[2], dim=0),
+    )
     assert 0.5 < near < 0.95 and far < near - 0.1
 
 
 # ---- continuous time
+
 
 def paths():
     t = torch.tensor([0.3, 1.0, 4.0, 40.0])
     return X0 + common.bcast(t, X0) * NOISE, t
 
 
-@pytest.mark.parametrize("extra", [False, True])
-def test_jvp_by_finite_differences(extra):
-    net, (x, t), v = double(slim(extra=extra)), (value.double() for value in paths()), gauss(X0.shape, 9).double()
-    more = torch.tensor([1.0, 5.0, 30.0, 60.0]).double() if extra else None
+@pytest.mark.parametrize("cond", [False, True])
+def test_jvp_by_finite_differences(cond):
+    net, (x, t), v = (
+        double(slim(cond=cond)),
+        (value.double() for value in paths()),
+        gauss(X0.shape, 9).double(),
+    )
+    more = torch.tensor([1.0, 5.0, 30.0, 60.0]).double() if cond else None
     with torch.no_grad():
         f, df = common.consistency_jvp(net, x, t, v, LABELS, more)
         close(f, common.consistency(net, x, t, LABELS, more), 1e-12, 1e-12)
         h = 1e-6 * t
-        a, b = (common.consistency(net, x + s * common.bcast(h, x) * v, t + s * h, LABELS, more) for s in (1, -1))
+        a, b = (
+            common.consistency(net, x + s * common.bcast(h, x) * v, t + s * h, LABELS, more)
+            for s in (1, -1)
+        )
         wanted = (a - b) / common.bcast(2 * h, x)
     scale = wanted.flatten(1).abs().amax(1)
-    assert ((df - wanted).flatten(1).abs().amax(1) / scale < 1e-6).all(), (df - wanted).flatten(1).abs().amax(1) / scale
+    assert ((df - wanted).flatten(1).abs().amax(1) / scale < 1e-6).all(), (df - wanted).flatten(
+        1
+    ).abs().amax(1) / scale
 
 
 def test_jvp_of_a_bf16_net_is_that_of_float32():
@@ -237,39 +335,60 @@ def test_jvp_of_a_bf16_net_is_that_of_float32():
     with torch.no_grad():
         wanted = common.consistency_jvp(net, x, t, v, LABELS)
         net.dtype = torch.bfloat16
-        assert all(torch.equal(a, b) for a, b in zip(common.consistency_jvp(net, x, t, v, LABELS), wanted))
+        assert all(
+            torch.equal(a, b) for a, b in zip(common.consistency_jvp(net, x, t, v, LABELS), wanted)
+        )
     assert net.dtype == torch.bfloat16
 
 
 def test_jvp_through_the_math_path_of_fused_attention():
-    """What a GPU does. On a CPU attention is written out, so the call is made here, under the context of consistency_jvp."""
+    """What a GPU does. On a CPU attention is written out, so the call is made here, under the
+    context of consistency_jvp."""
     q, k, v = (gauss((1, 2, 5, 8), phase) for phase in (1, 2, 3))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        _, fused = torch.func.jvp(torch.nn.functional.scaled_dot_product_attention, (q, k, v), (k, v, q))
-    _, plain = torch.func.jvp(lambda q, k, v: torch.softmax(q * 8**-0.5 @ k.transpose(2, 3), -1) @ v, (q, k, v), (k, v, q))
+        _, fused = torch.func.jvp(
+            torch.nn.functional.scaled_dot_product_attention, (q, k, v), (k, v, q)
+        )
+    _, plain = torch.func.jvp(
+        lambda q, k, v: torch.softmax(q * 8**-0.5 @ k.transpose(2, 3), -1) @ v, (q, k, v), (k, v, q)
+    )
     close(fused, plain, 1e-5, 1e-6)
 
 
 def test_full_objective_and_its_gradient():
-    """|df/dt|^2 along the teacher's slope, and its gradient, which goes through df/dt, from finite differences of that."""
-    net, D, (x, t) = double(slim()), common.net_denoiser(double(slim(0.1)).requires_grad_(False)), (value.double() for value in paths())
-    loss = lambda: cd.continuous_loss(net, D, X0.double(), NOISE.double(), t, LABELS, None, stop_gradient=False)
+    """|df/dt|^2 along the teacher's slope, and its gradient, which goes through df/dt, from
+    finite differences of that."""
+    net, D, (x, t) = (
+        double(slim()),
+        common.net_denoiser(double(slim(0.1)).requires_grad_(False)),
+        (value.double() for value in paths()),
+    )
+    loss = lambda: cd.continuous_loss(
+        net, D, X0.double(), NOISE.double(), t, LABELS, None, stop_gradient=False
+    )
     v = (x - D(x, t, LABELS)) / common.bcast(t, x)
     _, df = common.consistency_jvp(net, x, t, v, LABELS)
     close(loss().detach(), df.square().mean((1, 2, 3)).detach(), 1e-6)
     loss().sum().backward()
-    for p, i in ((net.out[2].bias, 0), (net.time_embed[0].bias, 3), (net.input_blocks[0][0].bias, 5)):
+    for p, i in (
+        (net.out[2].bias, 0),
+        (net.time_embed[0].bias, 3),
+        (net.input_blocks[0][0].bias, 5),
+    ):
         values = []
         for step in (1e-5, -2e-5):
             p.data[i] += step
             with torch.no_grad():
                 values.append(loss().sum().item())
         p.data[i] += 1e-5
-        close(p.grad[i], (values[0] - values[1]) / 2e-5, 1e-5, 1e-5 * gradient(net).abs().max().item())
+        close(
+            p.grad[i], (values[0] - values[1]) / 2e-5, 1e-5, 1e-5 * gradient(net).abs().max().item()
+        )
 
 
 def test_pseudo_objective_has_the_papers_gradient():
-    """2 f . sg(df/dt), the paper's formula, has another value than ours but the same gradient; the full objective has not."""
+    """2 f . sg(df/dt), the paper's formula, has another value than ours but the same gradient;
+    the full objective has not."""
     net, (x, t), D = slim(), paths(), common.net_denoiser(slim(0.1).requires_grad_(False))
     with torch.no_grad():
         v = (x - D(x, t, LABELS)) / common.bcast(t, x)
@@ -279,7 +398,9 @@ def test_pseudo_objective_has_the_papers_gradient():
     losses = {}
     for stop_gradient in (True, False):
         net.zero_grad()
-        losses[stop_gradient] = cd.continuous_loss(net, D, X0, NOISE, t, LABELS, None, stop_gradient)
+        losses[stop_gradient] = cd.continuous_loss(
+            net, D, X0, NOISE, t, LABELS, None, stop_gradient
+        )
         losses[stop_gradient].sum().backward()
         off = (gradient(net) - wanted).norm() / wanted.norm()
         assert off < 1e-4 if stop_gradient else off > 0.1
@@ -287,25 +408,37 @@ def test_pseudo_objective_has_the_papers_gradient():
 
 
 class Smooth(torch.nn.Module):
-    """F(x, t) = a(t) x + b(t), a and b smooth: sums of Gaussian bumps over ln t. It can be every f of Gaussian data."""
+    """F(x, t) = a(t) x + b(t), a and b smooth: sums of Gaussian bumps over ln t. It can be
+    every f of Gaussian data."""
+
     dtype = torch.float32
 
     def __init__(self, bumps=16, deviation=0.0):
         super().__init__()
         torch.manual_seed(0)
-        self.centres, self.a, self.b = torch.linspace(-7, 5, bumps), *(torch.nn.Parameter(deviation * torch.randn(bumps)) for _ in range(2))
+        self.centres, self.a, self.b = (
+            torch.linspace(-7, 5, bumps),
+            *(torch.nn.Parameter(deviation * torch.randn(bumps)) for _ in range(2)),
+        )
 
-    def forward(self, x, t_in, y=None, extra=None):
-        bumps = (-(t_in[:, None] / 250 - self.centres) ** 2 / 2).exp()
+    def forward(self, x, t_in, y=None, cond=None, dtype=None):
+        bumps = (-((t_in[:, None] / 250 - self.centres) ** 2) / 2).exp()
         return common.bcast(bumps @ self.a, x) * x + common.bcast(bumps @ self.b, x)
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_discrete_gradient_tends_to_the_continuous_one(stop_gradient):
-    """Theorems 3 and 5: the gradient of the discrete loss, per interval or its square, is off by O(1/N)."""
+    """Theorems 3 and 5: the gradient of the discrete loss, per interval or its square, is off
+    by O(1/N)."""
     net, D = double(Smooth(deviation=0.5)), lambda x, t, y: gaussian_denoiser(0.5)(x, t)
-    x0, noise, middle = gauss((64, 1, 2, 2), 1) / 2, gauss((64, 1, 2, 2), 2), common.karras_times(66)[1:65]
-    cd.continuous_loss(net, D, x0.double(), noise.double(), middle.double(), None, None, stop_gradient).sum().backward()
+    x0, noise, middle = (
+        gauss((64, 1, 2, 2), 1) / 2,
+        gauss((64, 1, 2, 2), 2),
+        common.karras_times(66)[1:65],
+    )
+    cd.continuous_loss(
+        net, D, x0.double(), noise.double(), middle.double(), None, None, stop_gradient
+    ).sum().backward()
     wanted, errors = gradient(net), []
     for N in (400, 800):
         u = middle.double() ** (1 / 7)
@@ -313,8 +446,20 @@ def test_discrete_gradient_tends_to_the_continuous_one(stop_gradient):
         t_n, t_n1 = (u - step).clamp(min=0.002 ** (1 / 7)) ** 7, u**7
         net.zero_grad()
         if stop_gradient:
-            cd.loss_fn(net, net, D, x0.double(), noise.double(), t_n, t_n1, None, None, common.heun_step, common.l2,
-                       common.WEIGHTS["inverse"]).sum().backward()
+            cd.loss_fn(
+                net,
+                net,
+                D,
+                x0.double(),
+                noise.double(),
+                t_n,
+                t_n1,
+                None,
+                None,
+                common.heun_step,
+                common.l2,
+                common.WEIGHTS["inverse"],
+            ).sum().backward()
         else:  # CM Alg. 2 with theta^- = theta, not stopped
             x_tn1 = x0.double() + common.bcast(t_n1, x0) * noise.double()
             x_tn = common.heun_step(lambda x, t: D(x, t, None), x_tn1, t_n1, t_n)
@@ -326,29 +471,63 @@ def test_discrete_gradient_tends_to_the_continuous_one(stop_gradient):
 
 class Exact(torch.nn.Module):
     """A network whose consistency function is the exact one of data N(0, s^2)."""
+
     dtype = torch.float32
 
     def __init__(self, s):
         super().__init__()
         self.s, self.one = s, torch.nn.Parameter(torch.ones(()))
 
-    def forward(self, x_in, t_in, y=None, extra=None):
+    def forward(self, x_in, t_in, y=None, cond=None, dtype=None):
         t = (t_in / 250).exp()
         c_skip, c_out, c_in = (common.bcast(c, x_in) for c in common.cm_scalings(t))
         x = x_in / c_in
-        return self.one * (x * common.bcast(((self.s**2 + common.T_MIN**2) / (self.s**2 + t**2)).sqrt(), x) - c_skip * x) / c_out
+        return (
+            self.one
+            * (
+                x * common.bcast(((self.s**2 + common.T_MIN**2) / (self.s**2 + t**2)).sqrt(), x)
+                - c_skip * x
+            )
+            / c_out
+        )
 
 
 @pytest.mark.parametrize("s", [0.3, 1.0])
 def test_losses_vanish_at_the_exact_consistency_function(s):
-    net, D, t = Exact(s), lambda x, t, y: gaussian_denoiser(s)(x, t), torch.tensor([0.1, 0.5, 3.0, 30.0])
+    net, D, t = (
+        Exact(s),
+        lambda x, t, y: gaussian_denoiser(s)(x, t),
+        torch.tensor([0.1, 0.5, 3.0, 30.0]),
+    )
     assert cd.continuous_loss(net, D, s * X0, NOISE, t, None, None, False).max() < 1e-6
-    assert cd.continuous_loss(net, lambda x, t, y: 0.9 * D(x, t, y), s * X0, NOISE, t, None, None, False).max() > 1e-3
-    assert ct.continuous_loss(net, s * X0, NOISE, t, None)[:2].min() > 1e-3  # the slope of one image is not the mean slope
+    assert (
+        cd.continuous_loss(
+            net, lambda x, t, y: 0.9 * D(x, t, y), s * X0, NOISE, t, None, None, False
+        ).max()
+        > 1e-3
+    )
+    assert (
+        ct.continuous_loss(net, s * X0, NOISE, t, None)[:2].min() > 1e-3
+    )  # the slope of one image is not the mean slope
     times = common.karras_times(200)
     n = torch.tensor([60, 90, 130, 190])
-    assert cd.loss_fn(net, net, D, s * X0, NOISE, times[n], times[n + 1], None, None, common.heun_step, common.l2,
-                      common.WEIGHTS["one"]).max() < 1e-7
+    assert (
+        cd.loss_fn(
+            net,
+            net,
+            D,
+            s * X0,
+            NOISE,
+            times[n],
+            times[n + 1],
+            None,
+            None,
+            common.heun_step,
+            common.l2,
+            common.WEIGHTS["one"],
+        ).max()
+        < 1e-7
+    )
 
 
 def test_continuous_training_has_the_gradient_of_continuous_distillation():
@@ -356,41 +535,71 @@ def test_continuous_training_has_the_gradient_of_continuous_distillation():
     torch.manual_seed(0)
     n, data = 400_000, torch.tensor([-0.9, -0.2, 0.1, 0.7]).view(-1, 1, 1, 1)
     net, ideal = Bent(torch.full((n, 1, 1, 1), 0.8)), common.ideal_denoiser(data)
-    x0, noise, t = data[torch.randint(4, (n,))], torch.randn(n, 1, 1, 1), common.random_times(n, [0.0, 1.0], "cpu")
-    gradients = [torch.autograd.grad(loss.sum(), net.a)[0].flatten().double() for loss in (
-        ct.continuous_loss(net, x0, noise, t, None), cd.continuous_loss(net, lambda x, t, y: ideal(x, t), x0, noise, t, None, None, True))]
+    x0, noise, t = (
+        data[torch.randint(4, (n,))],
+        torch.randn(n, 1, 1, 1),
+        common.random_times(n, [0.0, 1.0], "cpu"),
+    )
+    gradients = [
+        torch.autograd.grad(loss.sum(), net.a)[0].flatten().double()
+        for loss in (
+            ct.continuous_loss(net, x0, noise, t, None),
+            cd.continuous_loss(net, lambda x, t, y: ideal(x, t), x0, noise, t, None, None, True),
+        )
+    ]
     gap = gradients[0] - gradients[1]
     error = gap.std() / math.sqrt(n)
-    assert gap.mean().abs() < 4 * error and gradients[1].mean().abs() > 20 * error and gap.std() > 0, (gap.mean(), error)
+    assert (
+        gap.mean().abs() < 4 * error and gradients[1].mean().abs() > 20 * error and gap.std() > 0
+    ), (gap.mean(), error)
 
 
 # ---- stop-gradients and dropout
 
+
 def test_gradient_reaches_the_net_alone():
-    """With mu = 0 the gradient is that of a frozen copy as target; none reaches a teacher that could take it."""
+    """With mu = 0 the gradient is that of a frozen copy as target; none reaches a teacher that
+    could take it."""
     t_n, t_n1 = torch.tensor([0.2, 0.4, 3.0, 20.0]), torch.tensor([0.3, 0.5, 4.0, 25.0])
     teacher, grads = tiny(0.1), []
     for frozen in (False, True):
         net = tiny()
         target = tiny() if frozen else net
-        cd.loss_fn(net, target, common.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, None, common.heun_step, common.pseudo_huber,
-                   common.WEIGHTS["inverse"]).sum().backward()
+        cd.loss_fn(
+            net,
+            target,
+            common.net_denoiser(teacher),
+            X0,
+            NOISE,
+            t_n,
+            t_n1,
+            LABELS,
+            None,
+            common.heun_step,
+            common.pseudo_huber,
+            common.WEIGHTS["inverse"],
+        ).sum().backward()
         grads.append(gradient(net))
-        assert all(p.grad is None for p in teacher.parameters()) and (not frozen or all(p.grad is None for p in target.parameters()))
+        assert all(p.grad is None for p in teacher.parameters()) and (
+            not frozen or all(p.grad is None for p in target.parameters())
+        )
     assert grads[0].norm() > 0 and torch.equal(*grads)
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_no_gradient_reaches_the_teacher_in_continuous_time(stop_gradient):
     net, teacher = slim(), slim(0.1)
-    cd.continuous_loss(net, common.net_denoiser(teacher), X0, NOISE, paths()[1], LABELS, None, stop_gradient).sum().backward()
+    cd.continuous_loss(
+        net, common.net_denoiser(teacher), X0, NOISE, paths()[1], LABELS, None, stop_gradient
+    ).sum().backward()
     assert gradient(net).norm() > 0 and all(p.grad is None for p in teacher.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_continuous_loss_on_a_gpu(dtype):
-    """Value and gradient of the full objective, with fused attention's math path and channels_last, are the CPU's."""
+    """Value and gradient of the full objective, with fused attention's math path and
+    channels_last, are the CPU's."""
     nets = [slim(), slim().to("cuda", memory_format=torch.channels_last)]
     nets[1].dtype, losses = dtype, []
     for net, device in zip(nets, ("cpu", "cuda")):
@@ -406,18 +615,36 @@ def dropped(**more):
 
 
 def test_both_branches_drop_out_the_same_units():
-    """A teacher whose step changes nothing and equal times: the loss is 0 if and only if the masks agree."""
+    """A teacher whose step changes nothing and equal times: the loss is 0 if and only if the
+    masks agree."""
     torch.manual_seed(0)
     net, t, still = dropped(), torch.tensor([0.5, 1.0, 2.0, 3.0]), lambda x, t, y: x
     for target in (net, copy.deepcopy(net)):
-        assert cd.loss_fn(net, target, still, X0, NOISE, t, t, None, None, common.heun_step, common.l2, common.WEIGHTS["one"]).max() < 1e-9
+        assert (
+            cd.loss_fn(
+                net,
+                target,
+                still,
+                X0,
+                NOISE,
+                t,
+                t,
+                None,
+                None,
+                common.heun_step,
+                common.l2,
+                common.WEIGHTS["one"],
+            ).max()
+            < 1e-9
+        )
     with torch.no_grad():
         a, b = (common.consistency(net, X0, t) for _ in range(2))
         assert common.l2(a, b).min() > 1e-4
 
 
 def test_the_pseudo_objective_differentiates_the_branch_it_trains():
-    """df/dt and f drop out the same units: with one seed both are those of a plain pass under it."""
+    """df/dt and f drop out the same units: with one seed both are those of a plain pass under
+    it."""
     net, t = dropped(), torch.tensor([0.5, 1.0, 2.0, 3.0])
     torch.manual_seed(3)
     loss = ct.continuous_loss(net, X0, NOISE, t, None)
@@ -431,12 +658,22 @@ def test_the_pseudo_objective_differentiates_the_branch_it_trains():
         _, df = common.consistency_jvp(net, x, t, NOISE)
     torch.manual_seed(3)
     (2 * common.consistency(net, x, t) * df).mean((1, 2, 3)).sum().backward()
-    assert (gradient(net) - found).norm() < 1e-4 * found.norm() and torch.equal(after, torch.rand(1))
+    assert (gradient(net) - found).norm() < 1e-4 * found.norm() and torch.equal(
+        after, torch.rand(1)
+    )
 
 
 def test_a_loaded_teacher_drops_nothing_out(tmp_path):
     settings = TINY | dict(mult=(1,), dropout=0.5)
-    torch.save(dict(script="cd", args={}, model_args=settings, ema=fill(common.UNet(**settings)).state_dict()), tmp_path / "teacher.pt")
+    torch.save(
+        dict(
+            script="cd",
+            args={},
+            model_args=settings,
+            ema=fill(common.UNet(**settings)).state_dict(),
+        ),
+        tmp_path / "teacher.pt",
+    )
     teacher, _ = common.load_network(tmp_path / "teacher.pt", ("cd",))
     D, t = common.net_denoiser(teacher), torch.tensor([0.5, 1.0, 2.0, 3.0])
     assert torch.equal(D(X0, t, None), D(X0, t, None)) and not D(X0, t, None).requires_grad
@@ -445,12 +682,21 @@ def test_a_loaded_teacher_drops_nothing_out(tmp_path):
 
 # ---- training to the exact solution
 
-@pytest.mark.parametrize("objective, lr, steps, law", [("discrete", 0.01, 800, [0.0, 2.0]), ("continuous", 0.005, 800, [0.0, 2.0]),
-                                                       ("continuous, full", 0.03, 600, ["uniform"])])
-def test_a_small_student_learns_the_exact_consistency_function(objective, lr, steps, law):
-    """Data N(0.2, 0.4^2), its exact denoiser as teacher: f(x, t) = 0.2 + (x - 0.2) sqrt((s^2 + t_min^2) / (s^2 + t^2)).
 
-    Found errors, at worst over t and x within two deviations: 3%, 3% and 0.5% of the data's deviation.
+@pytest.mark.parametrize(
+    "objective, lr, steps, law",
+    [
+        ("discrete", 0.01, 800, [0.0, 2.0]),
+        ("continuous", 0.005, 800, [0.0, 2.0]),
+        ("continuous, full", 0.03, 600, ["uniform"]),
+    ],
+)
+def test_a_small_student_learns_the_exact_consistency_function(objective, lr, steps, law):
+    """Data N(0.2, 0.4^2), its exact denoiser as teacher.
+
+    f(x, t) = 0.2 + (x - 0.2) sqrt((s^2 + t_min^2) / (s^2 + t^2)).
+
+    Found errors, at worst over t and x within two deviations: 3%, 3% and 0.5% of the data's.
     """
     torch.manual_seed(0)
     m, s = 0.2, 0.4
@@ -465,16 +711,34 @@ def test_a_small_student_learns_the_exact_consistency_function(objective, lr, st
     def error():
         exact = m + (x - m) * ((s**2 + common.T_MIN**2) / (s**2 + t**2)).sqrt()
         with torch.no_grad():
-            return (common.consistency(net, x.view(-1, 1, 1, 1), t).flatten() - exact).abs().max().item() / s
+            return (
+                common.consistency(net, x.view(-1, 1, 1, 1), t).flatten() - exact
+            ).abs().max().item() / s
+
     before = error()
     for _ in range(steps):
         x0, noise = m + s * torch.randn(256, 1, 1, 1), torch.randn(256, 1, 1, 1)
         if objective == "discrete":
             n = torch.multinomial(p, 256, replacement=True)
-            loss = cd.loss_fn(net, net, D, x0, noise, times[n], times[n + 1], None, None, common.heun_step, common.l2, common.WEIGHTS["inverse"])
+            loss = cd.loss_fn(
+                net,
+                net,
+                D,
+                x0,
+                noise,
+                times[n],
+                times[n + 1],
+                None,
+                None,
+                common.heun_step,
+                common.l2,
+                common.WEIGHTS["inverse"],
+            )
         else:
             levels = common.random_times(256, law, "cpu").clamp(common.T_MIN, common.T_MAX)
-            loss = cd.continuous_loss(net, D, x0, noise, levels, None, None, objective == "continuous")
+            loss = cd.continuous_loss(
+                net, D, x0, noise, levels, None, None, objective == "continuous"
+            )
         optimizer.zero_grad()
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -485,29 +749,52 @@ def test_a_small_student_learns_the_exact_consistency_function(objective, lr, st
 
 # ---- recipes
 
+
 def test_recipes_are_the_papers():
     """CM Table 3 and EDM's training settings."""
-    big = dict(batch_size=2048, mu=0.95, N=40, ema_decay=0.999943, total_steps=600_000, dist="lpips", solver="heun", weighting="one",
-               dropout=0, times=["uniform"])
+    big = dict(
+        batch_size=2048,
+        mu=0.95,
+        N=40,
+        ema_decay=0.999943,
+        total_steps=600_000,
+        dist="lpips",
+        solver="heun",
+        weighting="one",
+        dropout=0,
+        p_t=["uniform"],
+    )
     wanted = {
-        ("distill", "cifar10"): big | dict(lr=4e-4, batch_size=512, mu=0, N=18, ema_decay=0.9999, total_steps=800_000),
-        ("distill", "imagenet64"): big | dict(lr=8e-6), ("distill", "bedroom256"): big | dict(lr=1e-5), ("distill", "cat256"): big | dict(lr=1e-5),
-        ("teacher", "cifar10"): dict(lr=1e-3, batch_size=512, dropout=0.13, ema_decay=0.99929, total_steps=400_000, N=18),
-        ("teacher", "imagenet64"): dict(lr=1e-4, batch_size=4096, dropout=0.1, ema_decay=0.9999432, N=40),
+        ("distill", "cifar10"): big
+        | dict(lr=4e-4, batch_size=512, mu=0, N=18, ema_decay=0.9999, total_steps=800_000),
+        ("distill", "imagenet64"): big | dict(lr=8e-6),
+        ("distill", "bedroom256"): big | dict(lr=1e-5),
+        ("distill", "cat256"): big | dict(lr=1e-5),
+        ("teacher", "cifar10"): dict(
+            lr=1e-3, batch_size=512, dropout=0.13, ema_decay=0.99929, total_steps=400_000, N=18
+        ),
+        ("teacher", "imagenet64"): dict(
+            lr=1e-4, batch_size=4096, dropout=0.1, ema_decay=0.9999432, N=40
+        ),
         ("teacher", "bedroom256"): dict(lr=1e-4, batch_size=2048, total_steps=600_000, N=40),
         ("teacher", "cat256"): dict(lr=1e-4, batch_size=2048, total_steps=300_000, N=40),
     }
     for (stage, dataset), settings in wanted.items():
         found = cd.recipe(dict(stage=stage, dataset=dataset))
-        settings |= {"times": [-1.2, 1.2]} if stage == "teacher" else {}
+        settings |= {"p_t": [-1.2, 1.2]} if stage == "teacher" else {}
         assert settings == {key: found[key] for key in settings}, (stage, dataset)
         assert found["batch_size"] % found["micro_batch"] == 0
     imagenet = cd.recipe(dict(stage="teacher", dataset="imagenet64"))
-    assert abs(imagenet["total_steps"] * 4096 / 2500e6 - 1) < 0.01 and abs(0.5 ** (4096 / 50e6) - imagenet["ema_decay"]) < 1e-7
+    assert (
+        abs(imagenet["total_steps"] * 4096 / 2500e6 - 1) < 0.01
+        and abs(0.5 ** (4096 / 50e6) - imagenet["ema_decay"]) < 1e-7
+    )
     assert abs(0.5 ** (512 / 0.5e6) - 0.99929) < 1e-6  # EDM's half-lives, in images
 
 
-@pytest.mark.parametrize("dataset, N, index", [("cifar10", 18, 6), ("imagenet64", 40, 17), ("bedroom256", 40, 22)])
+@pytest.mark.parametrize(
+    "dataset, N, index", [("cifar10", 18, 6), ("imagenet64", 40, 17), ("bedroom256", 40, 22)]
+)
 def test_two_step_levels_are_the_papers_time_points(dataset, N, index):
     """CM's published indices 11 of 17, 22 and 17 of 39 count from t_max."""
     close(cd.recipe(dict(dataset=dataset))["sigmas"], [80.0, common.karras_times(N)[index].item()])

@@ -1,4 +1,6 @@
-"""Editing with a model never trained for it, and the search for time points: vectors, known answers, the command line."""
+"""Editing with a model never trained for it, and the search for time points: vectors, known
+answers, the command line."""
+
 import argparse
 import itertools
 import json
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import bench
 import cd
 import common
 from test_data import REAL
@@ -18,10 +21,16 @@ from test_math import toy_c
 from util import ROOT, VECTORS, close, fill, gauss, img, numbered_noise, run_script
 
 SHAPE = (2, 3, 16, 16)
-CPU = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), dtype=torch.float32)
+CPU = types.SimpleNamespace(
+    rank=0, world=1, main=True, device=torch.device("cpu"), dtype=torch.float32
+)
 HOLE = torch.zeros(1, 1, 16, 16)
 HOLE[..., 4:12, 4:12] = 1
-KNOWN = {"inpaint": lambda x: (1 - HOLE) * x, "colorize": common.luminance, "superres": lambda x: common.patch_means(x, 4)}
+KNOWN = {
+    "inpaint": lambda x: (1 - HOLE) * x,
+    "colorize": common.luminance,
+    "superres": lambda x: common.patch_means(x, 4),
+}
 
 
 def seen_by(f):
@@ -32,13 +41,18 @@ def seen_by(f):
 
 # ---- CM Alg. 4
 
+
 def statistics(x):
     return [x.mean(), x.abs().mean(), x.std(unbiased=False), *x.flatten()[:8]]
 
 
-@pytest.mark.parametrize("name, known", [("colorization", common.luminance), ("superres", lambda x: common.patch_means(x, 8))])
+@pytest.mark.parametrize(
+    "name, known",
+    [("colorization", common.luminance), ("superres", lambda x: common.patch_means(x, 8))],
+)
 def test_vectors(name, known):
-    """The reference is given its first noisy input; ours makes it of the reference image and unit noise."""
+    """The reference is given its first noisy input; ours makes it of the reference image and
+    unit noise."""
     y, later = img(SHAPE, 0.7, 0.8), numbered_noise()
     draws = itertools.chain([(80 * gauss(SHAPE, 60) - known(y)) / 80], iter(lambda: later(y), None))
     f, seen = seen_by(lambda x, t: toy_c(x, t).clamp(-1, 1))
@@ -46,12 +60,18 @@ def test_vectors(name, known):
     x = common.edit(f, y, known, taus, lambda x: next(draws))
     for actual, key in ((x, "out"), (known(y), "reference")):
         wanted = VECTORS["editing"][f"{name}_{key}"]
-        close(statistics(actual), [wanted["mean"], wanted["abs_mean"], wanted["std"], *wanted["first8"]], 0, 1e-5)
+        close(
+            statistics(actual),
+            [wanted["mean"], wanted["abs_mean"], wanted["std"], *wanted["first8"]],
+            0,
+            1e-5,
+        )
     assert [t.tolist() for _, t in seen] == [[tau] * 2 for tau in taus]
 
 
 def orthogonal(first):
-    """An orthogonal matrix whose first column is the unit vector along `first`, completed by a QR decomposition as openai does."""
+    """An orthogonal matrix whose first column is the unit vector along `first`, completed by a
+    QR decomposition as openai does."""
     Q = np.eye(len(first))
     Q[:, 0] = np.array(first) / np.linalg.norm(first)
     Q = np.linalg.qr(Q)[0]
@@ -67,8 +87,13 @@ def transform(task):
     omega[0] = 0
     if task == "colorize":
         return (lambda x: x.movedim(1, -1) @ Q), (lambda z: (z @ Q.T).movedim(-1, 1)), omega
-    return (lambda x: x.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4) @ Q,  # (B,C,4,4,16): a patch a vector
-            lambda z: (z @ Q.T).unflatten(4, (4, 4)).transpose(3, 4).reshape(SHAPE), omega)
+    return (
+        lambda x: (
+            x.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4) @ Q
+        ),  # (B,C,4,4,16): a patch a vector
+        lambda z: (z @ Q.T).unflatten(4, (4, 4)).transpose(3, 4).reshape(SHAPE),
+        omega,
+    )
 
 
 def edit_by_the_paper(f, y, task, taus, noise):
@@ -89,8 +114,10 @@ def test_a_projection_does_what_the_papers_linear_map_and_mask_do(task):
     y = img(SHAPE, 0.7, 0.8).double()
     A, A_inverse, _ = transform(task)
     close(A_inverse(A(y)), y, 0, 1e-12)
-    ours, theirs = (edit(toy_c, y, what, [80.0, 7.0, 0.4, 0.02], numbered_noise())
-                    for edit, what in ((common.edit, KNOWN[task]), (edit_by_the_paper, task)))
+    ours, theirs = (
+        edit(toy_c, y, what, [80.0, 7.0, 0.4, 0.02], numbered_noise())
+        for edit, what in ((common.edit, KNOWN[task]), (edit_by_the_paper, task))
+    )
     close(ours, theirs, 0, 1e-12)
     assert (ours - y).abs().max() > 0.1
 
@@ -99,7 +126,7 @@ def test_a_projection_does_what_the_papers_linear_map_and_mask_do(task):
 def test_what_is_known_holds_after_every_step(task):
     known, y, given, drawn = KNOWN[task], img(SHAPE, 0.7, 0.8), [], []
     wild = lambda x, t: drawn.append((17 * x + t[0]).sin()) or drawn[-1]
-    source = common.seeded_noise(range(2), 0)
+    source = common.SeededNoise(torch.arange(2), 0)
     x = common.edit(wild, y, known, common.GRID, lambda x: given.append(x) or source(x))
     steps = [*given[1:], x]  # noise is added to what the step before left
     assert len(drawn) == len(steps) == 39
@@ -110,10 +137,17 @@ def test_what_is_known_holds_after_every_step(task):
         close(x - known(x), f_x - known(f_x), 0, 1e-6)
 
 
-@pytest.mark.parametrize("project, size", [(common.luminance, 16), *((lambda x, p=p: common.patch_means(x, p), 2 * p) for p in (2, 3, 8, 41, 47, 83))],
-                         ids=["colorize", "2", "3", "8", "41", "47", "83"])
+@pytest.mark.parametrize(
+    "project, size",
+    [
+        (common.luminance, 16),
+        *((lambda x, p=p: common.patch_means(x, p), 2 * p) for p in (2, 3, 8, 41, 47, 83)),
+    ],
+    ids=["colorize", "2", "3", "8", "41", "47", "83"],
+)
 def test_projections_are_orthogonal(project, size):
-    """In float32: 1 / 41 is rounded there so that an interpolation by 41 puts the first pixel of a patch into the patch before."""
+    """In float32: 1 / 41 is rounded there so that an interpolation by 41 puts the first pixel
+    of a patch into the patch before."""
     x, z = gauss((1, 3, size, size), 1), gauss((1, 3, size, size), 2)
     close(project(project(x)), project(x), 0, 1e-6)
     close((project(x) * z).double().sum(), (x * project(z)).double().sum(), 1e-5, 1e-4)
@@ -125,11 +159,15 @@ def test_projections_keep_what_they_are_named_after():
     weights = torch.tensor(common.LUMINANCE).view(1, 3, 1, 1)
     close((weights * common.luminance(x)).sum(1), (weights * x).sum(1), 0, 1e-6)
     close(F.avg_pool2d(common.patch_means(x, 4), 4), F.avg_pool2d(x, 4), 0, 1e-6)
-    close(common.patch_means(x, 4)[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), common.patch_means(x, 4))
+    close(
+        common.patch_means(x, 4)[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3),
+        common.patch_means(x, 4),
+    )
 
 
 def test_levels_are_the_papers():
-    """Every level of N = 40 but t_min, where f(x, t) = x; strokes at its indices 16 and 20; EDM's 18 levels for denoising."""
+    """Every level of N = 40 but t_min, where f(x, t) = x; strokes at its indices 16 and 20;
+    EDM's 18 levels for denoising."""
     times = common.karras_times(40).flip(0)
     close(common.GRID, times[:39])
     assert all(common.TASKS[task] is common.GRID for task in KNOWN)
@@ -140,13 +178,21 @@ def test_levels_are_the_papers():
 
 # ---- with the exact consistency function of a few images the answers are known
 
+
 class Exact(torch.nn.Module):
-    """A network whose consistency function is exact for a few images: it solves the ODE of their ideal denoiser. Notes its (x, t)."""
-    classes, extra = 0, False
+    """A network whose consistency function is exact for a few images: it solves the ODE of
+    their ideal denoiser. Notes its (x, t)."""
+
+    classes, cond = 0, False
 
     def __init__(self, images):
         super().__init__()
-        self.image_size, self.p, self.seen, self.y = images.shape[-1], torch.nn.Parameter(torch.zeros(())), [], None
+        self.image_size, self.p, self.seen, self.y = (
+            images.shape[-1],
+            torch.nn.Parameter(torch.zeros(())),
+            [],
+            None,
+        )
         self.D = common.ideal_denoiser(images)
 
     def flow(self, x, t):
@@ -156,7 +202,7 @@ class Exact(torch.nn.Module):
             x = common.heun_step(self.D, x, a.expand(len(x)), b.expand(len(x)))
         return x
 
-    def forward(self, x_in, t_in, y=None, extra=None):
+    def forward(self, x_in, t_in, y=None, cond=None):
         self.y = y
         t = (t_in.double() / 250).exp()
         c_skip, c_out, c_in = (common.bcast(c, x_in) for c in common.cm_scalings(t))
@@ -165,7 +211,8 @@ class Exact(torch.nn.Module):
 
 
 def toys():
-    """Five images (5,16,16,3) uint8 that their patch means, luminance and borders tell apart: grey blocks, and a little of all else."""
+    """Five images (5,16,16,3) uint8 that their patch means, luminance and borders tell apart:
+    grey blocks, and a little of all else."""
     rng = np.random.default_rng(0)
     blocks = np.where(rng.random((5, 4, 4, 1)) < 0.5, 30, 225).repeat(4, 1).repeat(4, 2)
     return (blocks + rng.integers(-25, 26, (5, 16, 16, 3))).astype(np.uint8)
@@ -192,27 +239,41 @@ FILES = [f"{i}.png" for i in range(5)]
 
 
 def edit(net, task, save="out.npz", **flags):
-    """common.edit_images as the command line calls it. Returns the results (rows, each, H, W, 3)."""
-    args = argparse.Namespace(**common.SAMPLING_DEFAULTS | cd.SAMPLING | dict(ckpt="it", edit=task, save=save) | flags)
-    common.edit_images(args, CPU, net, lambda y: cd.clipped(net, y, args.w))
+    """common.edit_images as the command line calls it. Returns the results (rows, each, H, W,
+    3)."""
+    args = argparse.Namespace(
+        **common.SAMPLING_DEFAULTS | cd.SAMPLING | dict(ckpt="it", edit=task, save=save) | flags
+    )
+    common.edit_images(args, CPU, net, lambda y: cd.consistency_function(net, y, args.w))
     if save.endswith(".npz"):
         images = np.load(save)["arr_0"]
         return images.reshape(len(flags.get("image", range(4))), -1, *images.shape[1:])
 
 
 def assert_found(results, images, tolerance=2):
-    assert results.shape[0] == len(images) and (np.abs(results.astype(int) - images[:, None]) <= tolerance).all()
+    assert (
+        results.shape[0] == len(images)
+        and (np.abs(results.astype(int) - images[:, None]) <= tolerance).all()
+    )
 
 
-@pytest.mark.parametrize("task, flags", [("inpaint", {}), ("colorize", {}), ("superres", dict(factor=4))])
+@pytest.mark.parametrize(
+    "task, flags", [("inpaint", {}), ("colorize", {}), ("superres", dict(factor=4))]
+)
 def test_edits_of_images_of_the_set_return_them(desk, task, flags):
     net = exact()
     assert_found(edit(net, task, image=FILES, sample=2, **flags), toys())
     close([t[0] for _, t in net.seen], common.GRID, 1e-5)
     close((net.seen[0][0] - KNOWN[task](as_x(toys())).repeat_interleave(2, 0)).std(), 80, 0.03)
     y = KNOWN[task](as_x(toys())).repeat_interleave(2, 0)
-    close(np.mean([(KNOWN[task](x) - y).std().item() ** 2 / t[0].item() ** 2 for x, t in net.seen[1:-5]]) ** 0.5,
-          KNOWN[task](gauss((10, 3, 16, 16), 1)).std(), 0.1)
+    close(
+        np.mean(
+            [(KNOWN[task](x) - y).std().item() ** 2 / t[0].item() ** 2 for x, t in net.seen[1:-5]]
+        )
+        ** 0.5,
+        KNOWN[task](gauss((10, 3, 16, 16), 1)).std(),
+        0.1,
+    )
 
 
 def test_edits_of_strangers_keep_what_is_known(desk):
@@ -222,11 +283,16 @@ def test_edits_of_strangers_keep_what_is_known(desk):
     net = exact()
     results = edit(net, "inpaint", image=["stranger.png"], sample=3)[0]
     outside = HOLE[0, 0].numpy() == 0
-    assert (results[:, outside] == stranger[:, outside]).all() and (results != stranger).any((1, 2, 3)).all()
+    assert (results[:, outside] == stranger[:, outside]).all() and (results != stranger).any(
+        (1, 2, 3)
+    ).all()
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real images: {REAL.name} is not there")
-@pytest.mark.parametrize("task, flags", [("inpaint", {}), ("colorize", {}), ("superres", dict(factor=2)), ("denoise", {})])
+@pytest.mark.parametrize(
+    "task, flags",
+    [("inpaint", {}), ("colorize", {}), ("superres", dict(factor=2)), ("denoise", {})],
+)
 def test_edits_of_real_images(desk, task, flags):
     images = common.load_dataset(str(REAL), None, 32).__getitems__(np.arange(0, 50000, 1000))[0]
     some = images[:3].permute(0, 2, 3, 1).numpy()
@@ -245,36 +311,56 @@ def test_strokes_become_the_nearest_image(desk):
     close([start.std(), (net.seen[1][0] - as_x(toys())).std()], [5.38, 2.24], 0.05)
 
 
-@pytest.mark.parametrize("flags, level", [({}, 0.296442), (dict(noise_level=0.7), 0.7), (dict(sigmas=[0.5]), 0.5)])
+@pytest.mark.parametrize(
+    "flags, level", [({}, 0.296442), (dict(noise_level=0.7), 0.7), (dict(sigmas=[0.5]), 0.5)]
+)
 def test_denoising_is_one_evaluation(desk, flags, level):
     """Of one result for each image, as more would be the same."""
     net = exact()
     assert_found(edit(net, "denoise", image=FILES, **flags), toys())
-    (x, t), = net.seen
+    ((x, t),) = net.seen
     noise = (x - as_x(toys())) / level
     close(t, [level] * 5, 1e-5)
     close([noise.std(), noise.mean()], [1, 0], 0.05, 0.05)
     edit(net, "denoise", image=FILES, seed=1, **flags)
-    assert abs(torch.corrcoef(torch.stack([noise.flatten(), (net.seen[1][0] - as_x(toys())).flatten()]))[0, 1]) < 0.1
+    assert (
+        abs(
+            torch.corrcoef(
+                torch.stack([noise.flatten(), (net.seen[1][0] - as_x(toys())).flatten()])
+            )[0, 1]
+        )
+        < 0.1
+    )
 
 
 def test_noisy_images_get_no_more_noise(desk):
-    noisy = (toys() + np.random.default_rng(1).integers(-40, 41, (5, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+    noisy = (
+        (toys() + np.random.default_rng(1).integers(-40, 41, (5, 16, 16, 3)))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
     for i, image in enumerate(noisy):
         Image.fromarray(image).save(f"{i}.png")
     net = exact()
     assert_found(edit(net, "denoise", image=FILES, noisy=True), toys())
-    (x, _), = net.seen
+    ((x, _),) = net.seen
     close(x, as_x(noisy), 0, 1e-5)
 
 
-@pytest.mark.parametrize("task, flags", [("denoise", dict(image=["0.png"])), ("interpolate", {}), ("stroke", dict(image=["0.png"]))])
+@pytest.mark.parametrize(
+    "task, flags",
+    [("denoise", dict(image=["0.png"])), ("interpolate", {}), ("stroke", dict(image=["0.png"]))],
+)
 def test_steps_draw_noise_of_their_own(desk, task, flags):
     """What the second step adds is independent of what the picture started from."""
     net = exact()
     edit(net, task, sample=1, sigmas=[3.0, 2.0], seed=5, **flags)
     first, second = (x - as_x(toys()[:1]) * (task != "interpolate") for x, _ in net.seen)
-    second = second if task != "interpolate" else net.seen[1][0] - net.flow(net.seen[0][0].double(), net.seen[0][1])
+    second = (
+        second
+        if task != "interpolate"
+        else net.seen[1][0] - net.flow(net.seen[0][0].double(), net.seen[0][1])
+    )
     assert F.cosine_similarity(first.flatten(1), second.flatten(1)).abs().max() < 0.25
 
 
@@ -289,7 +375,11 @@ def test_labels_are_those_of_the_rows(desk):
     net.classes = 10
     edit(net, "stroke", image=FILES[:2], labels=[3, 9], sample=3)
     assert net.y.tolist() == [3, 3, 3, 9, 9, 9]
-    for classes, labels, wanted in ((10, None, range(8)), (2, None, range(2)), (10, [7, 7, 4], [7, 7, 4])):
+    for classes, labels, wanted in (
+        (10, None, range(8)),
+        (2, None, range(2)),
+        (10, [7, 7, 4], [7, 7, 4]),
+    ):
         net.classes = classes
         edit(net, "interpolate", "out.png", labels=labels, sample=2)
         assert net.y.tolist() == [y for y in wanted for _ in range(2)]
@@ -297,9 +387,12 @@ def test_labels_are_those_of_the_rows(desk):
 
 def test_what_edits_see_of_a_network_is_clipped(desk):
     class Wild(Exact):
-        def forward(self, x_in, t_in, y=None, extra=None):
-            self.seen.append((x_in / common.bcast(common.cm_scalings((t_in / 250).exp())[2], x_in), t_in))
+        def forward(self, x_in, t_in, y=None, cond=None):
+            self.seen.append(
+                (x_in / common.bcast(common.cm_scalings((t_in / 250).exp())[2], x_in), t_in)
+            )
             return 100 * x_in
+
     net = Wild(torch.zeros(1, 3, 16, 16))
     edit(net, "stroke", image=FILES, sample=1)
     noise = net.seen[1][0] - (100 * net.seen[0][0]).clamp(-1, 1)
@@ -324,20 +417,36 @@ def test_sixteen_bit_and_palette_images_may_be_small_too(desk):
     Image.fromarray(grey).save("deep.png")
     Image.fromarray(toys()[0, ::4, ::4]).quantize(16).save("palette.png")
     deep, whole = common.read_image("deep.png", 16, 4)
-    assert not whole and (deep[0, ::4, ::4] - (torch.tensor(grey / 65535.0) * 2 - 1)).abs().max() < 0.01
+    assert (
+        not whole
+        and (deep[0, ::4, ::4] - (torch.tensor(grey / 65535.0) * 2 - 1)).abs().max() < 0.01
+    )
     palette, _ = common.read_image("palette.png", 16, 4)
-    close(palette, as_x(np.asarray(Image.open("palette.png").convert("RGB"))[None].repeat(4, 1).repeat(4, 2)))
+    close(
+        palette,
+        as_x(np.asarray(Image.open("palette.png").convert("RGB"))[None].repeat(4, 1).repeat(4, 2)),
+    )
 
 
 def test_pictures_show_what_was_given_the_results_and_the_original(desk):
     net = exact()
-    for task, given in (("inpaint", (1 - HOLE) * as_x(toys())), ("stroke", as_x(toys())), 
-                        ("colorize", torch.einsum("nchw,c->nhw", as_x(toys()), torch.tensor([0.2989, 0.587, 0.114]))[:, None].expand(-1, 3, -1, -1))):  # grey
+    for task, given in (
+        ("inpaint", (1 - HOLE) * as_x(toys())),
+        ("stroke", as_x(toys())),
+        (
+            "colorize",
+            torch.einsum("nchw,c->nhw", as_x(toys()), torch.tensor([0.2989, 0.587, 0.114]))[
+                :, None
+            ].expand(-1, 3, -1, -1),
+        ),
+    ):  # grey
         results = edit(net, task, image=FILES[:2], sample=3)
         edit(net, task, "out.png", image=FILES[:2], sample=3)
         picture = np.asarray(Image.open("out.png"))[::3, ::3]
         cells = picture.reshape(2, 16, -1, 16, 3).swapaxes(1, 2)
-        assert (cells[:, 0] == common.to_uint8(given[:2]).numpy()).all() and (cells[:, 1:4] == results).all()
+        assert (cells[:, 0] == common.to_uint8(given[:2]).numpy()).all() and (
+            cells[:, 1:4] == results
+        ).all()
         assert cells.shape[1] == (4 if task == "stroke" else 5)
         assert task == "stroke" or (cells[:, 4] == toys()[:2]).all()
 
@@ -354,11 +463,18 @@ def test_masks(desk):
 
 # ---- interpolation
 
+
 def test_slerp():
     """Ends, equal angles, constant length; each image has an arc of its own."""
     torch.manual_seed(0)
     z1 = torch.randn(3, 3, 16, 16)
-    z2 = torch.stack([torch.randn(3, 16, 16), 0.9 * z1[1] + 0.1 * torch.randn(3, 16, 16), -0.8 * z1[2] + 0.2 * torch.randn(3, 16, 16)])
+    z2 = torch.stack(
+        [
+            torch.randn(3, 16, 16),
+            0.9 * z1[1] + 0.1 * torch.randn(3, 16, 16),
+            -0.8 * z1[2] + 0.2 * torch.randn(3, 16, 16),
+        ]
+    )
     length = z1.flatten(1).norm(dim=1)
     z2 = z2 * common.bcast(length / z2.flatten(1).norm(dim=1), z2)
     frames = torch.stack([common.slerp(z1, z2, torch.full((3,), a / 8)) for a in range(9)])
@@ -374,11 +490,22 @@ def test_slerp():
 
 
 def test_interpolation_goes_from_sample_to_sample(desk):
-    """Row i begins with sample 2 i and ends with sample 2 i + 1 of the same seed; what f sees is unit noise times 80 all the way."""
+    """Row i begins with sample 2 i and ends with sample 2 i + 1 of the same seed; what f sees
+    is unit noise times 80 all the way."""
     net = exact()
     results = edit(net, "interpolate", sample=5, seed=3)
-    samples = common.draw_many(CPU, lambda y, noise, shape, _: cd.sample(net, [80.0], None, noise, shape), 8, None, (3, 16, 16), 3)
-    assert results.shape[:2] == (4, 5) and (results[:, [0, -1]] == samples.reshape(4, 2, 16, 16, 3)).all()
+    samples = common.draw_many(
+        CPU,
+        lambda y, noise, shape: cd.sample(net, [80.0], None, noise, shape),
+        8,
+        None,
+        (3, 16, 16),
+        3,
+    )
+    assert (
+        results.shape[:2] == (4, 5)
+        and (results[:, [0, -1]] == samples.reshape(4, 2, 16, 16, 3)).all()
+    )
     x, t = net.seen[0]
     close(t, [80] * 20, 1e-5)
     close((x / 80).unflatten(0, (4, 5)).std((2, 3, 4)), torch.ones(20), 0.08)
@@ -391,20 +518,25 @@ def test_interpolation_goes_from_sample_to_sample(desk):
 
 # ---- time points
 
+
 @pytest.mark.parametrize("case", VECTORS["ternary_search"])
 def test_ternary_search_vectors(case):
     best, _, low, high = (int(word) if word.isdigit() else word for word in case.split("_")[2:])
     seen = []
-    assert cd.ternary_search(lambda i: seen.append(i) or (i - best) ** 2, low, high) == VECTORS["ternary_search"][case]["result"]
+    assert (
+        bench.ternary_search(lambda i: seen.append(i) or (i - best) ** 2, low, high)
+        == VECTORS["ternary_search"][case]["result"]
+    )
     assert seen == VECTORS["ternary_search"][case]["unique_evaluations_in_order"]
 
 
 @pytest.mark.parametrize("low", [0, 7])
 @pytest.mark.parametrize("width", [0, 1, 2, 3, 4, 5, 12, 39])
 def test_ternary_search_finds_every_minimum(low, width):
-    """The ends, too, and in ranges too narrow to be split: openai's search returns a neighbour there, or fails."""
+    """The ends, too, and in ranges too narrow to be split: openai's search returns a neighbour
+    there, or fails."""
     for best in range(low, low + width + 1):
-        assert cd.ternary_search(lambda i: abs(i - best), low, low + width) == best
+        assert bench.ternary_search(lambda i: abs(i - best), low, low + width) == best
 
 
 def test_ternary_search_of_random_valleys():
@@ -412,9 +544,16 @@ def test_ternary_search_of_random_valleys():
     for _ in range(300):
         width = int(rng.integers(0, 300))
         best = int(rng.integers(0, width + 1))
-        left, right = rng.exponential(size=best).cumsum()[::-1], rng.exponential(size=width - best).cumsum()
+        left, right = (
+            rng.exponential(size=best).cumsum()[::-1],
+            rng.exponential(size=width - best).cumsum(),
+        )
         values, seen = [*left, -1.0, *right], []
-        assert cd.ternary_search(lambda i: seen.append(i) or values[i], 0, width) == best == int(np.argmin(values))
+        assert (
+            bench.ternary_search(lambda i: seen.append(i) or values[i], 0, width)
+            == best
+            == int(np.argmin(values))
+        )
         assert len(seen) == len(set(seen)) <= 2 * math.log(max(width, 1), 1.5) + 3
 
 
@@ -426,34 +565,59 @@ def test_search_is_greedy_from_the_largest_level_down():
     def score(sigmas):
         seen.append(sigmas)
         return abs(math.log(sigmas[-1] / goals[len(sigmas) - 1]))
-    found = cd.search_times(score, 4, 40)
+
+    found = bench.search_times(score, 4, 40)
     close(found, [grid[(grid / goal).log().abs().argmin()] for goal in goals])
     assert found[0] == 80 and all(isinstance(t, float) for t in found)
     for sigmas in seen:
         *before, level = sigmas
-        assert before == found[:len(before)] and common.T_MIN <= level <= before[-1] * (1 + 1e-6)
+        assert before == found[: len(before)] and common.T_MIN <= level <= before[-1] * (1 + 1e-6)
     assert [len(sigmas) for sigmas in seen] == sorted(len(sigmas) for sigmas in seen)
-    assert cd.search_times(score, 1, 40) == [80]
-    close(cd.search_times(lambda sigmas: sigmas[-1], 2, 40), [80, common.T_MIN])
+    assert bench.search_times(score, 1, 40) == [80]
+    close(bench.search_times(lambda sigmas: sigmas[-1], 2, 40), [80, common.T_MIN])
 
 
-@pytest.mark.parametrize("row", [row for row in VECTORS["time_points"] if 0 < row["index"] < row["steps"] - 1],
-                         ids=lambda row: f"{row['index']} of {row['steps']}")
+@pytest.mark.parametrize(
+    "row",
+    [row for row in VECTORS["time_points"] if 0 < row["index"] < row["steps"] - 1],
+    ids=lambda row: f"{row['index']} of {row['steps']}",
+)
 def test_published_time_points_are_found_where_the_score_is_best(row):
     grid = common.karras_times(row["steps"]).flip(0).tolist()
-    found = cd.search_times(lambda sigmas: abs(grid.index(sigmas[1]) - row["index"]), 2, row["steps"])
+    found = bench.search_times(
+        lambda sigmas: abs(grid.index(sigmas[1]) - row["index"]), 2, row["steps"]
+    )
     close(found, [80, row["sigma"]], 2e-6)
 
 
 # ---- the command line
 
+
 def save_net(path, args, script="cd", seed=0, filled=True, **model_args):
     torch.manual_seed(seed)
-    model_args = common.net_settings(["glyphs", "image_size=8", "base=32", "mult=1", "blocks=1"]) | dict(classes=0, dropout=0.0) | model_args
+    model_args = (
+        common.net_settings(["glyphs", "image_size=8", "base=32", "mult=1", "blocks=1"])
+        | dict(classes=0, dropout=0.0)
+        | model_args
+    )
     net = common.UNet(**model_args)
     state = (fill(net) if filled else net).state_dict()
-    torch.save(dict(script=script, step=6, images=48, skipped=0, args=args, model_args=model_args, net=state, target=None, ema=state,
-                    optimizer={}, torch_version=str(torch.__version__)), path)
+    torch.save(
+        dict(
+            script=script,
+            step=6,
+            images=48,
+            skipped=0,
+            args=args,
+            model_args=model_args,
+            net=state,
+            target=None,
+            ema=state,
+            optimizer={},
+            torch_version=str(torch.__version__),
+        ),
+        path,
+    )
 
 
 STUDENT = dict(stage="distill", dataset="glyphs", data_dir=None, w_max=0.0)
@@ -484,13 +648,26 @@ sys.argv[1:] = ["--edit", "inpaint", "--ckpt", "nowhere.pt"]
 
 EDITS = {  # flags, and the columns and rows of the picture
     "inpaint": ["--edit inpaint --ckpt plain.pt --image a.png b.png", (6, 2)],
-    "inpaint masked": ["--edit inpaint --ckpt plain.pt --image a.png b.png --mask mask.png --sample 3 --sigmas 80 2.5 0.4", (5, 2)],
+    "inpaint masked": [
+        "--edit inpaint --ckpt plain.pt --image a.png b.png --mask mask.png --sample 3 --sigmas 80 "
+        "2.5 0.4",
+        (5, 2),
+    ],
     "colorize": ["--edit colorize --ckpt plain.pt --image a.png b.png --sample 2", (4, 2)],
     "superres": ["--edit superres --ckpt plain.pt --image a.png b.png --sample 2", (4, 2)],
-    "superres by 4": ["--edit superres --ckpt plain.pt --image a.png b.png --sample 2 --factor 4", (4, 2)],
-    "superres small": ["--edit superres --ckpt plain.pt --image small.png --sample 2 --factor 4 --sigmas 80 1", (4, 1)],
+    "superres by 4": [
+        "--edit superres --ckpt plain.pt --image a.png b.png --sample 2 --factor 4",
+        (4, 2),
+    ],
+    "superres small": [
+        "--edit superres --ckpt plain.pt --image small.png --sample 2 --factor 4 --sigmas 80 1",
+        (4, 1),
+    ],
     "stroke": ["--edit stroke --ckpt wild.pt --image a.png", (5, 1)],
-    "denoise": ["--edit denoise --ckpt wild.pt --image a.png b.png --sample 1 --noise-level 0.5", (3, 2)],
+    "denoise": [
+        "--edit denoise --ckpt wild.pt --image a.png b.png --sample 1 --noise-level 0.5",
+        (3, 2),
+    ],
     "denoise noisy": ["--edit denoise --ckpt wild.pt --image a.png b.png --noisy", (2, 2)],
     "interpolate": ["--edit interpolate --ckpt wild.pt", (10, 4)],
     "interpolate labels": ["--edit interpolate --ckpt labels.pt --labels 3 5 --sample 4", (4, 2)],
@@ -501,34 +678,106 @@ EDITS = {  # flags, and the columns and rows of the picture
 }
 MISTAKES = {
     "no image": ["--edit inpaint --ckpt wild.pt", "--image"],
-    "missing image": ["--edit inpaint --ckpt wild.pt --image a.png nowhere.png", "--image nowhere.png"],
+    "missing image": [
+        "--edit inpaint --ckpt wild.pt --image a.png nowhere.png",
+        "--image nowhere.png",
+    ],
     "unreadable image": ["--edit stroke --ckpt wild.pt --image text.png", "--image text.png"],
     "cut image": ["--edit stroke --ckpt wild.pt --image cut.png", "--image cut.png"],
-    "image too small": ["--edit stroke --ckpt wild.pt --image small.png", "--image small.png", "2x2", "8"],
-    "superres of too small an image": ["--edit superres --ckpt wild.pt --image small.png", "--image small.png", "2x2"],
-    "superres of half a small image": ["--edit superres --ckpt wild.pt --factor 4 --image flat.png", "--image flat.png", "2x1"],
-    "image to interpolate": ["--edit interpolate --ckpt wild.pt --image a.png", "--image", "interpolate"],
+    "image too small": [
+        "--edit stroke --ckpt wild.pt --image small.png",
+        "--image small.png",
+        "2x2",
+        "8",
+    ],
+    "superres of too small an image": [
+        "--edit superres --ckpt wild.pt --image small.png",
+        "--image small.png",
+        "2x2",
+    ],
+    "superres of half a small image": [
+        "--edit superres --ckpt wild.pt --factor 4 --image flat.png",
+        "--image flat.png",
+        "2x1",
+    ],
+    "image to interpolate": [
+        "--edit interpolate --ckpt wild.pt --image a.png",
+        "--image",
+        "interpolate",
+    ],
     "image without edit": ["--ckpt wild.pt --image a.png", "--image"],
     "edit without checkpoint": ["--edit stroke --image a.png", "--ckpt"],
     "edit unknown": ["--edit paint --ckpt wild.pt", "--edit", "inpaint"],
-    "mask of another task": ["--edit colorize --ckpt wild.pt --image a.png --mask mask.png", "--mask", "inpaint"],
-    "missing mask": ["--edit inpaint --ckpt wild.pt --image a.png --mask nowhere.png", "--mask nowhere.png"],
-    "small mask": ["--edit inpaint --ckpt wild.pt --image a.png --mask small.png", "--mask small.png", "2x2"],
-    "factor of another task": ["--edit inpaint --ckpt wild.pt --image a.png --factor 4", "--factor", "superres"],
-    "factor that does not divide": ["--edit superres --ckpt wild.pt --image a.png --factor 3", "--factor 3", "8"],
-    "factor beyond the image": ["--edit superres --ckpt wild.pt --image a.png --factor 16", "--factor 16"],
-    "noise level of another task": ["--edit stroke --ckpt wild.pt --image a.png --noise-level 1", "--noise-level", "denoise"],
-    "noise level out of range": ["--edit denoise --ckpt wild.pt --image a.png --noise-level 100", "--noise-level"],
-    "noise level twice": ["--edit denoise --ckpt wild.pt --image a.png --noise-level 1 --sigmas 2", "--noise-level", "--sigmas"],
-    "noisy of another task": ["--edit stroke --ckpt wild.pt --image a.png --noisy", "--noisy", "denoise"],
+    "mask of another task": [
+        "--edit colorize --ckpt wild.pt --image a.png --mask mask.png",
+        "--mask",
+        "inpaint",
+    ],
+    "missing mask": [
+        "--edit inpaint --ckpt wild.pt --image a.png --mask nowhere.png",
+        "--mask nowhere.png",
+    ],
+    "small mask": [
+        "--edit inpaint --ckpt wild.pt --image a.png --mask small.png",
+        "--mask small.png",
+        "2x2",
+    ],
+    "factor of another task": [
+        "--edit inpaint --ckpt wild.pt --image a.png --factor 4",
+        "--factor",
+        "superres",
+    ],
+    "factor that does not divide": [
+        "--edit superres --ckpt wild.pt --image a.png --factor 3",
+        "--factor 3",
+        "8",
+    ],
+    "factor beyond the image": [
+        "--edit superres --ckpt wild.pt --image a.png --factor 16",
+        "--factor 16",
+    ],
+    "noise level of another task": [
+        "--edit stroke --ckpt wild.pt --image a.png --noise-level 1",
+        "--noise-level",
+        "denoise",
+    ],
+    "noise level out of range": [
+        "--edit denoise --ckpt wild.pt --image a.png --noise-level 100",
+        "--noise-level",
+    ],
+    "noise level twice": [
+        "--edit denoise --ckpt wild.pt --image a.png --noise-level 1 --sigmas 2",
+        "--noise-level",
+        "--sigmas",
+    ],
+    "noisy of another task": [
+        "--edit stroke --ckpt wild.pt --image a.png --noisy",
+        "--noisy",
+        "denoise",
+    ],
     "no labels": ["--edit inpaint --ckpt labels.pt --image a.png", "--labels"],
-    "labels of an unconditional net": ["--edit inpaint --ckpt wild.pt --image a.png --labels 3", "--labels 3"],
-    "label out of range": ["--edit inpaint --ckpt labels.pt --image a.png --labels 10", "--labels 10", "9"],
-    "edit with a teacher": ["--edit inpaint --ckpt teacher.pt --image a.png", "--edit", "teacher.pt"],
+    "labels of an unconditional net": [
+        "--edit inpaint --ckpt wild.pt --image a.png --labels 3",
+        "--labels 3",
+    ],
+    "label out of range": [
+        "--edit inpaint --ckpt labels.pt --image a.png --labels 10",
+        "--labels 10",
+        "9",
+    ],
+    "edit with a teacher": [
+        "--edit inpaint --ckpt teacher.pt --image a.png",
+        "--edit",
+        "teacher.pt",
+    ],
     "levels of a teacher": ["--ckpt teacher.pt --sigmas 80", "--sigmas", "teacher.pt"],
     "search with a teacher": ["--ckpt teacher.pt --search-times 2", "--search-times", "teacher.pt"],
     "guidance of a plain teacher": ["--ckpt teacher.pt --w 1", "--w 1", "teacher.pt"],
-    "guidance of a plain student": ["--edit stroke --ckpt wild.pt --image a.png --w 0.5", "--w 0.5", "wild.pt"],
+    "guidance of a plain student": [
+        "--edit stroke --ckpt wild.pt --image a.png --w 0.5",
+        "--w 0.5",
+        "wild.pt",
+    ],
     "guidance of ct.py's": ["--ckpt ct.pt --w 1", "--w 1", "ct.pt"],
     "too much guidance": ["--ckpt guided.pt --w 4.5", "--w 4.5", "4.0"],
     "grid of a student": ["--ckpt wild.pt --N 18", "--N", "wild.pt"],
@@ -542,36 +791,58 @@ MISTAKES = {
     "search for one": ["--ckpt wild.pt --search-times 1", "--search-times"],
     "stage of a known checkpoint": ["--ckpt wild.pt --stage teacher", "--stage"],
     "another script's checkpoint": ["--edit interpolate --ckpt ctm.pt", "ctm.pt", "ctm.py"],
-    "picture of unknown kind": ["--edit interpolate --ckpt wild.pt --save out.jpg", "--save out.jpg"],
+    "picture of unknown kind": [
+        "--edit interpolate --ckpt wild.pt --save out.jpg",
+        "--save out.jpg",
+    ],
 }
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """All command lines, each in a process of its own, forked from one that has imported torch: its folder, and name -> (code, out, err)."""
+    """All command lines, each in a process of its own, forked from one that has imported torch:
+    its folder, and name -> (code, out, err)."""
     folder = tmp_path_factory.mktemp("desk")
     save_net(folder / "wild.pt", STUDENT)
     save_net(folder / "plain.pt", STUDENT, filled=False)
     save_net(folder / "labels.pt", STUDENT, classes=10)
-    save_net(folder / "guided.pt", STUDENT | dict(w_max=4.0), classes=10, extra=True)
+    save_net(folder / "guided.pt", STUDENT | dict(w_max=4.0), classes=10, cond=True)
     save_net(folder / "teacher.pt", dict(stage="teacher", dataset="glyphs"), null=False)
     save_net(folder / "ct.pt", dict(dataset="glyphs", recipe="ict"), "ct")
     save_net(folder / "ctm.pt", dict(dataset="glyphs"), "ctm")
-    images = (common.glyphs(2, 0, size=8)[0] // 2 + 64).astype(np.uint8)  # far from black and white, where bytes are cut off
-    for name, image in dict(a=images[0], b=images[1], small=images[0, ::4, ::4], flat=images[0, ::4, ::4][:1],
-                            mask=np.tri(8, dtype=np.uint8) * 255).items():
+    images = (common.glyphs(2, 0, size=8)[0] // 2 + 64).astype(
+        np.uint8
+    )  # far from black and white, where bytes are cut off
+    for name, image in dict(
+        a=images[0],
+        b=images[1],
+        small=images[0, ::4, ::4],
+        flat=images[0, ::4, ::4][:1],
+        mask=np.tri(8, dtype=np.uint8) * 255,
+    ).items():
         Image.fromarray(image).save(folder / f"{name}.png")
     (folder / "text.png").write_text("not an image\nat all")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-30])
     machine = ["--device", "cpu", "--precision", "fp32"]
     commands = {name: [*words[0].split(), *machine] for name, words in MISTAKES.items()}
     for name, (words, _) in EDITS.items():
-        commands |= {f"{name} {kind}": [*words.split(), *machine, "--save", f"{name}.{kind}"] for kind in ("png", "npz")}
+        commands |= {
+            f"{name} {kind}": [*words.split(), *machine, "--save", f"{name}.{kind}"]
+            for kind in ("png", "npz")
+        }
     commands["folder"] = [*EDITS["stroke"][0].split(), *machine, "--save", "some/folder"]
     (folder / "commands.json").write_text(json.dumps(commands))
-    assert "cd.py: error: nowhere.pt" in run_script(script="cd.py", cwd=folder, prelude=FORKS, code=2).stderr
-    return folder, {name: (int((folder / f"{name}.code").read_text()), *((folder / f"{name}.{kind}").read_text() for kind in ("out", "err")))
-                    for name in commands}
+    assert (
+        "cd.py: error: nowhere.pt"
+        in run_script(script="cd.py", cwd=folder, prelude=FORKS, code=2).stderr
+    )
+    return folder, {
+        name: (
+            int((folder / f"{name}.code").read_text()),
+            *((folder / f"{name}.{kind}").read_text() for kind in ("out", "err")),
+        )
+        for name in commands
+    }
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -580,26 +851,46 @@ def test_command_line(done, name):
     words, (columns, rows) = EDITS[name]
     for kind in ("png", "npz"):
         code, out, err = runs[f"{name} {kind}"]
-        calls = len(words.split("--sigmas ")[1].split()) if "--sigmas" in words else len(common.TASKS[words.split()[1]])
+        calls = (
+            len(words.split("--sigmas ")[1].split())
+            if "--sigmas" in words
+            else len(common.TASKS[words.split()[1]])
+        )
         assert code == 0 and not err and out.count("\n") == 1 and f"{name}.{kind}" in out, out + err
-        assert out.startswith(f"{words.split()[1]}: {rows} row(s), ") and f" {calls} network call(s)" in out
+        assert (
+            out.startswith(f"{words.split()[1]}: {rows} row(s), ")
+            and f" {calls} network call(s)" in out
+        )
     assert Image.open(folder / f"{name}.png").size == (48 * columns, 48 * rows)
     with np.load(folder / f"{name}.npz") as saved:
         extra = 0 if "interpolate" in name else 1 if "stroke" in words or "noisy" in name else 2
-        assert saved["arr_0"].shape == (rows * (columns - extra), 8, 8, 3) and saved["arr_0"].std() > 5
+        assert (
+            saved["arr_0"].shape == (rows * (columns - extra), 8, 8, 3) and saved["arr_0"].std() > 5
+        )
         if "--labels" in words:
             labels = [int(word) for word in words.split("--labels ")[1].split(" --")[0].split()]
             assert saved["arr_1"].tolist() == [y for y in labels for _ in range(columns - extra)]
 
 
-@pytest.mark.parametrize("name, known, rounding", [
-    ("inpaint", 1 - np.pad(np.ones((4, 4)), 2), 0), ("inpaint masked", 1 - np.tri(8), 0), ("colorize", None, 0.8), ("superres", 2, 0.51),
-    ("superres by 4", 4, 0.51)])
+@pytest.mark.parametrize(
+    "name, known, rounding",
+    [
+        ("inpaint", 1 - np.pad(np.ones((4, 4)), 2), 0),
+        ("inpaint masked", 1 - np.tri(8), 0),
+        ("colorize", None, 0.8),
+        ("superres", 2, 0.51),
+        ("superres by 4", 4, 0.51),
+    ],
+)
 def test_known_parts_hold_to_rounding(done, name, known, rounding):
     """Where nothing was cut off at black or white."""
     folder, _ = done
     results = np.load(folder / f"{name}.npz")["arr_0"].transpose(0, 3, 1, 2).astype(float)
-    images = np.stack([np.asarray(Image.open(folder / f"{x}.png")) for x in "ab"]).transpose(0, 3, 1, 2).astype(float)
+    images = (
+        np.stack([np.asarray(Image.open(folder / f"{x}.png")) for x in "ab"])
+        .transpose(0, 3, 1, 2)
+        .astype(float)
+    )
     images = images.repeat(len(results) // 2, 0)
     whole = ((results > 0) & (results < 255)).all(1, keepdims=True)
     if isinstance(known, int):
@@ -624,12 +915,18 @@ def test_results_are_saved_to_a_folder(done):
     assert runs["folder"][0] == 0
     saved = np.load(folder / "stroke.npz")["arr_0"]
     files = sorted((folder / "some" / "folder").iterdir())
-    assert len(files) == 4 and all((np.asarray(Image.open(file)) == image).all() for file, image in zip(files, saved))
+    assert len(files) == 4 and all(
+        (np.asarray(Image.open(file)) == image).all() for file, image in zip(files, saved)
+    )
     assert len(np.unique(saved.reshape(4, -1), axis=0)) == 4
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_end_in_one_line(done, name):
     code, out, err = done[1][name]
-    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("cd.py: error: "), (code, out, err)
+    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("cd.py: error: "), (
+        code,
+        out,
+        err,
+    )
     assert all(word in err for word in MISTAKES[name][1:]), err
