@@ -3,7 +3,6 @@ answers, the command line."""
 
 import argparse
 import itertools
-import json
 import math
 import types
 
@@ -18,7 +17,7 @@ import cd
 import common
 from test_data import REAL
 from test_math import toy_c
-from util import ROOT, VECTORS, close, fill, gauss, img, numbered_noise, run_script
+from util import VECTORS, close, fill, gauss, img, numbered_noise, run_script
 
 SHAPE = (2, 3, 16, 16)
 CPU = types.SimpleNamespace(
@@ -241,9 +240,8 @@ FILES = [f"{i}.png" for i in range(5)]
 def edit(net, task, save="out.npz", **flags):
     """common.edit_images as the command line calls it. Returns the results (rows, each, H, W,
     3)."""
-    args = argparse.Namespace(
-        **common.SAMPLING_DEFAULTS | cd.SAMPLING | dict(ckpt="it", edit=task, save=save) | flags
-    )
+    defaults = cd.make_parser().defaults | common.SAMPLING_DEFAULTS
+    args = argparse.Namespace(**defaults | dict(ckpt="it", edit=task, save=save) | flags)
     common.edit_images(args, CPU, net, lambda y: cd.consistency_function(net, y, args.w))
     if save.endswith(".npz"):
         images = np.load(save)["arr_0"]
@@ -621,31 +619,6 @@ def save_net(path, args, script="cd", seed=0, filled=True, **model_args):
 
 
 STUDENT = dict(stage="distill", dataset="glyphs", data_dir=None, w_max=0.0)
-FORKS = f"""
-import gc, json, os, runpy, torch.distributed, PIL.Image
-PIL.Image.preinit()
-gc.freeze()
-for name, words in json.load(open("commands.json")).items():
-    if os.fork():
-        with open(name + ".code", "w") as file:
-            file.write(str(os.waitstatus_to_exitcode(os.wait()[1])))
-        continue
-    for stream, kind in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(name + kind, os.O_CREAT | os.O_WRONLY), stream)
-    sys.argv, code = [{str(ROOT / "cd.py")!r}, *words], 0
-    try:
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except Exception as error:
-            code = 1
-            sys.excepthook(type(error), error, error.__traceback__)
-    except SystemExit as error:
-        code = error.code
-    sys.stdout.flush()
-    os._exit(code)  # taking torch down takes longer than all the rest
-sys.argv[1:] = ["--edit", "inpaint", "--ckpt", "nowhere.pt"]
-"""
-
 EDITS = {  # flags, and the columns and rows of the picture
     "inpaint": ["--edit inpaint --ckpt plain.pt --image a.png b.png", (6, 2)],
     "inpaint masked": [
@@ -710,8 +683,7 @@ MISTAKES = {
     "edit unknown": ["--edit paint --ckpt wild.pt", "--edit", "inpaint"],
     "mask of another task": [
         "--edit colorize --ckpt wild.pt --image a.png --mask mask.png",
-        "--mask",
-        "inpaint",
+        "--mask does not apply with --edit colorize",
     ],
     "missing mask": [
         "--edit inpaint --ckpt wild.pt --image a.png --mask nowhere.png",
@@ -724,8 +696,7 @@ MISTAKES = {
     ],
     "factor of another task": [
         "--edit inpaint --ckpt wild.pt --image a.png --factor 4",
-        "--factor",
-        "superres",
+        "--factor does not apply with --edit inpaint",
     ],
     "factor that does not divide": [
         "--edit superres --ckpt wild.pt --image a.png --factor 3",
@@ -738,8 +709,7 @@ MISTAKES = {
     ],
     "noise level of another task": [
         "--edit stroke --ckpt wild.pt --image a.png --noise-level 1",
-        "--noise-level",
-        "denoise",
+        "--noise-level does not apply with --edit stroke",
     ],
     "noise level out of range": [
         "--edit denoise --ckpt wild.pt --image a.png --noise-level 100",
@@ -752,8 +722,7 @@ MISTAKES = {
     ],
     "noisy of another task": [
         "--edit stroke --ckpt wild.pt --image a.png --noisy",
-        "--noisy",
-        "denoise",
+        "--noisy does not apply with --edit stroke",
     ],
     "no labels": ["--edit inpaint --ckpt labels.pt --image a.png", "--labels"],
     "labels of an unconditional net": [
@@ -771,7 +740,6 @@ MISTAKES = {
         "teacher.pt",
     ],
     "levels of a teacher": ["--ckpt teacher.pt --sigmas 80", "--sigmas", "teacher.pt"],
-    "search with a teacher": ["--ckpt teacher.pt --search-times 2", "--search-times", "teacher.pt"],
     "guidance of a plain teacher": ["--ckpt teacher.pt --w 1", "--w 1", "teacher.pt"],
     "guidance of a plain student": [
         "--edit stroke --ckpt wild.pt --image a.png --w 0.5",
@@ -783,12 +751,9 @@ MISTAKES = {
     "grid of a student": ["--ckpt wild.pt --N 18", "--N", "wild.pt"],
     "grid of an edit": ["--edit stroke --ckpt wild.pt --image a.png --N 18", "--N"],
     "churn of a student": ["--ckpt wild.pt --churn 10", "--churn", "wild.pt"],
-    "churn of a search": ["--ckpt wild.pt --search-times 2 --churn 10", "--churn"],
-    "data without search": ["--ckpt wild.pt --dataset glyphs", "--dataset"],
-    "data folder without search": ["--ckpt wild.pt --data-dir data", "--data-dir"],
-    "levels of a search": ["--ckpt wild.pt --search-times 2 --sigmas 80 1", "--sigmas"],
-    "edit and search": ["--ckpt wild.pt --search-times 2 --edit interpolate", "--edit"],
-    "search for one": ["--ckpt wild.pt --search-times 1", "--search-times"],
+    "a search that moved": ["--ckpt wild.pt --search-times 2", "tests/bench.py search-times"],
+    "data without --eval": ["--ckpt wild.pt --dataset glyphs", "--dataset"],
+    "data folder without --eval": ["--ckpt wild.pt --data-dir data", "--data-dir"],
     "stage of a known checkpoint": ["--ckpt wild.pt --stage teacher", "--stage"],
     "another script's checkpoint": ["--edit interpolate --ckpt ctm.pt", "ctm.pt", "ctm.py"],
     "picture of unknown kind": [
@@ -800,8 +765,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """All command lines, each in a process of its own, forked from one that has imported torch:
-    its folder, and name -> (code, out, err)."""
+    """All command lines: their folder, and name -> (code, out, err)."""
     folder = tmp_path_factory.mktemp("desk")
     save_net(folder / "wild.pt", STUDENT)
     save_net(folder / "plain.pt", STUDENT, filled=False)
@@ -810,39 +774,25 @@ def done(tmp_path_factory):
     save_net(folder / "teacher.pt", dict(stage="teacher", dataset="glyphs"), null=False)
     save_net(folder / "ct.pt", dict(dataset="glyphs", recipe="ict"), "ct")
     save_net(folder / "ctm.pt", dict(dataset="glyphs"), "ctm")
-    images = (common.glyphs(2, 0, size=8)[0] // 2 + 64).astype(
-        np.uint8
-    )  # far from black and white, where bytes are cut off
-    for name, image in dict(
-        a=images[0],
-        b=images[1],
-        small=images[0, ::4, ::4],
-        flat=images[0, ::4, ::4][:1],
-        mask=np.tri(8, dtype=np.uint8) * 255,
-    ).items():
+    # Far from black and white, where bytes are cut off.
+    first, second = (common.glyphs(2, 0, size=8)[0] // 2 + 64).astype(np.uint8)
+    small, mask = first[::4, ::4], np.tri(8, dtype=np.uint8) * 255
+    images = dict(a=first, b=second, small=small, flat=small[:1], mask=mask)
+    for name, image in images.items():
         Image.fromarray(image).save(folder / f"{name}.png")
     (folder / "text.png").write_text("not an image\nat all")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-30])
-    machine = ["--device", "cpu", "--precision", "fp32"]
-    commands = {name: [*words[0].split(), *machine] for name, words in MISTAKES.items()}
+    commands = {name: words[0].split() for name, words in MISTAKES.items()}
     for name, (words, _) in EDITS.items():
-        commands |= {
-            f"{name} {kind}": [*words.split(), *machine, "--save", f"{name}.{kind}"]
-            for kind in ("png", "npz")
-        }
-    commands["folder"] = [*EDITS["stroke"][0].split(), *machine, "--save", "some/folder"]
-    (folder / "commands.json").write_text(json.dumps(commands))
-    assert (
-        "cd.py: error: nowhere.pt"
-        in run_script(script="cd.py", cwd=folder, prelude=FORKS, code=2).stderr
-    )
-    return folder, {
-        name: (
-            int((folder / f"{name}.code").read_text()),
-            *((folder / f"{name}.{kind}").read_text() for kind in ("out", "err")),
-        )
-        for name in commands
-    }
+        for kind in ("png", "npz"):
+            commands[f"{name} {kind}"] = [*words.split(), "--save", f"{name}.{kind}"]
+    commands["folder"] = [*EDITS["stroke"][0].split(), "--save", "some/folder"]
+    runs = {}
+    for name, words in commands.items():
+        machine = "--device", "cpu", "--precision", "fp32"
+        run = run_script(*words, *machine, script="cd.py", cwd=folder)
+        runs[name] = run.returncode, run.stdout, run.stderr
+    return folder, runs
 
 
 @pytest.mark.parametrize("name", EDITS)
