@@ -2,6 +2,7 @@
 import argparse
 import ast
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -304,6 +305,10 @@ def test_tensorboard_is_missing(tmp_path):
 
 
 # ---- a user's own code
+
+def test_the_readme_shows_the_loss_as_it_stands():
+    assert inspect.getsource(ct.loss_fn) in (ROOT / "README.md").read_text()
+
 
 def test_the_readmes_own_code_runs(tmp_path, monkeypatch):
     """As it stands: it trains a step of a network of its own, and draws with it."""
