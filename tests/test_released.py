@@ -60,7 +60,8 @@ def assert_fits_none(folder, state):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key, labels", [("imagenet64", dict(classes=1000)), ("lsun256", {})])
+@pytest.mark.parametrize("key, labels", [("imagenet64", dict(classes=1000)),
+                                         ("lsun256", dict(classes=0))])
 def test_key_sets_load_strictly(tmp_path, key, labels):
     state = random_weights(SHAPES[key], cheap=True)
     net = assert_loads(tmp_path, state, state, common.NETS[key] | labels)
