@@ -547,8 +547,8 @@ def report(args, run, told, records, rows, curves, chosen):
         f"# Scoreboard: {Path(args.dataset).stem}", "",
         f"`python tests/bench.py quality {' '.join(words)}`", "",
         f"{machine()}; torch {torch.__version__}, {str(run.dtype).removeprefix('torch.')}; one "
-        f"run, one seed. Every student took {args.total_steps} optimizer steps of {batch} images, the "
-        f"teacher {args.teacher_steps}; the settings are those of the glyphs recipes, but for "
+        f"run, one seed. Every student took {args.total_steps} optimizer steps of {batch} images, "
+        f"the teacher {args.teacher_steps}; the settings are those of the glyphs recipes, but for "
         "continuous CD and CT --ema-decay 0.99.",
         f"{args.n} samples each; {told}.", "", *table(rows, records), "",
         "- *read as asked*: share of the samples that the classifier reads as the label asked for. "
@@ -556,9 +556,9 @@ def report(args, run, told, records, rows, curves, chosen):
         "moves away from the data as it is meant to.",
         f"- *images/s*: when sampling, {'on the GPU' if gpu else 'in one thread'}. *training "
         f"minutes*: of {'the machine' if gpu else 'processor time'}, start included, + those of "
-        "the teacher where there is one; of a distillation in rounds all its rounds, of which *steps* "
-        f"counts those up to that student. Stage 1 has {3 * args.total_steps // 10} of guided "
-        f"distillation D's {args.total_steps} steps.",
+        "the teacher where there is one; of a distillation in rounds all its rounds, of which "
+        f"*steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} of "
+        f"guided distillation D's {args.total_steps} steps.",
         "- Consistency models draw from the noise levels named, in four steps from those of the "
         "Karras grid of N = 5 but its end, on which CTM jumps too. Steps are the critic's own "
         "turns too.", "",
