@@ -36,8 +36,7 @@ def gaussian_v(s, m=0.0, angle=COSINE):
         phi = angle(tau)
         alpha, sigma = column(phi.cos()).to(z.dtype), column(phi.sin()).to(z.dtype)
         return (
-            alpha * sigma * (1 - s**2) / (alpha**2 * s**2 + sigma**2) * (z - alpha * m) - sigma * m
-        )
+            alpha * sigma * (1 - s**2) / (alpha**2 * s**2 + sigma**2) * (z - alpha * m) - sigma * m)
 
     return v
 
@@ -86,26 +85,18 @@ def test_schedule():
     close(phi.cos() ** 2 + phi.sin() ** 2, torch.ones(1001), 1e-15)
     logsnr = -2 * phi[1:].tan().log()
     assert (
-        logsnr.isfinite().all()
-        and logsnr.max() < 12.43
-        and abs(logsnr.min() + 2 * math.log(80)) < 1e-9
-    )
+        logsnr.isfinite().all() and logsnr.max() < 12.43
+        and abs(logsnr.min() + 2 * math.log(80)) < 1e-9)
 
 
 def test_a_denoiser_read_as_v():
     """x, eps and v round trips; and v of a network is that of its denoised image, at the levels
     the network was trained for."""
     net, z, tau = (
-        tiny(),
-        img((4, 3, 16, 16)),
-        torch.tensor([1e-3, 0.2, 0.7, 1.0], dtype=torch.float64),
-    )
+        tiny(), img((4, 3, 16, 16)), torch.tensor([1e-3, 0.2, 0.7, 1.0], dtype=torch.float64))
     phi = gd.edm_angle(tau)
     alpha, sigma, y = (
-        column(phi.cos()).float(),
-        column(phi.sin()).float(),
-        torch.tensor([0, 3, 7, 9]),
-    )
+        column(phi.cos()).float(), column(phi.sin()).float(), torch.tensor([0, 3, 7, 9]))
     seen = []
 
     def D(x, t, y):
@@ -131,22 +122,19 @@ def test_ddim_of_gaussian_data(name):
     for tau, end in ((1.0, 0.5), (0.7, 0.6), (0.3, 0.0), (0.2, 0.5)):
         phi, to = angle(at(tau)), angle(at(end))
         gain = (to.cos() * phi.cos() * s**2 + to.sin() * phi.sin()) / (
-            phi.cos() ** 2 * s**2 + phi.sin() ** 2
-        )
+            phi.cos() ** 2 * s**2 + phi.sin() ** 2)
         wanted = column(to.cos()) * m + column(gain) * (Z - column(phi.cos()) * m)
         close(gd.ddim(v, angle, Z, at(tau), at(end)), wanted, 1e-12, 1e-12)
     phi = angle(at(0.3))
     posterior = m + column(phi.cos() * s**2 / (phi.cos() ** 2 * s**2 + phi.sin() ** 2)) * (
-        Z - column(phi.cos()) * m
-    )
+        Z - column(phi.cos()) * m)
     close(gd.ddim(v, angle, Z, at(0.3), at(0.0)), posterior, 1e-12, 1e-12)
 
 
 DEVIATIONS = {
     1.0: {2: 0.5, 4: 0.728553, 8: 0.856232, 16: 0.925676, 64: 0.980906},
     0.5: {2: 0.2, 4: 0.33344, 8: 0.41138, 16: 0.45393, 64: 0.48809},
-    2.0: {2: 0.8, 4: 1.33376, 8: 1.6455, 16: 1.81571, 64: 1.95238},
-}
+    2.0: {2: 0.8, 4: 1.33376, 8: 1.6455, 16: 1.81571, 64: 1.95238}}
 
 
 @pytest.mark.parametrize("s", DEVIATIONS)
@@ -176,39 +164,24 @@ def test_loss_by_hand():
     """x0 and noise mixed by cosine and sine, weight, mean square; the target without a
     gradient, 0 iff the student is the target."""
     x0, noise, tau = (
-        img((3, 3, 8, 8)),
-        gauss((3, 3, 8, 8), 3),
-        torch.tensor([0.1, 0.6, 1.0], dtype=torch.float64),
-    )
+        img((3, 3, 8, 8)), gauss((3, 3, 8, 8), 3),
+        torch.tensor([0.1, 0.6, 1.0], dtype=torch.float64))
     a, b = (torch.tensor(value, requires_grad=True) for value in (0.7, 0.2))
     loss = gd.loss_fn(
-        lambda z, tau: a * z,
-        lambda z, tau: b * z,
-        gd.edm_angle,
-        x0,
-        noise,
-        tau,
-        gd.WEIGHTS["trunc"],
-    )
+        lambda z, tau: a * z, lambda z, tau: b * z, gd.edm_angle, x0, noise, tau,
+        gd.WEIGHTS["trunc"])
     phi = gd.edm_angle(tau)
     z = column(phi.cos()).float() * x0 + column(phi.sin()).float() * noise
     close(
         loss,
         torch.maximum(phi.cos() ** 2, phi.sin() ** 2).float() * (0.5 * z).square().mean((1, 2, 3)),
-        1e-5,
-    )
+        1e-5)
     loss.sum().backward()
     assert b.grad is None and a.grad > 0
     assert (
         gd.loss_fn(
-            lambda z, tau: b * z,
-            lambda z, tau: b * z,
-            gd.edm_angle,
-            x0,
-            noise,
-            tau,
-            torch.ones_like,
-        ).max()
+            lambda z, tau: b * z, lambda z, tau: b * z, gd.edm_angle, x0, noise, tau,
+            torch.ones_like).max()
         == 0
     )
 
@@ -233,16 +206,14 @@ def test_guided_different_deviations():
     are combined likewise."""
     s, r, m_c, m_0, w, angle = 0.5, 0.6, 0.8, -0.1, 1.7, gd.edm_angle
     v = lambda z, tau, y: gaussian_v(
-        math.hypot(s, r) if y is None else s, m_0 if y is None else m_c, angle
-    )(z, tau)
+        math.hypot(s, r) if y is None else s, m_0 if y is None else m_c, angle)(z, tau)
     phi = angle(at(0.6))
     alpha, sigma = phi.cos()[0], phi.sin()[0]
     A_c, A_0 = (alpha * q / (alpha**2 * q + sigma**2) for q in (s**2, s**2 + r**2))
     slope = (1 + w) * A_c - w * A_0
     offset = (1 + w) * (m_c - A_c * alpha * m_c) - w * (m_0 - A_0 * alpha * m_0)
     close(
-        alpha * Z - sigma * common.guide(v, 0, at(w))(Z, at(0.6)), slope * Z + offset, 1e-10, 1e-10
-    )
+        alpha * Z - sigma * common.guide(v, 0, at(w))(Z, at(0.6)), slope * Z + offset, 1e-10, 1e-10)
 
 
 def test_a_student_begins_as_its_conditional_teacher():
@@ -250,14 +221,10 @@ def test_a_student_begins_as_its_conditional_teacher():
     teacher, student = tiny(0.1, null=True), common.UNet(**TINY, classes=10, null=True, cond=True)
     student.load_state_dict(student.state_dict() | teacher.state_dict())
     z, tau, y = (
-        img((4, 3, 16, 16)),
-        torch.tensor([0.01, 0.3, 0.8, 1.0], dtype=torch.float64),
-        torch.tensor([0, 3, 7, 9]),
-    )
+        img((4, 3, 16, 16)), torch.tensor([0.01, 0.3, 0.8, 1.0], dtype=torch.float64),
+        torch.tensor([0, 3, 7, 9]))
     v_teacher, v_student = (
-        gd.edm_v(common.net_denoiser(teacher), gd.edm_angle),
-        gd.net_v(student, gd.edm_angle),
-    )
+        gd.edm_v(common.net_denoiser(teacher), gd.edm_angle), gd.net_v(student, gd.edm_angle))
     with torch.no_grad():
         for w in (0.0, 1.0, 4.0):
             assert torch.equal(v_student(z, tau, y, torch.full((4,), w)), v_teacher(z, tau, y))
@@ -266,19 +233,11 @@ def test_a_student_begins_as_its_conditional_teacher():
         assert torch.equal(common.guide(v_teacher, y, minus)(z, tau), v_teacher(z, tau, None))
     w = torch.tensor([0.0, 1.0, 2.0, 4.0])
     gd.loss_fn(
-        lambda z, tau: v_student(z, tau, y, w),
-        common.guide(v_teacher, y, w),
-        gd.edm_angle,
-        z,
-        gauss(z.shape, 3),
-        tau,
-        torch.ones_like,
-    ).sum().backward()
+        lambda z, tau: v_student(z, tau, y, w), common.guide(v_teacher, y, w), gd.edm_angle, z,
+        gauss(z.shape, 3), tau, torch.ones_like).sum().backward()
     grads = [
-        layer.weight.grad.abs().max()
-        for name, layer in student.named_modules()
-        if name.endswith("emb_layers_s.1")
-    ]
+        layer.weight.grad.abs().max() for name, layer in student.named_modules()
+        if name.endswith("emb_layers_s.1")]
     assert grads and min(grads) > 0 and all(p.grad is None for p in teacher.parameters())
 
 
@@ -286,9 +245,7 @@ def test_the_embedding_of_w_tells_weights_apart():
     """A tenth apart they correlate, but not wholly; one apart, less."""
     e = common.sinusoidal_embedding(gd.c_guidance(torch.tensor([2.0, 2.1, 3.0])), 32)
     near, far = (
-        torch.cosine_similarity(e[0], e[1], dim=0),
-        torch.cosine_similarity(e[0], e[2], dim=0),
-    )
+        torch.cosine_similarity(e[0], e[1], dim=0), torch.cosine_similarity(e[0], e[2], dim=0))
     assert 0.5 < near < 0.95 and far < near - 0.1
 
 
@@ -301,10 +258,8 @@ def test_target_lands_where_the_teacher_does(angle, sampler):
     """One DDIM step of the target is two of the teacher; the paper's, the angle and the convex
     forms agree where they are defined."""
     angle = (
-        functools.partial(angle, bottom=gd.BOTTOM)
-        if sampler == "encoder" and angle is gd.edm_angle
-        else angle
-    )
+        functools.partial(angle, bottom=gd.BOTTOM) if sampler == "encoder" and angle is gd.edm_angle
+        else angle)
     v, N = gaussian_v(0.6, 0.3, angle), 8
     for i in range(1, N + 1):
         tau, mid, end = gd.times_of(at(i), N, sampler)
@@ -375,8 +330,7 @@ def test_target_of_an_exact_teacher(s):
             p, q = i / n * math.pi / 2, (i - 1) / n * math.pi / 2
             V, V_end = (math.cos(c) ** 2 * s**2 + math.sin(c) ** 2 for c in (p, q))
             wanted = m + (math.sqrt(V_end / V) * math.sin(p) - math.sin(q)) / math.sin(p - q) * (
-                Z - math.cos(p) * m
-            )
+                Z - math.cos(p) * m)
             close(math.cos(p) * Z - math.sin(p) * v(Z, at(i / n)), wanted, 1e-10, 1e-10)
     close(gd.sample(v, COSINE, 1, "D", Z), m + s * Z, 1e-10, 1e-10)
 
@@ -423,12 +377,7 @@ def test_what_a_round_asks_of_its_teacher():
         )
         for a, b, c in zip(tau, mid, end):
             assert (a, b) in jumps(2 * N) and (b == c or (b, c) in jumps(2 * N)), (
-                sampler,
-                N,
-                a,
-                b,
-                c,
-            )
+                sampler, N, a, b, c)
 
 
 def test_single_jump_of_the_stochastic_student():
@@ -443,10 +392,8 @@ def test_single_jump_of_the_stochastic_student():
     z, tau = Z.float(), gd.times_of(at(1), 4, "S")
     target = gd.two_steps(v, gd.edm_angle, z, *tau)
     assert (
-        torch.equal(target, gaussian_v(0.6, 0.3, gd.edm_angle)(z, tau[0]))
-        and len(seen) == 2
-        and all((t > 0).all() for t in seen)
-    )
+        torch.equal(target, gaussian_v(0.6, 0.3, gd.edm_angle)(z, tau[0])) and len(seen) == 2
+        and all((t > 0).all() for t in seen))
 
 
 @pytest.mark.parametrize("sampler", ["D", "S"])
@@ -473,19 +420,15 @@ def test_float32_targets_of_a_network():
         with torch.no_grad():
             a, b = (
                 gd.two_steps(
-                    lambda z, tau: gd.net_v(n, gd.edm_angle)(z, tau, y, None),
-                    gd.edm_angle,
-                    x,
-                    *times,
-                )
+                    lambda z, tau: gd.net_v(n, gd.edm_angle)(z, tau, y, None), gd.edm_angle, x,
+                    *times)
                 for n, x in ((exact, z.double()), (net, z))
             )
         assert (a - b).abs().max() < 8e-5 * a.abs().max(), (N, i, (a - b).abs().max())
 
 
 @pytest.mark.parametrize(
-    "angle", [COSINE, functools.partial(gd.edm_angle, bottom=gd.BOTTOM)], ids=["cosine", "edm"]
-)
+    "angle", [COSINE, functools.partial(gd.edm_angle, bottom=gd.BOTTOM)], ids=["cosine", "edm"])
 def test_encoder_and_decoder(angle):
     """Up by an encoder's targets and down by a decoder's, of the exact ODE, is the identity;
     the start of the way up included."""
@@ -518,12 +461,8 @@ def test_a_toy_is_distilled():
         def __init__(self):
             super().__init__()
             self.layers = torch.nn.Sequential(
-                torch.nn.Linear(10, 96),
-                torch.nn.SiLU(),
-                torch.nn.Linear(96, 96),
-                torch.nn.SiLU(),
-                torch.nn.Linear(96, 2),
-            )
+                torch.nn.Linear(10, 96), torch.nn.SiLU(), torch.nn.Linear(96, 96), torch.nn.SiLU(),
+                torch.nn.Linear(96, 2))
 
         def forward(self, z, tau):
             phases = gd.edm_angle(tau).float()[:, None] * 2 ** torch.arange(4)
@@ -540,22 +479,15 @@ def test_a_toy_is_distilled():
             tau, mid, end = gd.times_of(torch.randint(1, N + 1, (256,)).double(), N, "D")
             target = functools.partial(gd.two_steps, before, gd.edm_angle, tau_mid=mid, tau_end=end)
             loss = gd.loss_fn(
-                net,
-                lambda z, tau: target(z, tau),
-                gd.edm_angle,
-                x0,
-                torch.randn_like(x0),
-                tau,
-                torch.ones_like,
-            ).mean()
+                net, lambda z, tau: target(z, tau), gd.edm_angle, x0, torch.randn_like(x0), tau,
+                torch.ones_like).mean()
             optimizer.zero_grad(), loss.backward(), optimizer.step()
         before = copy.deepcopy(net).requires_grad_(False)
     far = lambda x: (x - wanted).flatten(1).norm(dim=1).mean()
     with torch.no_grad():
         distilled, teachers = (
             far(gd.sample(net, gd.edm_angle, 2, "D", z_1)),
-            far(gd.sample(teacher, gd.edm_angle, 2, "D", z_1)),
-        )
+            far(gd.sample(teacher, gd.edm_angle, 2, "D", z_1)))
     assert distilled < 0.2 < 0.4 < teachers, (distilled, teachers)
 
 
@@ -568,9 +500,7 @@ def test_renoise():
     phi_k, phi_s = angle(k)[0], angle(s)[0]
     zero, one = torch.zeros_like(Z), torch.ones_like(Z)
     gain, noise = (
-        gd.renoise(angle, one, k, s, zero)[0].item(),
-        gd.renoise(angle, zero, k, s, one)[0].item(),
-    )
+        gd.renoise(angle, one, k, s, zero)[0].item(), gd.renoise(angle, zero, k, s, one)[0].item())
     close(gain * phi_k.cos(), phi_s.cos(), 1e-12)
     close(gain**2 * phi_k.sin() ** 2 + noise**2, phi_s.sin() ** 2, 1e-12)
 
@@ -616,8 +546,7 @@ def test_starting_midway_and_pasting():
     for sampler in ("D", "S"):
         assert torch.equal(
             gd.sample(v, angle, 4, sampler, Z, gauss_like, start=4),
-            gd.sample(v, angle, 4, sampler, Z, gauss_like),
-        )
+            gd.sample(v, angle, 4, sampler, Z, gauss_like))
         assert torch.equal(gd.sample(v, angle, 4, sampler, Z, gauss_like, start=0), Z)
         tail = gd.sample(v, angle, 4, "D", gd.sample(v, angle, 4, "D", Z), start=0)
         assert torch.equal(tail, gd.sample(v, angle, 4, "D", Z))
@@ -627,10 +556,8 @@ def test_starting_midway_and_pasting():
             k = max(i - 2, 0) if sampler == "S" else i - 1
             by_hand = gd.ddim(v, angle, by_hand, at(i / 4), at(k / 4))
             by_hand = (
-                gd.renoise(angle, by_hand, at(k / 4), at((i - 1) / 4), gauss_like(Z))
-                if k < i - 1
-                else by_hand
-            )
+                gd.renoise(angle, by_hand, at(k / 4), at((i - 1) / 4), gauss_like(Z)) if k < i - 1
+                else by_hand)
         close(half, by_hand, 1e-12, 1e-12)
 
     def paste(z, tau):
@@ -650,24 +577,12 @@ def gauss_like(z):
 
 def test_plans():
     settings = dict(
-        stage1_steps=10, round_steps=2, last_steps=5, start_N=32, end_N=1, w_max=4.0, sampler="D"
-    )
+        stage1_steps=10, round_steps=2, last_steps=5, start_N=32, end_N=1, w_max=4.0, sampler="D")
     assert gd.plan(settings) == [(0, 10), (16, 2), (8, 2), (4, 5), (2, 5), (1, 5)]
     assert gd.plan(settings | dict(sampler="S")) == [
-        (0, 10),
-        (32, 2),
-        (16, 2),
-        (8, 2),
-        (4, 5),
-        (2, 5),
-        (1, 1),
-    ]
+        (0, 10), (32, 2), (16, 2), (8, 2), (4, 5), (2, 5), (1, 1)]
     assert gd.plan(settings | dict(w_max=0.0, stage1_steps=0, end_N=2)) == [
-        (16, 2),
-        (8, 2),
-        (4, 2),
-        (2, 5),
-    ]
+        (16, 2), (8, 2), (4, 2), (2, 5)]
 
 
 def test_recipes():
@@ -676,23 +591,15 @@ def test_recipes():
     plain = gd.recipe(dict(dataset="cifar10", w_max=0.0))
     assert (
         (
-            plain["start_N"],
-            plain["batch_size"],
-            plain["lr"],
-            plain["round_steps"],
-            plain["last_steps"],
-            plain["weighting"],
-        )
+            plain["start_N"], plain["batch_size"], plain["lr"], plain["round_steps"],
+            plain["last_steps"], plain["weighting"])
         == (8192, 128, 5e-5, 50_000, 100_000, "trunc")
         and plain["stage1_steps"] == 0
         and plain["total_steps"] == 11 * 50_000 + 2 * 100_000
     )
     imagenet = gd.recipe(dict(dataset="imagenet64", w_max=0.0))
     assert (
-        imagenet["start_N"],
-        imagenet["batch_size"],
-        imagenet["lr"],
-        imagenet["total_steps"],
+        imagenet["start_N"], imagenet["batch_size"], imagenet["lr"], imagenet["total_steps"]
     ) == (1024, 2048, 1e-4, 600_000)
     assert gd.recipe(dict(dataset="cifar10"))["class_cond"] and gd.recipe({})["w_max"] == 4
     latent = dict(teacher="diffusers:pipe", dataset="latents.npz")
@@ -707,8 +614,7 @@ def test_recipes():
     )  # a network of it, first of all
     assert (
         gd.recipe(dict(sampler="encoder", teacher="t.pt")).items()
-        >= dict(w_max=0, stage1_steps=0, sample_every=0).items()
-    )
+        >= dict(w_max=0, stage1_steps=0, sample_every=0).items())
 
 
 def test_what_a_student_draws_with():
@@ -729,7 +635,6 @@ def test_what_a_student_draws_with():
         ((4, "D", 0.0, 4.0), dict(sampler="S"), "trained for sampler D"),
         ((0, None, 0.0, 4.0), dict(sampler="encoder"), "applies to training only"),
         ((4, "D", 2.0, 4.0), dict(w=1.0), "--w 1: x.pt was trained for weights from 2 to 4"),
-        ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for no guidance"),
-    ):
+        ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for no guidance")):
         with pytest.raises(common.UserError, match=message):
             chosen(student, **given)

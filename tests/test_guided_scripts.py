@@ -17,41 +17,18 @@ from test_scripts import BAD_LOSS, STOP_AT_3, assert_same, records
 from util import ROOT, SMALL, assert_mistake, fill, last, run_script, torchrun
 
 FP32 = ["--precision", "fp32", "--device", "cpu"]
-STEPS = [
-    "--batch-size",
-    8,
-    "--micro-batch",
-    4,
-    "--log-every",
-    1,
-    "--sample-every",
-    0,
-    "--save-every",
-    0,
-    "--lr",
-    1e-3,
-]
+STEPS = "--batch-size 8 --micro-batch 4 --log-every 1 --sample-every 0 --save-every 0".split()
+STEPS += ["--lr", 1e-3]
 NET = SMALL[: SMALL.index("--precision")]
-ROUNDS = ["--start-N", 8, "--end-N", 2, "--stage1-steps", 3, "--round-steps", 3, "--last-steps", 3]
+HALVINGS = ["--round-steps", 3, "--last-steps", 3]
+ROUNDS = ["--start-N", 8, "--end-N", 2, *HALVINGS, "--stage1-steps", 3]
 RUN = [
-    *NET,
-    *FP32,
-    *STEPS,
-    *ROUNDS,
-    "--teacher-steps",
-    3,
-    "--flip",
-    "--ema-decay",
-    0.8,
-    "--w-min",
-    1,
-]
+    *NET, *FP32, *STEPS, *ROUNDS, "--teacher-steps", 3, "--flip", "--ema-decay", 0.8, "--w-min", 1]
 
 
 def stop_after(step):
     return STOP_AT_3.replace(
-        'record["step"] == 2', f'record["step"] == {step - 1} and "teacher" not in str(self.path)'
-    )
+        'record["step"] == 2', f'record["step"] == {step - 1} and "teacher" not in str(self.path)')
 
 
 def run(*flags, **more):
@@ -73,21 +50,14 @@ def load(path):
 def test_one_command_leaves_the_students_of_all_rounds(trained):
     teacher, end = last(trained / "teacher"), last(trained)
     assert (
-        teacher["step"],
-        teacher["script"],
-        teacher["args"]["label_dropout"],
-        teacher["model_args"]["null"],
-    ) == (3, "cd", 0.1, True)
+        teacher["step"], teacher["script"], teacher["args"]["label_dropout"],
+        teacher["model_args"]["null"]) == (3, "cd", 0.1, True)
     assert (end["step"], end["N"], end["args"]["total_steps"]) == (9, 2, 9) and end["model_args"][
-        "cond"
-    ]
+        "cond"]
     for k, (name, N) in enumerate((("stage1", 0), ("N0004", 4), ("N0002", 2))):
         student = load(trained / f"{name}.pt")
         assert (student["step"], student["N"], student["args"]["sampler"]) == (
-            3 * (k + 1),
-            N,
-            "D",
-        ) and "optimizer" not in student
+            3 * (k + 1), N, "D") and "optimizer" not in student
         assert Image.open(trained / "samples" / f"{3 * (k + 1):06d}_{name}.png").size == (
             3 * (3 * 160 + 2 * 4),
             3 * 128,
@@ -99,13 +69,11 @@ def test_one_command_leaves_the_students_of_all_rounds(trained):
     np.testing.assert_allclose([line["lr"] for line in lines], [1e-3, 2e-3 / 3, 1e-3 / 3] * 3)
     assert all(
         {"loss", "loss_bins", "grad_norm", "images_per_s", "peak_gb", "skipped"} <= line.keys()
-        for line in lines
-    )
+        for line in lines)
 
 
 @pytest.mark.parametrize(
-    "step", [2, 3, 5, 7], ids=["in stage 1", "at its end", "in a round", "in its successor"]
-)
+    "step", [2, 3, 5, 7], ids=["in stage 1", "at its end", "in a round", "in its successor"])
 def test_stopped_and_resumed_is_the_same_run(trained, tmp_path, step):
     run(*RUN, "--out-dir", "run", cwd=tmp_path, prelude=stop_after(step), code=128 + signal.SIGTERM)
     assert last(tmp_path / "run")["step"] == step
@@ -113,8 +81,7 @@ def test_stopped_and_resumed_is_the_same_run(trained, tmp_path, step):
     assert_same(last(tmp_path / "run"), last(trained))
     for name in ("stage1", "N0004", "N0002"):
         assert_same(
-            load(tmp_path / "run" / f"{name}.pt")["ema"], load(trained / f"{name}.pt")["ema"]
-        )
+            load(tmp_path / "run" / f"{name}.pt")["ema"], load(trained / f"{name}.pt")["ema"])
     assert [r["loss"] for r in records(tmp_path / "run")] == [r["loss"] for r in records(trained)]
 
 
@@ -124,25 +91,16 @@ def test_two_processes_equal_one(trained, tmp_path):
     flags = [*RUN[RUN.index("--precision") :]]
     del flags[flags.index("--teacher-steps") : flags.index("--teacher-steps") + 2]
     run(
-        *flags,
-        "--teacher",
-        trained / "teacher" / "last.pt",
-        "--out-dir",
-        "run",
-        cwd=tmp_path,
-        launcher=torchrun(2),
-        code=0,
-    )
+        *flags, "--teacher", trained / "teacher" / "last.pt", "--out-dir", "run", cwd=tmp_path,
+        launcher=torchrun(2), code=0)
     for name in ("net", "before", "ema"):
         assert_same(last(tmp_path / "run")[name], last(trained)[name], 1e-5)
     assert_same(load(tmp_path / "run" / "N0004.pt")["ema"], load(trained / "N0004.pt")["ema"], 1e-5)
     for ours, one in zip(records(tmp_path / "run"), records(trained), strict=True):
         np.testing.assert_allclose(
-            [ours["loss"], ours["grad_norm"]], [one["loss"], one["grad_norm"]], 1e-3
-        )
+            [ours["loss"], ours["grad_norm"]], [one["loss"], one["grad_norm"]], 1e-3)
         assert [value is None for value in ours["loss_bins"]] == [
-            value is None for value in one["loss_bins"]
-        ]
+            value is None for value in one["loss_bins"]]
 
 
 def test_the_loop_by_hand(trained):
@@ -163,8 +121,7 @@ def test_the_loop_by_hand(trained):
             phi = angle(tau)
             t = torch.tensor(np.tan(phi), dtype=torch.float32)
             return (column(np.cos(phi)) * z - D(z / column(np.cos(phi)), t, *c)) / column(
-                np.sin(phi)
-            )
+                np.sin(phi))
 
         return v
 
@@ -195,11 +152,9 @@ def test_the_loop_by_hand(trained):
                 else:
                     phi1, phi2 = angle(tau1), angle(tau2)
                     z1 = column(np.cos(phi - phi1)) * z - column(np.sin(phi - phi1)) * v_of(
-                        teacher
-                    )(z, tau, y, w)
+                        teacher)(z, tau, y, w)
                     z2 = column(np.cos(phi1 - phi2)) * z1 - column(np.sin(phi1 - phi2)) * v_of(
-                        teacher
-                    )(z1, tau1, y, w)
+                        teacher)(z1, tau1, y, w)
                     target = (column(np.cos(phi - phi2)) * z - z2) / column(np.sin(phi - phi2))
             losses.append((v_of(guided)(z, tau, y, w) - target).square().mean((1, 2, 3)))
         optimizer.zero_grad()
@@ -207,11 +162,8 @@ def test_the_loop_by_hand(trained):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         np.testing.assert_allclose(
-            [log[k]["loss"], log[k]["grad_norm"]],
-            [loss.item(), norm.item()],
-            2e-3,
-            err_msg=f"step {k}",
-        )
+            [log[k]["loss"], log[k]["grad_norm"]], [loss.item(), norm.item()], 2e-3,
+            err_msg=f"step {k}")
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - k % 3 / 3)
         optimizer.step()
         with torch.no_grad():
@@ -230,27 +182,13 @@ def test_the_loop_by_hand(trained):
     "flags, kept",
     [
         (["--sampler", "S", "--end-N", 1], ["N0008", "N0004", "N0002", "N0001", "stage1"]),
-        (["--w-max", 0], ["N0004", "N0002"]),
-        (["--sampler", "encoder"], ["N0004", "N0002"]),
-    ],
+        (["--w-max", 0], ["N0004", "N0002"]), (["--sampler", "encoder"], ["N0004", "N0002"])],
     ids=str,
 )
 def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
     more = [
-        *FP32,
-        *STEPS,
-        "--start-N",
-        8,
-        "--end-N",
-        2,
-        "--round-steps",
-        3,
-        "--last-steps",
-        3,
-        *flags,
-        "--teacher",
-        trained / "teacher" / "last.pt",
-    ]
+        *FP32, *STEPS, "--start-N", 8, "--end-N", 2, "--round-steps", 3, "--last-steps", 3, *flags,
+        "--teacher", trained / "teacher" / "last.pt"]
     more += ["--stage1-steps", 3] if "stage1" in kept else []
     run(*more, "--out-dir", "a", cwd=tmp_path, prelude=stop_after(4), code=128 + signal.SIGTERM)
     run(*more, "--out-dir", "a", cwd=tmp_path, code=0)
@@ -268,21 +206,8 @@ def test_other_kinds_run_and_resume(trained, tmp_path, flags, kept):
 
 def test_a_steep_step_is_clipped_and_a_bad_one_left_out(trained, tmp_path):
     flags = [
-        *FP32,
-        *STEPS,
-        "--w-max",
-        0,
-        "--start-N",
-        4,
-        "--round-steps",
-        2,
-        "--last-steps",
-        2,
-        "--teacher",
-        trained / "teacher" / "last.pt",
-        "--out-dir",
-        "run",
-    ]
+        *FP32, *STEPS, "--w-max", 0, "--start-N", 4, "--round-steps", 2, "--last-steps", 2,
+        "--teacher", trained / "teacher" / "last.pt", "--out-dir", "run"]
     bad = (
         BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}").replace("else 1)", "else 1e4)")
     )  # bad: step 2, first half
@@ -290,16 +215,14 @@ def test_a_steep_step_is_clipped_and_a_bad_one_left_out(trained, tmp_path):
     state = last(tmp_path / "run")
     moments = state["optimizer"]["state"].values()
     assert (state["step"], state["skipped"]) == (2, 1) and {
-        int(moment["step"]) for moment in moments
-    } == {1}
+        int(moment["step"]) for moment in moments} == {1}
     length = torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item()
     assert (
         records(tmp_path / "run")[0]["grad_norm"] > 10 and abs(length - 0.1) < 1e-4
     )  # a tenth of a gradient of length 1
     run(*flags, cwd=tmp_path, code=0)
     assert [r["skipped"] for r in records(tmp_path / "run")] == [0, 1, 1, 1] and last(
-        tmp_path / "run"
-    )["skipped"] == 1
+        tmp_path / "run")["skipped"] == 1
     assert all(p.isfinite().all() for p in last(tmp_path / "run")["net"].values())
 
 
@@ -307,20 +230,8 @@ def test_unlabelled_images_and_the_ideal_teacher(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "x.npy", rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
     plain = [
-        *NET,
-        *FP32,
-        *STEPS,
-        "--dataset",
-        "x.npy",
-        "--w-max",
-        0,
-        "--start-N",
-        4,
-        "--round-steps",
-        2,
-        "--last-steps",
-        2,
-    ]
+        *NET, *FP32, *STEPS, "--dataset", "x.npy", "--w-max", 0, "--start-N", 4, "--round-steps", 2,
+        "--last-steps", 2]
     run(*plain, "--teacher-steps", 2, "--out-dir", "a", cwd=tmp_path, code=0)
     run(*plain, "--teacher", "ideal", "--stage1-steps", 2, "--out-dir", "b", cwd=tmp_path, code=0)
     assert (tmp_path / "b" / "stage1.pt").exists() and not (tmp_path / "a" / "stage1.pt").exists()
@@ -338,20 +249,15 @@ def wild(trained, tmp_path_factory):
     (folder / "teacher").mkdir()
     for k, (name, made_of) in enumerate(
         {
-            "stage1.pt": "",
-            "N0002.pt": "",
-            "N0004.pt": "",
-            "teacher/last.pt": "",
-            "up.pt": "N0004.pt",
-        }.items()
+            "stage1.pt": "", "N0002.pt": "", "N0004.pt": "", "teacher/last.pt": "",
+            "up.pt": "N0004.pt"}.items()
     ):
         state = load(trained / (made_of or name))
         if made_of:
             state["model_args"]["cond"], state["args"]["sampler"] = False, "encoder"
         torch.save(
             state | dict(ema=fill(common.UNet(**state["model_args"]), k).state_dict()),
-            folder / name,
-        )
+            folder / name)
     return folder
 
 
@@ -369,21 +275,17 @@ def test_samples_are_the_formulas(wild, tmp_path):
     with the noise of the seed."""
     y, zeros = torch.arange(4), torch.zeros(4, 3, 16, 16)
     for name, flags, N, sampler, w, calls in (
-        ("N0002.pt", [], 2, "D", 1.0, 2),
-        ("N0004.pt", ["--w", 2.5, "--N", 4], 4, "D", 2.5, 4),
+        ("N0002.pt", [], 2, "D", 1.0, 2), ("N0004.pt", ["--w", 2.5, "--N", 4], 4, "D", 2.5, 4),
         ("stage1.pt", ["--N", 3, "--w", 2, "--sampler", "S"], 3, "S", 2.0, 3),
-        ("teacher/last.pt", ["--N", 3, "--w", 2], 3, "D", 2.0, 6),
-    ):
+        ("teacher/last.pt", ["--N", 3, "--w", 2], 3, "D", 2.0, 6)):
         found, done = drawn(tmp_path, "--ckpt", wild / name, "--sample", 4, *flags)
         net, _ = common.load_network(wild / name, ("guided_distill", "cd"))
 
         def by_hand(y, w, N=N, sampler=sampler, net=net):
             noise, w_all = common.SeededNoise(torch.arange(4), 0), torch.full((4,), w)
             v = (
-                (lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, w_all))
-                if net.cond
-                else common.guide(gd.edm_v(common.net_denoiser(net), gd.edm_angle), y, w_all)
-            )
+                (lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, w_all)) if net.cond
+                else common.guide(gd.edm_v(common.net_denoiser(net), gd.edm_angle), y, w_all))
             with torch.no_grad():
                 return wanted_of(gd.sample(v, gd.edm_angle, N, sampler, noise(zeros), noise))
 
@@ -392,40 +294,25 @@ def test_samples_are_the_formulas(wild, tmp_path):
         ), name
         assert (
             np.abs(found - by_hand(y, w - 1)).max() > 10
-            and np.abs(found - by_hand(y + 1, w)).max() > 10
-        ), name
+            and np.abs(found - by_hand(y + 1, w)).max() > 10), name
 
 
 def test_editing(wild, tmp_path):
     dataset = common.load_dataset("glyphs", None, 16)
     for i in range(2):
         Image.fromarray(dataset.__getitems__([i])[0][0].permute(1, 2, 0).numpy()).save(
-            tmp_path / f"{i}.png"
-        )
+            tmp_path / f"{i}.png")
     images = np.stack(
-        [np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) for i in range(2)]
-    ).repeat(2, 0)
+        [np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) for i in range(2)]).repeat(2, 0)
     edit = [
-        "--ckpt",
-        wild / "N0004.pt",
-        "--image",
-        "0.png",
-        "1.png",
-        "--labels",
-        3,
-        4,
-        "--sample",
-        2,
-    ]
+        "--ckpt", wild / "N0004.pt", "--image", "0.png", "1.png", "--labels", 3, 4, "--sample", 2]
     found, done = drawn(tmp_path, *edit, "--edit", "img2img", "--strength", 0)
     assert np.array_equal(found, images) and "0 of 4 steps" in done.stdout
 
     net, _ = common.load_network(wild / "N0004.pt", ("guided_distill",))
     known, y, inside = (
-        torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1,
-        torch.tensor([3, 3, 4, 4]),
-        torch.zeros(16, 16),
-    )
+        torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor([3, 3, 4, 4]),
+        torch.zeros(16, 16))
     inside[4:12, 4:12] = 1
     first = common.SeededNoise(torch.arange(4), 0)(known)
 
@@ -438,12 +325,7 @@ def test_editing(wild, tmp_path):
             return wanted_of(
                 gd.sample(
                     lambda z, tau: gd.net_v(net, gd.edm_angle)(z, tau, y, torch.full((4,), w)),
-                    gd.edm_angle,
-                    4,
-                    "D",
-                    z,
-                    **more,
-                )
+                    gd.edm_angle, 4, "D", z, **more)
             )
 
     half, done = drawn(
@@ -451,12 +333,10 @@ def test_editing(wild, tmp_path):
     )  # 1.6 steps: two
     assert (
         np.abs(half - by_hand(noised(0.5), 2.0, start=2)).max() <= 1
-        and "2 of 4 steps" in done.stdout
-    )
+        and "2 of 4 steps" in done.stdout)
     painted, _ = drawn(tmp_path, *edit, "--edit", "inpaint")
     by_paste = by_hand(
-        first, 1.0, paste=lambda z, tau: torch.where(inside > 0, z, noised(tau[0].item()))
-    )
+        first, 1.0, paste=lambda z, tau: torch.where(inside > 0, z, noised(tau[0].item())))
     assert np.abs(painted - by_paste).max() <= 1 and (painted[0] != painted[1])[4:12, 4:12].any()
     assert np.array_equal(painted[:, inside == 0], images[:, inside == 0])
     run(*edit, "--edit", "inpaint", "--save", "x.png", *FP32, cwd=tmp_path, code=0)
@@ -468,20 +348,8 @@ def test_style_transfer(wild, tmp_path):
     image = common.load_dataset("glyphs", None, 16).__getitems__([0])[0]
     Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
     found, _ = drawn(
-        tmp_path,
-        "--ckpt",
-        wild / "N0004.pt",
-        "--edit",
-        "style",
-        "--encoder",
-        wild / "up.pt",
-        "--image",
-        "0.png",
-        "--from-labels",
-        3,
-        "--labels",
-        5,
-    )
+        tmp_path, "--ckpt", wild / "N0004.pt", "--edit", "style", "--encoder", wild / "up.pt",
+        "--image", "0.png", "--from-labels", 3, "--labels", 5)
     up, _ = common.load_network(wild / "up.pt", ("guided_distill",))
     down, _ = common.load_network(wild / "N0004.pt", ("guided_distill",))
     above = lambda tau: torch.where(tau > 0, gd.edm_angle(tau), gd.BOTTOM)
@@ -489,17 +357,12 @@ def test_style_transfer(wild, tmp_path):
     def by_hand(origin, label):
         with torch.no_grad():
             z = gd.sample(
-                lambda z, tau: gd.net_v(up, above)(z, tau, torch.tensor([origin]), None),
-                above,
-                4,
-                "encoder",
-                image / 127.5 - 1,
-            )
+                lambda z, tau: gd.net_v(up, above)(z, tau, torch.tensor([origin]), None), above, 4,
+                "encoder", image / 127.5 - 1)
             return wanted_of(
                 gd.sample(
                     lambda z, tau: gd.net_v(down, gd.edm_angle)(
-                        z, tau, torch.tensor([label]), torch.ones(1)
-                    ),
+                        z, tau, torch.tensor([label]), torch.ones(1)),
                     gd.edm_angle,
                     4,
                     "D",
@@ -533,35 +396,20 @@ def pipeline(folder, prediction="epsilon", labels=False, **more):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     plain = dict(
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        mid_block_type="UNetMidBlock2D",
-        num_class_embeds=4,
-    )
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        mid_block_type="UNetMidBlock2D", num_class_embeds=4)
     text = dict(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=8,
-    )
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
+        cross_attention_dim=8)
     small = dict(sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
     unet = diffusers.UNet2DConditionModel(**small | (plain if labels else text) | more)
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=16,
-    )
+        block_out_channels=(4, 8), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16)
     scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type=prediction,
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, prediction_type=prediction)
     for part, name in ((unet, "unet"), (vae, "vae"), (scheduler, "scheduler")):
         part.save_pretrained(folder / "pipe" / name)
     if not labels:
@@ -570,32 +418,30 @@ def pipeline(folder, prediction="epsilon", labels=False, **more):
         ).save_pretrained(folder / "pipe")
     rng = np.random.default_rng(0)
     latents, embeddings, null = (
-        rng.normal(size=size).astype(np.float32) for size in ((12, 4, 8, 8), (12, 5, 8), (5, 8))
-    )
+        rng.normal(size=size).astype(np.float32) for size in ((12, 4, 8, 8), (12, 5, 8), (5, 8)))
     conditions = (
-        dict(labels=np.arange(12) % 3) if labels else dict(embeddings=embeddings, null=null)
-    )
+        dict(labels=np.arange(12) % 3) if labels else dict(embeddings=embeddings, null=null))
     np.savez(folder / "latents.npz", latents=latents.astype(np.float16), **conditions)
 
 
-def draw_alone(folder, name, N, w):
-    """The picture of the exported folder, drawn by a process that knows diffusers only."""
+def draw_alone(folder, students):
+    """Pictures of exported folders, drawn by a process that knows diffusers only."""
     code = f"""
 import sys; {IMPORTABLE}
 import numpy as np, torch, diffusers
-pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-    {str(folder / name)!r}, safety_checker=None, tokenizer=None, text_encoder=None,
-    feature_extractor=None, image_encoder=None)
-pipe.set_progress_bar_config(disable=True)
 z, c = np.load("z.npy"), np.load("latents.npz")
 words = torch.from_numpy(c["embeddings"][:2])
-images = pipe(prompt_embeds=words, negative_prompt_embeds=words, latents=torch.from_numpy(z),
-              guidance_scale={w} + 1, num_inference_steps={N}, output_type="np").images
-np.save("alone.npy", images)
+for name, N, w in {students!r}:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        "run/" + name, safety_checker=None, tokenizer=None, text_encoder=None,
+        feature_extractor=None, image_encoder=None)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(prompt_embeds=words, negative_prompt_embeds=words, latents=torch.from_numpy(z),
+                  guidance_scale=w + 1, num_inference_steps=N, output_type="np").images
+    np.save(name + ".npy", images)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return np.load(folder / "alone.npy")
 
 
 def first_loss(folder, prediction):
@@ -607,23 +453,19 @@ def first_loss(folder, prediction):
     alphas = diffusers.DDIMScheduler.from_pretrained(folder / "pipe" / "scheduler").alphas_cumprod
     data = {
         key: torch.from_numpy(value).float()
-        for key, value in np.load(folder / "latents.npz").items()
-    }
+        for key, value in np.load(folder / "latents.npz").items()}
     losses, indices = [], common.index_batches(12, 0, 0, 9, 8, 4)
     for m in range(2):
         common.seed_everything(common.STEP, 0, 0, m)
         batch, w, k = (
-            next(indices),
-            2 + 12 * torch.rand(4),
-            (1000 * torch.rand(4, dtype=torch.float64)).ceil().long() - 1,
-        )
+            next(indices), 2 + 12 * torch.rand(4),
+            (1000 * torch.rand(4, dtype=torch.float64)).ceil().long() - 1)
         a = alphas[k].view(4, 1, 1, 1)
         z = a.sqrt() * data["latents"][batch] + (1 - a).sqrt() * torch.randn(4, 4, 8, 8)
         with torch.no_grad():
             missed = (
                 unet(z, k, data["embeddings"][batch]).sample
-                - unet(z, k, data["null"].expand(4, -1, -1)).sample
-            )
+                - unet(z, k, data["null"].expand(4, -1, -1)).sample)
         missed = missed / a.sqrt() if prediction == "epsilon" else missed
         losses.append(w**2 * missed.square().mean((1, 2, 3)))
     return torch.cat(losses).mean().item()
@@ -636,47 +478,29 @@ def test_a_text_pipeline_is_distilled_and_drawn_with_diffusers_alone(tmp_path, p
     run(*flags, "--out-dir", "run", cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert [r["N"] for r in records(tmp_path / "run")] == [0] * 3 + [4] * 3 + [2] * 3
     np.testing.assert_allclose(
-        records(tmp_path / "run")[0]["loss"], first_loss(tmp_path, prediction), 1e-3
-    )
+        records(tmp_path / "run")[0]["loss"], first_loss(tmp_path, prediction), 1e-3)
     np.save(
-        tmp_path / "z.npy", common.SeededNoise(torch.arange(2), 0)(torch.zeros(2, 4, 8, 8)).numpy()
-    )
-    for name, N, w in (("N0002", 2, 7.5), ("N0004", 4, 2.0), ("stage1", 8, 14.0)):
-        ours, done = drawn(
-            tmp_path,
-            "--ckpt",
-            f"run/{name}.pt",
-            "--w",
-            w,
-            "--N",
-            N,
-            "--sample",
-            2,
-            prelude=IMPORTABLE,
-        )
-        alone = draw_alone(tmp_path, f"run/{name}", N, w)
+        tmp_path / "z.npy", common.SeededNoise(torch.arange(2), 0)(torch.zeros(2, 4, 8, 8)).numpy())
+    students = [("N0002", 2, 7.5), ("N0004", 4, 2.0), ("stage1", 8, 14.0)]
+    draw_alone(tmp_path, students)
+    for name, N, w in students:
+        draw = ["--ckpt", f"run/{name}.pt", "--w", w, "--N", N, "--sample", 2]
+        ours, done = drawn(tmp_path, *draw, prelude=IMPORTABLE)
+        alone = np.load(tmp_path / f"{name}.npy")
         assert f"{N} network call(s)" in done.stdout
-        assert (
-            ours.shape == (2, 16, 16, 3)
-            and ours.std() > 5
-            and np.abs(ours - (255 * alone).round()).max() <= 1
-        ), name
+        assert ours.shape == (2, 16, 16, 3) and ours.std() > 5
+        assert np.abs(ours - (255 * alone).round()).max() <= 1, name
     other, _ = drawn(
-        tmp_path, "--ckpt", "run/stage1.pt", "--w", 2, "--N", 8, "--sample", 2, prelude=IMPORTABLE
-    )
+        tmp_path, "--ckpt", "run/stage1.pt", "--w", 2, "--N", 8, "--sample", 2, prelude=IMPORTABLE)
     assert np.abs(other - ours).max() > (10 if prediction == "v_prediction" else 0)
     assert (
         "was trained for 2 step(s)"
-        in run("--ckpt", "run/N0002.pt", "--N", 4, cwd=tmp_path, code=2).stderr
-    )
+        in run("--ckpt", "run/N0002.pt", "--N", 4, cwd=tmp_path, code=2).stderr)
+    if prediction == "epsilon":  # resuming is the same for both
+        return
     run(
-        *flags,
-        "--out-dir",
-        "again",
-        cwd=tmp_path,
-        prelude=f"{IMPORTABLE}\n{stop_after(5)}",
-        code=128 + signal.SIGTERM,
-    )
+        *flags, "--out-dir", "again", cwd=tmp_path, prelude=f"{IMPORTABLE}\n{stop_after(5)}",
+        code=128 + signal.SIGTERM)
     run(*flags, "--out-dir", "again", cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert_same(last(tmp_path / "again"), last(tmp_path / "run"))
 
@@ -691,11 +515,8 @@ def test_a_class_conditional_latent_model(tmp_path):
         np.asarray(grid)[:, x : x + 48].astype(int) for x in (0, 60, 120)
     )  # w = 2, 5, 14
     assert (
-        low.std() > 5
-        and np.abs(low - middle).max() > 2
-        and np.abs(low - high).max() > 2
-        and np.abs(middle - high).max() > 2
-    )
+        low.std() > 5 and np.abs(low - middle).max() > 2 and np.abs(low - high).max() > 2
+        and np.abs(middle - high).max() > 2)
     assert (tmp_path / "run" / "N0002" / "unet" / "config.json").exists()
     away = tmp_path / "elsewhere"  # a student knows where its teacher and its data lie
     away.mkdir()
@@ -707,27 +528,17 @@ def test_a_class_conditional_latent_model(tmp_path):
     config = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("v_prediction", "sample"))
     assert (
-        "is not the teacher any more" in run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=2).stderr
-    )
+        "is not the teacher any more" in run(*draw, 2, cwd=away, prelude=IMPORTABLE, code=2).stderr)
     run(*train, "--overwrite", "--end-N", 4, cwd=tmp_path, prelude=IMPORTABLE, code=0)
     assert (tmp_path / "run" / "N0004" / "unet").is_dir() and not (
-        tmp_path / "run" / "N0002"
-    ).exists()
+        tmp_path / "run" / "N0002").exists()
     (tmp_path / "pipe" / "vae").rename(tmp_path / "vae")  # missed at once, not at the first picture
     done = run(
-        *train,
-        "--out-dir",
-        "other",
-        "--sample-every",
-        500,
-        cwd=tmp_path,
-        prelude=IMPORTABLE,
-        code=2,
-    )
+        *train, "--out-dir", "other", "--sample-every", 500, cwd=tmp_path, prelude=IMPORTABLE,
+        code=2)
     assert (
         "there is no folder pipe/vae to decode latents with" in done.stderr
-        and not (tmp_path / "other").exists()
-    )
+        and not (tmp_path / "other").exists())
 
 
 def test_what_a_latent_model_refuses(tmp_path):
@@ -754,26 +565,20 @@ def test_what_a_latent_model_refuses(tmp_path):
             refused(r"\(n, L, 8\)", embeddings=np.zeros((12, 5, 6)), null=np.zeros((5, 6)))
             refused(r"null \(L, 8\), not .*\(4, 8\)\]", null=np.zeros((4, 8)))
     for more in (
-        dict(in_channels=9),
-        dict(time_cond_proj_dim=16),
-        dict(class_embed_type="timestep"),
-        dict(sample_size=(8, 16)),
-    ):
+        dict(in_channels=9), dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"),
+        dict(sample_size=(8, 16))):
         pipeline(tmp_path, "v_prediction", **more)
         with pytest.raises(common.UserError, match="more than square latents"):
             gd.LatentModel(tmp_path / "pipe", run_on)
     pipeline(tmp_path)
     model, unet = (
-        gd.LatentModel(tmp_path / "pipe", run_on),
-        tmp_path / "pipe" / "unet" / "config.json",
-    )
+        gd.LatentModel(tmp_path / "pipe", run_on), tmp_path / "pipe" / "unet" / "config.json")
     unet.write_text(unet.read_text() + " ")
     assert gd.LatentModel(tmp_path / "pipe", run_on).digest != model.digest
     config = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
     config.write_text(
         config.read_text().replace(
-            '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'
-        )
+            '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true')
     )
     with pytest.raises(common.UserError, match="nothing about x at zero SNR"):
         gd.LatentModel(tmp_path / "pipe", run_on)
@@ -794,14 +599,11 @@ def test_the_adapter(tmp_path):
     run_on = common.types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     z, w = (
         torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([2.0, 14.0]),
-    )
+        torch.tensor([2.0, 14.0]))
     for prediction in ("epsilon", "v_prediction", "sample"):
         pipeline(tmp_path, prediction)
         model, data = (
-            gd.LatentModel(tmp_path / "pipe", run_on),
-            gd.Latents(tmp_path / "latents.npz"),
-        )
+            gd.LatentModel(tmp_path / "pipe", run_on), gd.Latents(tmp_path / "latents.npz"))
         c = data.__getitems__(np.arange(2))[1]
         teacher, student = model.v(model.teacher, data.null), model.v(model.student(True))
         for N in (1, 2, 4, 8):
@@ -813,11 +615,9 @@ def test_the_adapter(tmp_path):
                 for tau, k in zip(taus, scheduler.timesteps):
                     tau = tau.expand(2)
                     wanted = scheduler.step(
-                        model.teacher(z, k, encoder_hidden_states=c).sample, k, z
-                    ).prev_sample
+                        model.teacher(z, k, encoder_hidden_states=c).sample, k, z).prev_sample
                     found = gd.ddim(
-                        lambda z, tau: teacher(z, tau, c), model.angle, z, tau, tau - 1 / N
-                    )
+                        lambda z, tau: teacher(z, tau, c), model.angle, z, tau, tau - 1 / N)
                     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
                     assert torch.equal(student(z, tau, c, w), teacher(z, tau, c))
         with torch.no_grad():
@@ -831,132 +631,59 @@ def test_the_adapter(tmp_path):
 # ---- mistakes
 
 MISTAKES = {
-    "N of a student": (
-        ["--ckpt", "N0002.pt", "--N", "4"],
-        "--N 4: N0002.pt was trained for 2 step(s)",
-    ),
+    "N of a student": ("--ckpt N0002.pt --N 4", "--N 4: N0002.pt was trained for 2 step(s)"),
     "sampler of a student": (
-        ["--ckpt", "N0002.pt", "--sampler", "S"],
-        "--sampler S: N0002.pt was trained for sampler D",
-    ),
+        "--ckpt N0002.pt --sampler S", "--sampler S: N0002.pt was trained for sampler D"),
     "too much guidance": (
-        ["--ckpt", "N0002.pt", "--w", "4.5"],
-        "--w 4.5: N0002.pt was trained for weights from 1 to 4",
-    ),
-    "noise levels": (["--ckpt", "N0002.pt", "--sigmas", "80"], "unrecognized arguments: --sigmas"),
-    "noise levels in training": (["--sigmas", "80"], "unrecognized arguments: --sigmas"),
+        "--ckpt N0002.pt --w 4.5", "--w 4.5: N0002.pt was trained for weights from 1 to 4"),
+    "noise levels": ("--ckpt N0002.pt --sigmas 80", "unrecognized arguments: --sigmas"),
+    "noise levels in training": ("--sigmas 80", "unrecognized arguments: --sigmas"),
     "length of the whole": (
-        ["--total-steps", "80"],
-        "--total-steps does not apply with --stage distill: name --stage1-steps",
-    ),
-    "steps of the rounds": (["--N", "4"], "--N does not apply"),
-    "start that does not halve": (["--start-N", "12"], "--start-N 12: steps are halved"),
-    "end above the start": (["--start-N", "8", "--end-N", "8"], "--end-N 8: the first round"),
-    "range of weights": (["--w-min", "3", "--w-max", "2"], "--w-min 3.0 is above --w-max 2.0"),
+        "--total-steps 80",
+        "--total-steps does not apply with --stage distill: name --stage1-steps"),
+    "steps of the rounds": ("--N 4", "--N does not apply"),
+    "start that does not halve": ("--start-N 12", "--start-N 12: steps are halved"),
+    "end above the start": ("--start-N 8 --end-N 8", "--end-N 8: the first round"),
+    "range of weights": ("--w-min 3 --w-max 2", "--w-min 3.0 is above --w-max 2.0"),
     "stage 1 of nothing": (
-        ["--w-max", "0", "--stage1-steps", "5"],
-        "--stage1-steps does not apply without --w-max",
-    ),
-    "guided encoder": (
-        ["--sampler", "encoder", "--w-max", "2"],
-        "--sampler encoder goes with --w-max 0",
-    ),
+        "--w-max 0 --stage1-steps 5", "--stage1-steps does not apply without --w-max"),
+    "guided encoder": ("--sampler encoder --w-max 2", "--sampler encoder goes with --w-max 0"),
     "student's flag with --stage teacher": (
-        ["--stage", "teacher", "--w-max", "2"],
-        "--w-max does not apply with --stage teacher",
-    ),
+        "--stage teacher --w-max 2", "--w-max does not apply with --stage teacher"),
     "label dropout of a student": (
-        ["--label-dropout", "0.1"],
-        "--label-dropout does not apply with --stage distill",
-    ),
+        "--label-dropout 0.1", "--label-dropout does not apply with --stage distill"),
     "teacher without null label": (
-        ["--teacher", "plain.pt"],
-        "plain.pt was trained without --label-dropout",
-    ),
-    "guidance without labels": (["--dataset", "images"], "needs labels"),
-    "no teacher": (["--teacher", "nowhere.pt"], "nowhere.pt: No such file"),
-    "a student as teacher": (
-        ["--teacher", "N0002.pt"],
-        "N0002.pt was written by guided_distill.py",
-    ),
-    "edit without images": (
-        ["--ckpt", "N0002.pt", "--edit", "img2img"],
-        "--edit img2img needs --image",
-    ),
+        "--teacher plain.pt", "plain.pt was trained without --label-dropout"),
+    "guidance without labels": ("--dataset images", "needs labels"),
+    "no teacher": ("--teacher nowhere.pt", "nowhere.pt: No such file"),
+    "a student as teacher": ("--teacher N0002.pt", "N0002.pt was written by guided_distill.py"),
+    "edit without images": ("--ckpt N0002.pt --edit img2img", "--edit img2img needs --image"),
     "strength of another task": (
-        ["--ckpt", "N0002.pt", "--edit", "inpaint", "--strength", "1"],
-        "--strength does not apply with --edit inpaint",
-    ),
-    "images of no edit": (
-        ["--ckpt", "N0002.pt", "--image", "x.png"],
-        "--image does not apply without --edit",
-    ),
+        "--ckpt N0002.pt --edit inpaint --strength 1",
+        "--strength does not apply with --edit inpaint"),
+    "images of no edit": ("--ckpt N0002.pt --image x.png", "--image does not apply without --edit"),
     "edit without classes": (
-        ["--ckpt", "N0002.pt", "--edit", "inpaint", "--image", "images/0.png"],
-        "name with --labels one",
-    ),
+        "--ckpt N0002.pt --edit inpaint --image images/0.png", "name with --labels one"),
     "style with noise": (
-        [
-            "--ckpt",
-            "S.pt",
-            "--edit",
-            "style",
-            "--image",
-            "images/0.png",
-            "--labels",
-            "1",
-            "--from-labels",
-            "1",
-            "--encoder",
-            "encoder.pt",
-        ],
-        "--edit style decodes without noise",
-    ),
+        "--ckpt S.pt --edit style --image images/0.png --labels 1 "
+        "--from-labels 1 --encoder encoder.pt",
+        "--edit style decodes without noise"),
     "a decoder as encoder": (
-        [
-            "--ckpt",
-            "N0002.pt",
-            "--edit",
-            "style",
-            "--image",
-            "images/0.png",
-            "--labels",
-            "1",
-            "--from-labels",
-            "1",
-            "--encoder",
-            "N0002.pt",
-        ],
-        "holds no encoder",
-    ),
+        "--ckpt N0002.pt --edit style --image images/0.png --labels 1 "
+        "--from-labels 1 --encoder N0002.pt",
+        "holds no encoder"),
     "a class to come from that is not there": (
-        [
-            "--ckpt",
-            "N0002.pt",
-            "--edit",
-            "style",
-            "--image",
-            "images/0.png",
-            "--labels",
-            "1",
-            "--from-labels",
-            "11",
-            "--encoder",
-            "encoder.pt",
-        ],
-        "--from-labels 11: this network has",
-    ),
-    "no labels, and guidance": (["--no-class-cond"], "--no-class-cond goes with --w-max 0"),
+        "--ckpt N0002.pt --edit style --image images/0.png --labels 1 "
+        "--from-labels 11 --encoder encoder.pt",
+        "--from-labels 11: this network has"),
+    "no labels, and guidance": ("--no-class-cond", "--no-class-cond goes with --w-max 0"),
     "pictures of an encoder": (
-        ["--sampler", "encoder", "--sample-every", "5"],
-        "--sample-every does not apply with --sampler encoder",
-    ),
-    "no teacher at all": (["--teacher", "none"], "--teacher none: what is distilled"),
+        "--sampler encoder --sample-every 5",
+        "--sample-every does not apply with --sampler encoder"),
+    "no teacher at all": ("--teacher none", "--teacher none: what is distilled"),
     "more images than the ideal teacher goes through": (
-        ["--dataset", "bedroom256", "--teacher", "ideal"],
-        "bedroom256 needs --data-dir",
-    ),
-    "latents without data": (["--teacher", "diffusers:pipe"], "needs --dataset FILE.npz"),
+        "--dataset bedroom256 --teacher ideal", "bedroom256 needs --data-dir"),
+    "latents without data": ("--teacher diffusers:pipe", "needs --dataset FILE.npz"),
 }
 
 
@@ -973,15 +700,15 @@ def workplace(trained, tmp_path_factory):
     for key in ("net", "ema"):
         teacher[key]["label_emb.weight"] = teacher[key]["label_emb.weight"][:10]
     torch.save(
-        teacher | dict(model_args=teacher["model_args"] | dict(null=False)), folder / "plain.pt"
-    )
+        teacher | dict(model_args=teacher["model_args"] | dict(null=False)), folder / "plain.pt")
     Image.new("RGB", (32, 32)).save(folder / "images" / "0.png")
     return folder
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_in_one_line(workplace, mistake):
-    assert_mistake(*MISTAKES[mistake], "guided_distill.py", workplace)
+    flags, message = MISTAKES[mistake]
+    assert_mistake(flags.split(), message, "guided_distill.py", workplace)
 
 
 def test_help(tmp_path):
@@ -989,7 +716,6 @@ def test_help(tmp_path):
     for flag in (
         "stage teacher teacher-steps label-dropout sampler w-min w-max start-N end-N "
         "stage1-steps round-steps last-steps "
-        "weighting w N edit image strength mask encoder from-labels ckpt sample"
-    ).split():
+        "weighting w N edit image strength mask encoder from-labels ckpt sample").split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
