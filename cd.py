@@ -37,11 +37,6 @@ from common import UserError, bcast, consistency
 SOLVERS = {"heun": common.heun_step, "euler": common.euler_step}
 
 
-def c_guidance(w):
-    """What the student is told of w: a scale on which weights a tenth apart can be told apart."""
-    return None if w is None else 25 * w
-
-
 def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, solver, dist, weight):
     """The consistency distillation loss of each image.
 
@@ -55,8 +50,8 @@ def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, solver, dist, weight):
     x_tn1 = x0 + bcast(t_n1, x0) * noise
     with torch.no_grad(), common.replay_random(x0.device):
         x_tn = solver(common.guide(D, y, w), x_tn1, t_n1, t_n)
-        f_target = consistency(target, x_tn, t_n, y, c_guidance(w))
-    f_net = consistency(net, x_tn1, t_n1, y, c_guidance(w))
+        f_target = consistency(target, x_tn, t_n, y, common.c_guidance(w))
+    f_net = consistency(net, x_tn1, t_n1, y, common.c_guidance(w))
     return weight(t_n, t_n1) * dist(f_net, f_target)
 
 
@@ -69,7 +64,7 @@ def continuous_loss(net, D, x0, noise, t, y, w, stop_gradient):
     with torch.no_grad():
         x_denoised = common.guide(D, y, w)(x_t, t)
         dx_dt = (x_t - x_denoised) / bcast(t, x_t)  # the probability-flow ODE
-    return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), stop_gradient)
+    return common.continuous_loss(net, x_t, t, dx_dt, y, common.c_guidance(w), stop_gradient)
 
 
 def hide_labels(y, share, null_y):
@@ -85,7 +80,7 @@ def hide_labels(y, share, null_y):
 def consistency_function(net, y, w=0.0):
     """f(x, t) to sample with. Each output is clipped to [-1, 1], as for the papers' samples."""
     def f(x, t):
-        cond = c_guidance(torch.full_like(t, w)) if net.cond else None
+        cond = common.c_guidance(torch.full_like(t, w)) if net.cond else None
         return consistency(net, x, t, y, cond).clamp(-1, 1)
     return f
 
@@ -231,7 +226,7 @@ def make_parser():
     draw.flag("--churn", default=0.0, type=common.number(float, 0), metavar="S",
               help="of a teacher: EDM's S_churn (default 0: deterministic; EDM ImageNet-64 40)")
     draw.flag("--search-times", metavar="M", help="is now: python tests/bench.py search-times")
-    common.add_edit_flags(parser)
+    common.add_zero_shot_flags(parser)
     return parser
 
 
@@ -265,17 +260,6 @@ def train_first_teacher(args, run, stop, script, label_dropout):
     del args.teacher_steps, args.net, args.class_cond
 
 
-def check_guidance(args, w_max, label_dropout, teacher, classes):
-    """Raises UserError if guidance is to be trained with what cannot guide."""
-    if label_dropout and not classes:
-        raise UserError("--label-dropout needs labels, and there are none; so does --w-max")
-    if w_max and not classes:
-        raise UserError("--w-max needs labels, and there are none")
-    if w_max and teacher is not None and teacher.null_y is None:
-        raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has "
-                        "nothing to guide with")
-
-
 def draws_to_show(args, net, w_max):
     """What grids show: of a teacher samples, and guided by 2 if it can; of a student those in one
     step, and in several or guided by --w-max."""
@@ -306,7 +290,10 @@ def train(args, run, stop):
     size = settings["image_size"]
     dataset = common.open_dataset(args, run, size)
     D, classes = common.teacher_denoiser(args, run, teacher, dataset)
-    check_guidance(args, w_max, label_dropout, teacher, classes)
+    if distil:
+        common.check_guidance(args, teacher, classes)
+    elif label_dropout and not classes:
+        raise UserError("--label-dropout needs labels, and there are none; so does --w-max")
 
     model_args = settings | dict(classes=classes, dropout=args.dropout)
     if distil:

@@ -140,6 +140,11 @@ def c_noise(t):
     return 250 * t.log()
 
 
+def c_guidance(w):
+    """What a student is told of the guidance weight w: on this scale 4 is told from 4.1."""
+    return None if w is None else 25 * w
+
+
 def precondition(net, x, t, y, cond, scalings):
     assert x.ndim == 4 and t.shape == x.shape[:1] and t.dtype == x.dtype, (x.shape, t.shape)
     c_skip, c_out, c_in = (bcast(c, x) for c in scalings(t))
@@ -2252,8 +2257,18 @@ def teacher_denoiser(args, run, teacher, dataset):
     return ideal_denoiser(images, labels), choose_classes(args, dataset)
 
 
+def check_guidance(args, teacher, classes):
+    """Raises UserError if `--w-max` asks for guidance, and the teacher cannot guide."""
+    if args.w_max and not classes:
+        raise UserError("--w-max needs labels, and there are none; --w-max 0 distils without "
+                        "guidance")
+    if args.w_max and teacher is not None and teacher.null_y is None:
+        raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has "
+                        "nothing to guide with")
+
+
 # --------------------------------------------------------------------------------------------------
-# Zero-shot editing with a consistency function
+# Editing: what the scripts' ways have in common, then zero-shot editing by a consistency function
 # --------------------------------------------------------------------------------------------------
 
 LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
@@ -2289,20 +2304,52 @@ TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], de
              interpolate=[T_MAX])  # the noise levels of each
 
 
-def add_edit_flags(parser):
+def add_edit_flags(parser, tasks):
+    """The flags of any editing. Returns their group, for more."""
     group = parser.group("editing", ckpt=True)
-    group.flag("--edit", only=dict(eval=False), choices=TASKS, help="what to do to the --image "
-               "files, --sample results each (default 4; denoise 1, interpolate 10 steps)")
+    group.flag("--edit", only=dict(eval=False), choices=tasks, help="what to do to the --image "
+               "files, --sample results each (default 4; denoise and style 1, interpolate 10)")
     group.flag("--image", only=dict(edit=True), nargs="+", metavar="FILE",
                help="images to edit; interpolate needs none")
     group.flag("--mask", only=dict(edit="inpaint"), metavar="FILE",
                help="white where to paint (default: a central square of half the side)")
-    group.flag("--factor", only=dict(edit="superres"), type=number(int, 2), metavar="P",
-               help="pixels of a patch's side (default: size / 32, at least 2; CM 8 at 256 pixels)")
-    group.flag("--noise-level", only=dict(edit="denoise"), type=noise_level, metavar="T",
-               help="standard deviation, in units of [-1, 1] (default 0.296)")
-    group.flag("--noisy", only=dict(edit="denoise"), action="store_true",
-               help="the images carry that noise already; add none")
+    return group
+
+
+def check_images(args, net, key="labels"):
+    """Raises UserError if `--edit` has no --image, or not one label, or one for each image."""
+    if not args.image:
+        raise UserError(f"--edit {args.edit} needs --image")
+    labels = getattr(args, key) or ()
+    if net.classes and len(labels) not in (1, len(args.image)):
+        raise UserError(f"this network draws classes: say with {flag_name(key)} which one each "
+                        "--image is, one for all or one for each")
+
+
+def draw_edits(args, run, net, draw, rows, each, how, before=None, after=None):
+    """`--edit`: draw and save `each` results in each of `rows` rows.
+
+    Args:    draw: as `draw_many`; result i is of row i // each.  how: it was done, to be said.
+             before, after: (rows,C,H,W), what a .png shows at the ends of the rows, or None.
+    """
+    path = make_save_path(args.save)
+    y = labels_to_draw(args, net, rows, run.device)
+    if y is not None:
+        y = y.repeat_interleave(each)
+    shape = 3, net.image_size, net.image_size
+    images = draw_many(run, draw, rows * each, y, shape, args.seed, args.micro_batch)
+    if not run.main:
+        return
+    columns = each
+    if path.suffix == ".png":
+        results = torch.from_numpy(images).unflatten(0, (rows, each))
+        ends = [None if x is None else to_uint8(x)[:, None].cpu() for x in (before, after)]
+        blocks = [block for block in (ends[0], results, ends[1]) if block is not None]
+        picture = torch.cat(blocks, 1)  # (rows,columns,H,W,3)
+        images, columns = picture.flatten(0, 1).numpy(), picture.shape[1]
+    save_samples(path, images, y, columns)
+    print(f"{args.edit}: {rows} row(s), {each} result(s) each, {how}, EMA weights of {args.ckpt}: "
+          f"{args.save}")
 
 
 def read_image(path, size, factor=None, flag="--image"):
@@ -2331,58 +2378,60 @@ def read_mask(path, size):
     return (image.mean(0) > 0).float().expand_as(mask)
 
 
-def check_edit(args, net):
-    """Raises UserError if what `--edit` is given does not fit it, or the network."""
-    task, images, labels = args.edit, args.image or [], args.labels or []
-    if task == "interpolate" and images:
-        raise UserError("--edit interpolate goes from noise to noise: no --image")
-    if task != "interpolate" and not images:
-        raise UserError(f"--edit {task} needs --image")
-    if task == "superres" and net.image_size % edit_factor(args, net):
-        raise UserError(f"--factor {edit_factor(args, net)} does not divide the network's "
-                        f"{net.image_size} pixels")
-    if args.noise_level and args.sigmas:
-        raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
-    if images and net.classes and not labels:
-        raise UserError("this network draws classes: say with --labels which one each --image is")
-    if images and labels and len(labels) not in (1, len(images)):
-        raise UserError(f"--labels names {len(labels)} classes for {len(images)} images: name one, "
-                        "or one for each")
+def add_zero_shot_flags(parser):
+    group = add_edit_flags(parser, TASKS)
+    group.flag("--factor", only=dict(edit="superres"), type=number(int, 2), metavar="P",
+               help="pixels of a patch's side (default: size / 32, at least 2; CM 8 at 256 pixels)")
+    group.flag("--noise-level", only=dict(edit="denoise"), type=noise_level, metavar="T",
+               help="standard deviation, in units of [-1, 1] (default 0.296)")
+    group.flag("--noisy", only=dict(edit="denoise"), action="store_true",
+               help="the images carry that noise already; add none")
 
 
 def edit_factor(args, net):
     return args.factor or max(2, net.image_size // 32)
 
 
+def check_edit(args, net):
+    """Raises UserError if what `--edit` is given does not fit it, or the network."""
+    if args.edit == "interpolate" and args.image:
+        raise UserError("--edit interpolate goes from noise to noise: no --image")
+    if args.edit != "interpolate":
+        check_images(args, net)
+    if args.edit == "superres" and net.image_size % edit_factor(args, net):
+        raise UserError(f"--factor {edit_factor(args, net)} does not divide the network's "
+                        f"{net.image_size} pixels")
+    if args.noise_level and args.sigmas:
+        raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
+
+
 def edit_images(args, run, net, f):
-    """`--edit`: change images with a consistency model never trained to, and write a picture of it.
+    """`--edit` with a consistency model never trained to. CM Sec. 6.3, App. D.
 
     A row of the picture: what the model is given, the results, and the original if there is one.
 
     Args:    f: y (b,) or None -> the consistency function (x, t) -> (b,C,H,W) for these labels.
-    Source:  CM Sec. 6.3, App. D.
     """
     check_edit(args, net)
     task, size, factor = args.edit, net.image_size, edit_factor(args, net)
     sigmas = args.sigmas or TASKS[task]
     if args.noise_level:
         sigmas = [args.noise_level]
-    path = make_save_path(args.save)
     each = args.sample or dict(interpolate=10, denoise=1).get(task, 4)  # results of a row
-    read = [read_image(name, size, factor if task == "superres" else None)
-            for name in args.image or ()]
-    rows = len(read) or len(args.labels or range(min(net.classes, 8) or 4))
-
-    originals = torch.stack([image for image, _ in read]).to(run.device) if read else None
-    shown = originals  # what the model is given
+    if task == "interpolate":
+        rows, shown, originals = len(args.labels or range(min(net.classes, 8) or 4)), None, None
+    else:
+        read = [read_image(name, size, factor if task == "superres" else None)
+                for name in args.image]
+        rows, shown = len(read), torch.stack([image for image, _ in read]).to(run.device)
+        originals = shown
     if task in ("inpaint", "colorize", "superres"):
         hole = read_mask(args.mask, size).to(run.device)
         known = dict(inpaint=lambda x: (1 - hole) * x, colorize=luminance,
                      superres=lambda x: patch_means(x, factor))[task]
         shown = grey(originals) if task == "colorize" else known(originals)
     elif task == "denoise" and not args.noisy:
-        row_noise = SeededNoise(torch.arange(rows), args.seed)
-        shown = originals + sigmas[0] * row_noise(originals)
+        shown = originals + sigmas[0] * SeededNoise(torch.arange(rows), args.seed)(originals)
 
     @torch.no_grad()
     def draw(y, noise, shape):
@@ -2393,27 +2442,15 @@ def edit_images(args, run, net, f):
             z = slerp(left(zeros), right(zeros), place / max(each - 1, 1))
             return multistep_sample(f(y), sigmas[0] * z, sigmas, right)
         z = noise(zeros)
-        if task == "stroke":
-            return multistep_sample(f(y), originals[row] + sigmas[0] * z, sigmas, noise)
         if task == "denoise":
             return multistep_sample(f(y), shown[row], sigmas, noise)
+        if task == "stroke":
+            return multistep_sample(f(y), originals[row] + sigmas[0] * z, sigmas, noise)
         return edit(f(y), originals[row], known, sigmas, noise)
 
-    y = labels_to_draw(args, net, rows, run.device)
-    if y is not None:
-        y = y.repeat_interleave(each)
-    results = draw_many(run, draw, rows * each, y, (3, size, size), args.seed, args.micro_batch)
-    if not run.main:
-        return
-    columns = each
-    if path.suffix == ".png" and read:
-        drawn = torch.from_numpy(results).unflatten(0, (rows, each))
-        blocks = [to_uint8(shown)[:, None].cpu(), drawn]
-        if task != "stroke" and not args.noisy:
-            whole = [image if is_whole else torch.ones_like(image) for image, is_whole in read]
-            blocks.append(to_uint8(torch.stack(whole))[:, None])
-        picture = torch.cat(blocks, 1)  # (rows,columns,H,W,3)
-        results, columns = picture.flatten(0, 1).numpy(), picture.shape[1]
-    save_samples(path, results, y, columns)
-    print(f"{task}: {rows} row(s), {each} result(s) each, {len(sigmas)} network call(s), EMA "
-          f"weights of {args.ckpt}: {args.save}")
+    whole = None  # what a .png shows last
+    if task in ("inpaint", "colorize", "superres") or (task == "denoise" and not args.noisy):
+        whole = torch.stack([image if is_whole else torch.ones_like(image)
+                             for image, is_whole in read])
+    how = f"{len(sigmas)} network call(s)"
+    draw_edits(args, run, net, draw, rows, each, how, shown, whole)

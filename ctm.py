@@ -509,7 +509,7 @@ def make_parser():
     draw.flag("--heun", only=dict(sigmas=False, steps=False, edit=False),
               type=number(int, 2), metavar="N",
               help="EDM's sampler instead, on the model's denoiser: N Heun steps, 2 N - 1 calls")
-    common.add_edit_flags(parser)
+    common.add_zero_shot_flags(parser)
     return parser
 
 

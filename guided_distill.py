@@ -140,15 +140,10 @@ def edm_v(D, angle):
     return v
 
 
-def c_guidance(w):
-    """What the student is told of w: a scale on which its embedding tells w from w + 0.1."""
-    return 25 * w
-
-
 def net_v(net, angle):
     """v(z, tau, y, w) of a student; distilled without guidance it does not look at w."""
     def D(x, t, y, w):
-        return common.denoise(net, x, t, y, c_guidance(w) if net.cond else None)
+        return common.denoise(net, x, t, y, common.c_guidance(w) if net.cond else None)
     return edm_v(D, angle)
 
 
@@ -546,16 +541,12 @@ def make_parser():
     style = dict(edit="style")
     draws.flag("--w", type=weight, metavar="W",
                help="guidance weight (default: the least the student knows)")
-    draws.flag("--edit", only=dict(eval=False), choices=("img2img", "inpaint", "style"),
-               help="change the --image files, --sample results each (default 4; style 1)")
-    draws.flag("--image", only=dict(edit=True), nargs="+", metavar="FILE", help="images to edit")
-    draws.flag("--strength", only=dict(edit="img2img"), type=share, metavar="S",
+    edits = common.add_edit_flags(parser, ("img2img", "inpaint", "style"))
+    edits.flag("--strength", only=dict(edit="img2img"), type=share, metavar="S",
                help="share of the steps that is run (default 0.5)")
-    draws.flag("--mask", only=dict(edit="inpaint"), metavar="FILE", help="white where to paint "
-               "(default: a central square of half the side)")
-    draws.flag("--encoder", only=style, metavar="FILE", help="a student of --sampler encoder, "
+    edits.flag("--encoder", only=style, metavar="FILE", help="a student of --sampler encoder, "
                "with which the images are encoded")
-    draws.flag("--from-labels", only=style, type=common.count, nargs="+", metavar="Y",
+    edits.flag("--from-labels", only=style, type=common.count, nargs="+", metavar="Y",
                help="the class each --image is; --labels: what it becomes")
     return parser
 
@@ -635,12 +626,7 @@ def open_pixels(args, run):
     size = settings["image_size"]
     dataset = common.open_dataset(args, run, size)
     D, classes = common.teacher_denoiser(args, run, teacher, dataset)
-    if args.w_max and not classes:
-        raise UserError("--w-max needs labels, and there are none: --w-max 0 distils without "
-                        "guidance")
-    if args.w_max and teacher is not None and teacher.null_y is None:
-        raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has "
-                        "nothing to guide with")
+    common.check_guidance(args, teacher, classes)
     model_args = settings | dict(classes=classes, dropout=args.dropout, cond=args.w_max > 0)
     angle = angle_of(args.sampler)
 
@@ -878,25 +864,13 @@ def sample_latents(args, run, checkpoint):
     common.sample_checkpoint(args, run, net, draws, N, checkpoint)
 
 
-def check_edit(args, net, sampler):
-    """Raises UserError if what `--edit` is given does not fit it, or the network."""
-    labels = dict(labels=args.labels)
-    if args.edit == "style":
-        labels["from_labels"] = args.from_labels
-        if sampler == "S":
-            raise UserError("--edit style decodes without noise: name a student of --sampler D")
-        if not args.encoder:
-            raise UserError("--edit style needs --image and --encoder")
-    if not args.image:
-        raise UserError(f"--edit {args.edit} needs --image")
-    for key, values in labels.items():
-        if net.classes and len(values or ()) not in (1, len(args.image)):
-            raise UserError(f"this network draws classes: name with {common.flag_name(key)} one, "
-                            "or one for each --image")
-
-
-def encode(args, run, net, x0):
+def encode(args, run, net, x0, sampler):
     """--edit style: x0 (b,C,H,W) of --from-labels at tau = 1, by --encoder (DDIB, GD)."""
+    common.check_images(args, net, "from_labels")
+    if sampler == "S":
+        raise UserError("--edit style decodes without noise: name a student of --sampler D")
+    if not args.encoder:
+        raise UserError("--edit style needs --encoder")
     encoder = open_student(args.encoder, run, encoder=True)
     if (encoder.net.image_size, encoder.net.classes) != (net.image_size, net.classes):
         raise UserError(f"--encoder {args.encoder} and {args.ckpt} differ in image size or classes")
@@ -906,16 +880,14 @@ def encode(args, run, net, x0):
 
 
 def edit_images(args, run, student, N, sampler, w):
-    """`--edit`: change images, and write a picture of it. A row: an image, then the results.
+    """`--edit`. A row of the picture: an image, then the results.
 
     img2img starts at an intermediate step from the noised image (SDEdit); inpaint pastes the known
     part, noised to the level, after each step; style encodes with one class, decodes with another.
     """
     net, angle, task = student.net, student.angle, args.edit
-    check_edit(args, net, sampler)
+    common.check_images(args, net)
     size, start = net.image_size, N
-    each = args.sample or (1 if task == "style" else 4)
-    path = common.make_save_path(args.save)
     x0 = torch.stack([common.read_image(name, size)[0] for name in args.image]).to(run.device)
     if task == "img2img":
         strength = 0.5 if args.strength is None else args.strength
@@ -923,10 +895,11 @@ def edit_images(args, run, student, N, sampler, w):
     elif task == "inpaint":
         hole = common.read_mask(args.mask, size).to(run.device)
     else:
-        z_top = encode(args, run, net, x0)
+        z_top = encode(args, run, net, x0, sampler)
+    each = args.sample or (1 if task == "style" else 4)
 
     @torch.no_grad()
-    def edit(y, noise, shape):
+    def draw_edit(y, noise, shape):
         row = noise.indices // each
         first = noise(torch.zeros(shape, device=run.device))
 
@@ -945,22 +918,8 @@ def edit_images(args, run, student, N, sampler, w):
         after = paste if task == "inpaint" else None
         return clip(sample(v, angle, N, sampler, z, noise, start, after))
 
-    rows = len(x0)
-    y = common.labels_to_draw(args, net, rows, run.device)
-    if y is not None:
-        y = y.repeat_interleave(each)
-    results = common.draw_many(run, edit, rows * each, y, (3, size, size), args.seed,
-                               args.micro_batch)
-    if not run.main:
-        return
-    columns = each
-    if path.suffix == ".png":
-        drawn = torch.from_numpy(results).unflatten(0, (rows, each))
-        picture = torch.cat([common.to_uint8(x0).cpu()[:, None], drawn], 1)
-        results, columns = picture.flatten(0, 1).numpy(), each + 1
-    common.save_samples(path, results, y, columns)
-    print(f"{task}: {rows} row(s), {each} result(s) each, {start} of {N} steps, w = {w:g}, EMA "
-          f"weights of {args.ckpt}: {args.save}")
+    how = f"{start} of {N} steps, w = {w:g}"
+    common.draw_edits(args, run, net, draw_edit, len(x0), each, how, before=x0)
 
 
 if __name__ == "__main__":

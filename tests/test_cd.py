@@ -230,13 +230,13 @@ def test_a_guided_student_begins_as_its_teacher():
     student.load_state_dict(student.state_dict() | teacher.state_dict())
     t = torch.tensor([0.1, 0.5, 2.0, 30.0])
     for w in (0.0, 1.0, 4.0):
-        D_x = common.denoise(student, X0, t, LABELS, cd.c_guidance(full(t, w)))
+        D_x = common.denoise(student, X0, t, LABELS, common.c_guidance(full(t, w)))
         assert torch.equal(D_x, common.denoise(teacher, X0, t, LABELS))
 
 
 def test_the_embedding_of_w_tells_weights_apart():
     """A tenth apart they correlate, but not wholly; one apart, less."""
-    e = common.sinusoidal_embedding(cd.c_guidance(torch.tensor([2.0, 2.1, 3.0])), 64)
+    e = common.sinusoidal_embedding(common.c_guidance(torch.tensor([2.0, 2.1, 3.0])), 64)
     near, far = torch.cosine_similarity(e[:1], e[1:])
     assert 0.5 < near < 0.95 and far < near - 0.1
 

@@ -243,7 +243,7 @@ def test_a_student_begins_as_its_conditional_teacher():
 
 def test_the_embedding_of_w_tells_weights_apart():
     """A tenth apart they correlate, but not wholly; one apart, less."""
-    e = common.sinusoidal_embedding(gd.c_guidance(torch.tensor([2.0, 2.1, 3.0])), 32)
+    e = common.sinusoidal_embedding(common.c_guidance(torch.tensor([2.0, 2.1, 3.0])), 32)
     near, far = (
         torch.cosine_similarity(e[0], e[1], dim=0), torch.cosine_similarity(e[0], e[2], dim=0))
     assert 0.5 < near < 0.95 and far < near - 0.1

@@ -663,7 +663,7 @@ MISTAKES = {
         "--strength does not apply with --edit inpaint"),
     "images of no edit": ("--ckpt N0002.pt --image x.png", "--image does not apply without --edit"),
     "edit without classes": (
-        "--ckpt N0002.pt --edit inpaint --image images/0.png", "name with --labels one"),
+        "--ckpt N0002.pt --edit inpaint --image images/0.png", "say with --labels"),
     "style with noise": (
         "--ckpt S.pt --edit style --image images/0.png --labels 1 "
         "--from-labels 1 --encoder encoder.pt",
