@@ -26,6 +26,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import common
 from common import UserError, bcast, consistency
@@ -99,6 +100,124 @@ def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
     weights = x_T.new_full((len(x_T),), w) if w else None
     D = common.guide(common.net_denoiser(net), y, weights)
     return common.heun_sample(D, x_T, N, churn, noise=noise)
+
+
+# --------------------------------------------------------------------------------------------------
+# Editing with a consistency function that was never trained to. CM Sec. 6.3, App. D
+# --------------------------------------------------------------------------------------------------
+
+def edit(f, y, known, taus, noise=torch.randn_like):
+    """Fill in what an image does not say: (B,C,H,W) whose known part is y's. Source: CM Alg. 4.
+
+    f, taus, noise: as `common.multistep_sample`. y: (B,C,H,W) reference. known: x -> the part of x
+    that y tells, an orthogonal projection: CM's A^-1[(A x)(1 - Omega)].
+    """
+    def draw(x_hat, tau):
+        x = f(x_hat, common.levels_like(x_hat, tau))
+        return x - known(x) + known(y)
+
+    x = draw(known(y) + taus[0] * noise(y), taus[0])
+    for tau in taus[1:]:
+        x = draw(common.renoised(x, tau, noise), tau)
+    return x
+
+
+LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
+
+
+def luminance(x):
+    """Each pixel's colour, projected onto the direction of luminance: what a grey picture says."""
+    q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
+    return q * (q * x).sum(1, keepdim=True)
+
+
+def grey(x):
+    """A grey picture, to look at: the projection is tinted."""
+    weights = x.new_tensor(LUMINANCE).view(3, 1, 1)
+    return (weights * x).sum(1, keepdim=True).expand_as(x)
+
+
+def patch_means(x, factor):
+    """Each factor x factor patch replaced by its mean: what a small picture says."""
+    means = F.avg_pool2d(x, factor)
+    return means.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def slerp(z1, z2, a):
+    """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). CM App. D."""
+    cosine = F.cosine_similarity(z1.flatten(1), z2.flatten(1))
+    a, psi = bcast(a, z1), bcast(cosine.arccos(), z1)
+    return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
+
+
+GRID = common.karras_times(40).tolist()[:0:-1]  # all levels of N = 40 but t_min, whose f is x
+TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442],
+             interpolate=[common.T_MAX])  # the noise levels of each, CM App. D
+
+
+def check_edit(args, net, factor):
+    """Raises UserError if what `--edit` is given does not fit it, or the network."""
+    if args.edit != "interpolate":
+        common.check_images(args, net)
+    elif args.image:
+        raise UserError("--edit interpolate goes from noise to noise: no --image")
+    if args.edit == "superres" and net.image_size % factor:
+        raise UserError(f"--factor {factor} does not divide the network's {net.image_size} pixels")
+    if args.noise_level and args.sigmas:
+        raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
+
+
+def edit_images(args, run, net, f):
+    """`--edit`. A row of the picture: what the model is given, the results, the original, if any.
+
+    f: y (b,) or None -> the consistency function (x, t) -> (b,C,H,W) for these labels.
+    """
+    task, size = args.edit, net.image_size
+    factor = args.factor or max(2, size // 32)
+    check_edit(args, net, factor)
+    sigmas = [args.noise_level] if args.noise_level else args.sigmas or TASKS[task]
+    each = args.sample or dict(interpolate=10, denoise=1).get(task, 4)  # results of a row
+    rows = len(args.image or args.labels or range(min(net.classes, 8) or 4))
+    given = originals = known = None
+    if args.image:
+        read = [common.read_image(name, size, factor if task == "superres" else None)
+                for name in args.image]
+        originals = torch.stack([image for image, _ in read]).to(run.device)
+        given = originals
+    if task == "inpaint":
+        hole = common.read_mask(args.mask, size).to(run.device)
+
+        def known(x):
+            return (1 - hole) * x
+    elif task == "colorize":
+        known = luminance
+    elif task == "superres":
+        known = functools.partial(patch_means, factor=factor)
+    elif task == "denoise" and not args.noisy:
+        given = originals + sigmas[0] * common.SeededNoise(torch.arange(rows), args.seed)(originals)
+    if known:
+        given = grey(originals) if task == "colorize" else known(originals)
+
+    @torch.no_grad()
+    def draw(y, noise, shape):
+        row, place = noise.indices // each, noise.indices % each
+        zeros = torch.zeros(shape, device=run.device)
+        if task == "interpolate":  # its ends, and the noise of further levels, are a row's
+            left = common.SeededNoise(2 * row, args.seed)
+            right = common.SeededNoise(2 * row + 1, args.seed)
+            z = slerp(left(zeros), right(zeros), place / max(each - 1, 1))
+            return common.multistep_sample(f(y), sigmas[0] * z, sigmas, right)
+        z = noise(zeros)
+        if known:
+            return edit(f(y), originals[row], known, sigmas, noise)
+        x = originals[row] + sigmas[0] * z if task == "stroke" else given[row]
+        return common.multistep_sample(f(y), x, sigmas, noise)
+
+    after = None
+    if known or (task == "denoise" and not args.noisy):
+        after = torch.stack([image if whole else torch.ones_like(image) for image, whole in read])
+    how = f"{len(sigmas)} network call(s)"
+    common.draw_edits(args, run, net, draw, rows, each, how, given, after)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,7 +296,7 @@ def check(args):
 def make_parser():
     parser = common.Parser(__doc__)
     built = (None, "none", "ideal")  # teachers that leave the student's network to be chosen
-    common.add_shared_flags(parser, net=dict(teacher=built), class_cond=dict(teacher=built))
+    common.add_shared_flags(parser, dict(teacher=built))
 
     both = parser.group("algorithm")
     both.flag("--stage", choices=("teacher", "distill"), help="train a teacher, or distil one "
@@ -225,7 +344,6 @@ def make_parser():
               "--w-max (default 0)")
     draw.flag("--churn", default=0.0, type=common.number(float, 0), metavar="S",
               help="of a teacher: EDM's S_churn (default 0: deterministic; EDM ImageNet-64 40)")
-    draw.flag("--search-times", metavar="M", help="is now: python tests/bench.py search-times")
     common.add_zero_shot_flags(parser)
     return parser
 
@@ -246,7 +364,7 @@ def train_first_teacher(args, run, stop, script, label_dropout):
             raise UserError(f"--out-dir {out_dir} holds a run of {writer}.py; choose another, or "
                             "--overwrite it")
     settings = teacher_recipe(vars(args))
-    for key in (*common.SHARED_DEFAULTS, "net", "flip"):
+    for key in (*common.RUN_FLAGS, "net", "flip"):
         settings[key] = getattr(args, key)
     settings["out_dir"] = str(out_dir / "teacher")
     settings["label_dropout"] = label_dropout
@@ -383,8 +501,6 @@ def train(args, run, stop):
 
 def use_checkpoint(args, run):
     """`--ckpt`: sample, measure or edit. Raises UserError for flags that do not fit the weights."""
-    if args.search_times:
-        raise UserError("--search-times is now: python tests/bench.py search-times --ckpt FILE")
     net, trained = common.sampling_net(args, run, ("cd", "ct"))
     settings = trained["args"]
     teacher = (settings.get("stage") or args.stage) == "teacher"
@@ -409,7 +525,7 @@ def use_checkpoint(args, run):
 
     if args.edit:
         f = functools.partial(consistency_function, net, w=args.w)
-        return common.edit_images(args, run, net, f)
+        return edit_images(args, run, net, f)
     if teacher:
         N = args.N or (18 if net.image_size <= 32 else 40)  # EDM's
         draw = functools.partial(sample_teacher, net, N, w=args.w, churn=args.churn)

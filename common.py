@@ -1,44 +1,28 @@
 """What two or more of the scripts share: mathematics, network, then the machine room.
 
-In this order, each section using what stands above it:
+In this order: noise levels; preconditioning; solvers and samplers; denoisers; what losses are made
+of; continuous time; the network; errors and files; data; processes and seeds; checkpoints; logs and
+pictures; samples; flags; teachers; editing.
 
-    constants                T_MIN T_MAX RHO SIGMA_DATA
-    noise levels             karras_times interval_probabilities random_times
-    preconditioning          edm_scalings cm_scalings denoise consistency
-    solvers and samplers     euler_step heun_step heun_sample multistep_sample edit
-    denoisers                ideal_denoiser net_denoiser guide
-    parts of losses          l1 l2 norm pseudo_huber LPIPS edm_loss WEIGHTS replay_random
-    continuous time          consistency_jvp continuous_loss
-    network                  UNet NETS ema_update
-    errors and files         UserError one_line_errors atomic_file
-    data                     glyphs ArrayImages FileImages load_dataset
-    processes and seeds      setup seed_everything batches flatten_gradients Totals StopSignal
-    checkpoints              save_run resume load_network
-    logs and pictures        start_run Log save_grid
-    samples                  seeded_noise draw_many sample_checkpoint
-    flags                    Parser add_shared_flags parse_flags
-    teachers                 train_first_teacher open_teacher teacher_denoiser
-    zero-shot editing        luminance patch_means slerp edit_images
-
-Notation: t is a noise level everywhere, the standard deviation of the noise (EDM's sigma, and
-`--sigmas` on the command line), so that x_t = x0 + t * noise. Images x are (B,C,H,W) in [-1, 1],
-noise levels t and labels y are (B,).
+t is a noise level everywhere, the standard deviation of the noise (EDM's sigma, and `--sigmas` on
+the command line): x_t = x0 + t * noise. Images x are (B,C,H,W) in [-1, 1], t and labels y (B,).
 
 CM = Song et al. 2023, arXiv 2303.01469v2. iCT = Song & Dhariwal 2023, arXiv 2310.14189. ECT = Geng
 et al. 2024, arXiv 2406.14548. EDM = Karras et al. 2022, arXiv 2206.00364. ADM = Dhariwal & Nichol
 2021, arXiv 2105.05233.
 """
 import argparse
-import atexit
 import colorsys
 import contextlib
 import datetime
 import difflib
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
+import operator
 import os
 import pickle
 import shutil
@@ -58,7 +42,6 @@ from torch import Tensor, nn
 T_MIN, T_MAX = 0.002, 80.0  # EDM Table 1; CM calls t_min epsilon and t_max T
 RHO, SIGMA_DATA = 7.0, 0.5
 
-
 # --------------------------------------------------------------------------------------------------
 # Noise levels
 # --------------------------------------------------------------------------------------------------
@@ -66,8 +49,7 @@ RHO, SIGMA_DATA = 7.0, 0.5
 def karras_times(N, t_min=T_MIN, t_max=T_MAX, rho=RHO):
     """The N noise levels t_min = times[0] < ... < times[N-1] = t_max: (N,), N-1 intervals.
 
-    The paper counts t_1 .. t_N; times[n] is its t_{n+1}. EDM and openai's code count downwards.
-    Computed in float64. Raises ValueError if N < 2. Source: CM Sec. 2, EDM Eq. 5.
+    The paper counts t_1 .. t_N; times[n] is its t_{n+1}. Source: CM Sec. 2, EDM Eq. 5.
     """
     if N < 2:
         raise ValueError(f"a grid of noise levels needs at least 2 points, got {N}")
@@ -75,12 +57,11 @@ def karras_times(N, t_min=T_MIN, t_max=T_MAX, rho=RHO):
     low, high = t_min ** (1 / rho), t_max ** (1 / rho)
     return ((low + i / (N - 1) * (high - low)) ** rho).float()
 
-
 def interval_probabilities(times, p_t):
     """P(n), n = 0 .. N-2, of drawing the interval times[n] .. times[n+1]: (N-1,) float32.
 
-    Args:    p_t: ["uniform"] over n (CM Alg. 2 and 3), or [mean, std]: what ln t ~
-             Normal(mean, std^2) gives the interval (iCT Table 1).
+    p_t: ["uniform"] over n (CM Alg. 2 and 3), or [mean, std]: what ln t ~ Normal(mean, std^2) gives
+    the interval (iCT Table 1).
     """
     if p_t == ["uniform"]:
         return torch.full_like(times[1:], 1 / (len(times) - 1))
@@ -89,21 +70,15 @@ def interval_probabilities(times, p_t):
     P = standard.erf().diff()
     return (P / P.sum()).float()
 
-
 def random_times(n, p_t, device):
-    """(n,) noise levels: ln t ~ Normal(mean, std^2), not clipped; or uniform in t^(1/RHO), which is
-    karras_times with N -> infinity.
-
-    Args:    p_t: as `interval_probabilities`.
-    Source:  EDM Table 1 (training); CM App. B (continuous time).
-    """
+    """(n,) noise levels: for p_t = [mean, std] ln t ~ Normal(mean, std^2), not clipped (EDM Table
+    1); for ["uniform"] uniform in t^(1/RHO), karras_times with N -> infinity (CM App. B)."""
     if p_t == ["uniform"]:
         low, high = T_MIN ** (1 / RHO), T_MAX ** (1 / RHO)
         t = (low + torch.rand(n, device=device) * (high - low)) ** RHO
         return t.clamp(T_MIN, T_MAX)
     mean, std = p_t
     return (mean + std * torch.randn(n, device=device)).exp()
-
 
 # --------------------------------------------------------------------------------------------------
 # Preconditioning
@@ -113,37 +88,31 @@ def bcast(t, x):
     """(B,) -> (B,1,1,1), to multiply x."""
     return t.view(-1, *[1] * (x.ndim - 1))
 
-
 def levels_like(x, t):
     """(B,): the noise level t for each image of x."""
     return torch.full_like(x[:, 0, 0, 0], t)
-
 
 def edm_scalings(t):
     """c_skip, c_out, c_in of a denoiser at noise level t, each like t. Source: EDM Table 1."""
     root = (t**2 + SIGMA_DATA**2).sqrt()
     return (SIGMA_DATA / root) ** 2, t * SIGMA_DATA / root, 1 / root
 
-
 def cm_scalings(t):
     """c_skip, c_out, c_in of a consistency function: c_skip(t_min) = 1, c_out(t_min) = 0, exactly.
 
-    Source:  CM App. C; t_min is subtracted in the numerator of c_out, not under its root.
+    Source: CM App. C; t_min is subtracted in the numerator of c_out, not under its root.
     """
     root = (t**2 + SIGMA_DATA**2).sqrt()
     c_skip = SIGMA_DATA**2 / ((t - T_MIN) ** 2 + SIGMA_DATA**2)
     return c_skip, SIGMA_DATA * (t - T_MIN) / root, 1 / root
 
-
 def c_noise(t):
     """What the network is told of t: EDM's ln(t)/4, times 1000 as ADM's embedding expects."""
     return 250 * t.log()
 
-
 def c_guidance(w):
     """What a student is told of the guidance weight w: on this scale 4 is told from 4.1."""
     return None if w is None else 25 * w
-
 
 def precondition(net, x, t, y, cond, scalings):
     assert x.ndim == 4 and t.shape == x.shape[:1] and t.dtype == x.dtype, (x.shape, t.shape)
@@ -151,44 +120,38 @@ def precondition(net, x, t, y, cond, scalings):
     F_x = net(c_in * x, c_noise(t), y, cond)  # float32
     return c_skip * x + c_out * F_x
 
-
 def denoise(net, x, t, y=None, cond=None):
-    """D(x, t), an estimate of E[x0 | x_t = x]. Source: EDM Eq. 7.
+    """D(x, t), an estimate of E[x0 | x_t = x], like x. Source: EDM Eq. 7.
 
-    Args:    net: a UNet.  x: (B,C,H,W) float32 at noise level t.  t: (B,) float32, > 0.
-             y: (B,) int64 labels.  cond: (B,) the net's second scalar, if it has one.
-    Returns: (B,C,H,W) float32.
+    net: a UNet. x: (B,C,H,W) float32 at noise level t (B,) > 0. y: (B,) int64 labels. cond: (B,)
+    the net's second scalar, if it has one.
     """
     return precondition(net, x, t, y, cond, edm_scalings)
-
 
 def consistency(net, x, t, y=None, cond=None):
     """f(x, t), the end at t_min of the probability-flow trajectory through (x, t).
 
-    f(x, t_min) = x to the last bit. Args, returns as `denoise`. Source: CM Sec. 3, App. C.
+    f(x, t_min) = x to the last bit. Arguments as `denoise`. Source: CM Sec. 3, App. C.
     """
     return precondition(net, x, t, y, cond, cm_scalings)
 
-
 # --------------------------------------------------------------------------------------------------
-# Solvers and samplers
+# Solvers and samplers. D: (x (B,C,H,W), t (B,)) -> clean estimate, f: the same -> x at t_min.
+# noise: x -> unit noise like x. x_T: (B,C,H,W), the first level times unit noise.
 # --------------------------------------------------------------------------------------------------
 
 def euler_step(D, x, t, t_next):
-    """One Euler step of the probability-flow ODE dx/dt = (x - D(x, t)) / t, from t to t_next.
+    """One Euler step of the probability-flow ODE dx/dt = (x - D(x, t)) / t, from t to t_next (B,).
 
-    Args:    D: (x (B,C,H,W), t (B,)) -> clean estimate (B,C,H,W).  t: (B,) > 0.  t_next: (B,).
-    Returns: (B,C,H,W), images at level t_next.
-    Source:  EDM Alg. 1 without its correction; a solver of CM Alg. 2.
+    Source: EDM Alg. 1 without its correction; a solver of CM Alg. 2.
     """
     d_cur = (x - D(x, t)) / bcast(t, x)
     return x + bcast(t_next - t, x) * d_cur
 
-
 def heun_step(D, x, t, t_next):
     """One Heun step of the same ODE: Euler, then the trapezoid rule; to t_next = 0 Euler's alone.
 
-    Args, returns as `euler_step`. Always two calls of D. Source: EDM Alg. 1, lines 3-8.
+    Always two calls of D. Source: EDM Alg. 1, lines 3-8.
     """
     d_cur = (x - D(x, t)) / bcast(t, x)
     dt = bcast(t_next - t, x)
@@ -197,15 +160,12 @@ def heun_step(D, x, t, t_next):
     d_prime = (x_next - D(x_next, t_safe)) / bcast(t_safe, x)
     return torch.where(bcast(t_next > 0, x), x + dt * (d_cur + d_prime) / 2, x_next)
 
-
 def heun_sample(D, x_T, N, churn=0.0, churn_min=0.05, churn_max=50.0,
                 churn_noise=1.003, noise=torch.randn_like):
-    """Solve the ODE from T_MAX to 0 in N Heun steps; with churn, EDM's stochastic sampler.
+    """Solve the ODE from T_MAX to 0 in N Heun steps, 2 N - 1 calls of D; with churn, the SDE.
 
-    Args:    D: as `euler_step`.  x_T: (B,C,H,W), T_MAX * unit noise.  churn, churn_min, churn_max,
-             churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise.  noise: x -> unit noise like x.
-    Returns: (B,C,H,W). NFE = 2 N - 1: the last step, to 0, is Euler's.
-    Source:  EDM Alg. 1 (churn = 0) and Alg. 2.
+    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise.
+    Source: EDM Alg. 1 (churn = 0) and Alg. 2.
     """
     x = x_T
     times = [*karras_times(N).tolist()[::-1], 0.0]
@@ -219,43 +179,19 @@ def heun_sample(D, x_T, N, churn=0.0, churn_min=0.05, churn_max=50.0,
         x = step(D, x, levels_like(x, t), levels_like(x, t_next))
     return x
 
-
 def renoised(x, tau, noise):
     """x at t_min, noised up to level tau (CM Alg. 1, line 4)."""
     return x + math.sqrt(max(tau**2 - T_MIN**2, 0)) * noise(x)
 
-
 def multistep_sample(f, x_T, taus, noise=torch.randn_like):
-    """Draw with a consistency function, in one step or several.
+    """Draw with a consistency function, a call for each of the noise levels taus, largest first.
 
-    Args:    f: (x (B,C,H,W), t (B,)) -> (B,C,H,W).  x_T: (B,C,H,W), taus[0] * unit noise.
-             taus: noise levels, largest first.  noise: x -> unit noise like x.
-    Returns: (B,C,H,W). NFE = len(taus).
-    Source:  CM Alg. 1.
+    Source: CM Alg. 1.
     """
     x = f(x_T, levels_like(x_T, taus[0]))
     for tau in taus[1:]:
         x = f(renoised(x, tau, noise), levels_like(x, tau))
     return x
-
-
-def edit(f, y, known, taus, noise=torch.randn_like):
-    """Fill in what an image does not say, with a consistency function never trained to.
-
-    Args:    f, taus, noise: as `multistep_sample`.  y: (B,C,H,W) reference.  known: x -> the part
-             of x that y tells, an orthogonal projection: CM's A^-1[(A x)(1 - Omega)].
-    Returns: (B,C,H,W) whose known part is y's. NFE = len(taus).
-    Source:  CM Alg. 4.
-    """
-    def draw(x_hat, tau):
-        x = f(x_hat, levels_like(x_hat, tau))
-        return x - known(x) + known(y)
-
-    x = draw(known(y) + taus[0] * noise(y), taus[0])
-    for tau in taus[1:]:
-        x = draw(renoised(x, tau, noise), tau)
-    return x
-
 
 # --------------------------------------------------------------------------------------------------
 # Denoisers D(x, t, y)
@@ -264,12 +200,11 @@ def edit(f, y, known, taus, noise=torch.randn_like):
 def ideal_denoiser(data, labels=None, chunk=4096):
     """The denoiser that minimises EDM's loss on a finite data set: the posterior mean over it.
 
-    Args:    data: (n,C,H,W), uint8 or float in [-1, 1], on the device to compute on.
-             labels: (n,) int64.  chunk: images at a time; memory is about chunk * C*H*W * 8 bytes.
-    Returns: D(x, t, y=None) -> (B,C,H,W). With y the mean is over the images of that label.
-    Raises:  ValueError if labels are missing for a y, or no image has one of them.
-    Source:  EDM App. B.3. The logits -|x - x_i|^2 / 2t^2 reach 1e9 at t = 0.002, so they are taken
-             in float64, without |x|^2, which all share, and summed with a running maximum.
+    data: (n,C,H,W), uint8 or float in [-1, 1], on the device to compute on. labels: (n,) int64.
+    chunk: images at a time; memory is about chunk * C*H*W * 8 bytes. With y the mean is over the
+    images of that label; raises ValueError if there are none.
+    Source: EDM App. B.3. The logits -|x - x_i|^2 / 2t^2 reach 1e9 at t = 0.002, so they are taken
+    in float64, without |x|^2, which all share, and summed with a running maximum.
     """
     def D(x, t, y=None):
         if y is not None and (labels is None or not torch.isin(y, labels).all()):
@@ -295,7 +230,6 @@ def ideal_denoiser(data, labels=None, chunk=4096):
         return (mean / total).view_as(x).to(x.dtype)
     return D
 
-
 def net_denoiser(net):
     """D(x, t, y) of a network, whose null label stands for y = None if it has one."""
     def D(x, t, y):
@@ -304,13 +238,11 @@ def net_denoiser(net):
         return denoise(net, x, t, y)
     return D
 
-
 def guide(D, y, w):
     """D(x, t) for labels y; if w (B,) is given, (1 + w) D(x, t, y) - w D(x, t, None)."""
     if w is None:
         return lambda x, t: D(x, t, y)
     return lambda x, t: (1 + bcast(w, x)) * D(x, t, y) - bcast(w, x) * D(x, t, None)
-
 
 # --------------------------------------------------------------------------------------------------
 # What losses are made of: distances d(x, y) -> (B,), weights, shared randomness
@@ -320,40 +252,32 @@ def l1(x, y):
     """Mean absolute difference over pixels and channels."""
     return (x - y).abs().flatten(1).mean(1)
 
-
 def l2(x, y):
     """Mean squared difference over pixels and channels (the papers call the square l2 too)."""
     return (x - y).square().flatten(1).mean(1)
-
 
 def pseudo_huber(x, y):
     """sqrt(|x - y|^2 + c^2) - c, one norm an image, c = 0.00054 sqrt(C*H*W): iCT Table 1."""
     c = 0.00054 * math.sqrt(x[0].numel())
     return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
 
-
 def norm(x, y):
     """|x - y|, one norm an image; its gradient where x = y is 0: ECT (pseudo-Huber, c = 0)."""
     return torch.linalg.vector_norm((x - y).flatten(1), dim=1)
 
-
 class LPIPS(nn.Module):
     """LPIPS with VGG16 and average pooling, on images resized to 224 if they are smaller than 256.
 
-    Args:    pretrained: False leaves VGG16 random, which needs no download (for tests).
-    Raises:  UserError if `lpips` or its torchvision cannot be imported, or there are no weights.
-    Source:  CM App. C. Pooling and sizes as in openai's code; the paper does not name the pooling.
+    pretrained: False leaves VGG16 random, which needs no download (for tests).
+    Source: CM App. C. Pooling and sizes as in openai's code; the paper does not name the pooling.
     """
     def __init__(self, pretrained=True):
         super().__init__()
         lpips = import_optional("lpips", "--dist lpips needs the packages lpips and torchvision")
-        try:
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        with explain(f"--dist lpips: put VGG16's vgg16-397923af.pth into {folder}, or choose "
+                     "another --dist; could not get it otherwise"):
             self.model = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
-        except (OSError, RuntimeError) as error:
-            folder = Path(torch.hub.get_dir(), "checkpoints")
-            raise UserError(f"--dist lpips could not get VGG16's weights ({first_line(error)}). "
-                            f"Put vgg16-397923af.pth into {folder}, or choose another --dist"
-                            ) from error
         self.model.requires_grad_(False)
         for part in self.model.net.children():
             for name, layer in part.named_children():
@@ -366,35 +290,28 @@ class LPIPS(nn.Module):
             y = F.interpolate(y, size=(224, 224), mode="bilinear")
         return self.model(x, y).flatten()  # (B,1,1,1) -> (B,)
 
+DISTANCES = {"l1": l1, "l2": l2, "norm": norm, "huber": pseudo_huber}
 
 def make_distance(name, device):
-    """The distance called l1, l2, norm, huber or lpips. LPIPS' weights are sought only here."""
-    if name == "lpips":
-        return LPIPS().to(device)
-    return {"l1": l1, "l2": l2, "norm": norm, "huber": pseudo_huber}[name]
-
+    """One of DISTANCES, or lpips, whose weights are sought only here."""
+    return LPIPS().to(device) if name == "lpips" else DISTANCES[name]
 
 def edm_loss(net, x0, noise, t, y, cond=None):
-    """The denoising loss of each image, weighted by lambda(t) = 1/t^2 + 1/sigma_data^2.
+    """The denoising loss of each image (B,), weighted by lambda(t) = 1/t^2 + 1/sigma_data^2.
 
-    Args:    net: a UNet.  x0, noise: (B,C,H,W).  t: (B,).  y, cond: as `denoise`.
-    Returns: (B,), the mean over pixels.
-    Source:  EDM Eq. 8, Table 1 (there the sum over pixels).
+    x0, noise: (B,C,H,W). t: (B,). y, cond: as `denoise`. The mean over pixels; in the source, EDM
+    Eq. 8 and Table 1, the sum.
     """
     D_x = denoise(net, x0 + bcast(t, x0) * noise, t, y, cond)
     return (1 / t**2 + 1 / SIGMA_DATA**2) * l2(D_x, x0)
 
-
 def weight_one(t_n, t_n1):
     return 1.0
-
 
 def weight_inverse(t_n, t_n1):
     return 1 / (t_n1 - t_n)
 
-
 WEIGHTS = {"one": weight_one, "inverse": weight_inverse}  # lambda of an interval: CM, iCT
-
 
 @contextlib.contextmanager
 def replay_random(device):
@@ -404,17 +321,14 @@ def replay_random(device):
     yield
     generator.set_rng_state(state)
 
-
 # --------------------------------------------------------------------------------------------------
 # Continuous time: the limits N -> infinity of the consistency losses
 # --------------------------------------------------------------------------------------------------
 
 def consistency_jvp(net, x, t, dx_dt, y=None, cond=None):
-    """f(x, t) and df/dt along a path through (x, t) with velocity dx_dt, exact, in float32.
+    """f(x, t) and df/dt along a path through (x, t) with velocity dx_dt, (B,C,H,W) each, exact.
 
-    Args:    as `consistency`; dx_dt: (B,C,H,W).
-    Returns: two (B,C,H,W). Both carry gradients to the parameters unless those are switched off.
-    Source:  CM App. B.
+    Both carry gradients to the parameters unless those are switched off. Source: CM App. B.
     """
     # float32: a derivative needs more than bf16's three digits. forward is never the compiled one.
     forward = functools.partial(net.forward, dtype=x.dtype)
@@ -426,17 +340,15 @@ def consistency_jvp(net, x, t, dx_dt, y=None, cond=None):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return torch.func.jvp(f, (x, t), (dx_dt, torch.ones_like(t)))
 
-
 def continuous_loss(net, x_t, t, dx_dt, y, cond, stop_gradient):
-    """|df/dt|^2 of each image, the mean over pixels: 0 for a consistency function.
+    """|df/dt|^2 of each image (B,), the mean over pixels: 0 for a consistency function.
 
-    Args:    as `consistency_jvp`.  stop_gradient: differentiate with respect to f but not df/dt, as
-             if a target network supplied it: CM's pseudo-objective 2 f . df/dt, which has the same
-             gradient but a value that says nothing. Both its branches drop out the same units.
-    Returns: (B,).
-    Source:  CM App. B, l2: Theorems 3 (without stop_gradient), 5 and 6, with lambda so that no
-             factor is left. The gradients are the limits of those of the discrete losses with
-             weights 1 / (t_n1 - t_n)^2 and 1 / (t_n1 - t_n).
+    stop_gradient: differentiate with respect to f but not df/dt, as if a target network supplied
+    it: CM's pseudo-objective 2 f . df/dt, which has the same gradient but a value that says
+    nothing. Both its branches drop out the same units.
+    Source: CM App. B, l2: Theorems 3 (without stop_gradient), 5 and 6, with lambda so that no
+    factor is left. The gradients are the limits of those of the discrete losses with weights
+    1 / (t_n1 - t_n)^2 and 1 / (t_n1 - t_n).
     """
     if not stop_gradient:  # differs from openai's JAX code, which takes the norm, not its square
         _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, cond)
@@ -446,7 +358,6 @@ def continuous_loss(net, x_t, t, dx_dt, y, cond, stop_gradient):
     f_net = consistency(net, x_t, t, y, cond)
     return l2(f_net, f_net.detach() - df_dt)
 
-
 # --------------------------------------------------------------------------------------------------
 # Network: the ADM UNet, with the names, shapes and order of operations of the released checkpoints
 # --------------------------------------------------------------------------------------------------
@@ -455,7 +366,6 @@ class Conv2d(nn.Conv2d):
     """Keeps float32 weights and computes in the dtype of its input."""
     def forward(self, x):
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
 
 class GroupNorm32(nn.GroupNorm):
     """32 groups; statistics and affine map in float32, result in the dtype of the input."""
@@ -467,12 +377,10 @@ class GroupNorm32(nn.GroupNorm):
             return super().forward(x)
         return super().forward(x.float()).to(x.dtype)
 
-
 def zeroed(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
 
 def sinusoidal_embedding(t, dim):
     """(B,) -> (B,dim): cosines, then sines, of t times frequencies 1 down to nearly 1/10000."""
@@ -482,7 +390,6 @@ def sinusoidal_embedding(t, dim):
     angles = t[:, None] * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], 1), (0, dim % 2))
 
-
 class Downsample(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -490,7 +397,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.op(x)
-
 
 class Upsample(nn.Module):
     def __init__(self, channels):
@@ -500,20 +406,19 @@ class Upsample(nn.Module):
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
-
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, emb_dim, dropout, scale_shift, cond, resample=None):
         super().__init__()
         width = 2 * c_out if scale_shift else c_out
         self.scale_shift, self.resample = scale_shift, resample
-        conv_in = Conv2d(c_in, c_out, 3, padding=1)
-        self.in_layers = nn.Sequential(GroupNorm32(c_in), nn.SiLU(), conv_in)
+        self.in_layers = nn.Sequential(
+            GroupNorm32(c_in), nn.SiLU(), Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, width))
         if cond:  # zero: a net with the second scalar begins as the net without it
             self.emb_layers_s = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(emb_dim, width)))
-        conv_out = zeroed(Conv2d(c_out, c_out, 3, padding=1))  # here: the order of draws
-        drop = nn.Dropout(dropout)
-        self.out_layers = nn.Sequential(GroupNorm32(c_out), nn.SiLU(), drop, conv_out)
+        self.out_layers = nn.Sequential(
+            GroupNorm32(c_out), nn.SiLU(), nn.Dropout(dropout),
+            zeroed(Conv2d(c_out, c_out, 3, padding=1)))
         self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb, emb_s):
@@ -532,7 +437,6 @@ class ResBlock(nn.Module):
         else:
             h = self.out_layers(h + e)
         return self.skip_connection(x) + h
-
 
 class AttentionBlock(nn.Module):
     def __init__(self, channels, head_channels):
@@ -554,7 +458,6 @@ class AttentionBlock(nn.Module):
             h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(2, 3).reshape(B, C, H, W))
 
-
 class Layers(nn.Sequential):
     """One entry of the encoder, middle or decoder: only its residual blocks see the embeddings."""
     def forward(self, h, emb, emb_s):
@@ -562,22 +465,16 @@ class Layers(nn.Sequential):
             h = layer(h, emb, emb_s) if isinstance(layer, ResBlock) else layer(h)
         return h
 
-
 class UNet(nn.Module):
-    """The ADM UNet F(x, c_noise, y, cond).
+    """The ADM UNet F(x, c_noise, y, cond), with the settings of openai's consistency models.
 
-    Args:    image_size: pixels of a side; must halve evenly at each level.  base: channels.
-             mult: channel multiplier of each level.  blocks: residual blocks a level.
-             attention: the feature-map sizes that get attention (the middle always does).
-             head_channels: channels of an attention head.  classes: number of labels, 0 for none.
-             dropout: probability.  scale_shift: the embedding scales and shifts the second norm,
-             otherwise it is added.  resblock_updown: resample inside residual blocks, otherwise by
-             strided convolution.  cond: room for a second scalar beside c_noise (CTM's s, guidance
-             weight w), which at first changes nothing.  null: one more label, numbered `classes`,
-             that means "no label" (classifier-free guidance).  time_scale: factor on c_noise
-             (1/1000 in older checkpoints: students of NVIDIA's weights, whose c_noise is ln(t)/4).
-    Raises:  ValueError if the sizes do not fit each other.
-    Source:  ADM, with the settings of openai's consistency models.
+    image_size: pixels of a side. base: channels, times mult at each level. blocks: residual blocks
+    a level. attention: sizes of the maps that get it, in heads of head_channels. classes: labels, 0
+    for none. scale_shift: the embedding scales and shifts the second norm, otherwise it is added.
+    resblock_updown: resample inside residual blocks. cond: room for a second scalar (CTM's s,
+    guidance weight w), which at first changes nothing. null: one more label, numbered `classes`,
+    for "no label". time_scale: factor on c_noise (1/1000 in old students of NVIDIA's weights).
+    Raises ValueError if the sizes do not fit each other.
     """
     def __init__(self, image_size, base, mult, blocks, attention, head_channels, classes=0,
                  dropout=0.0, scale_shift=True, resblock_updown=True, cond=False, null=False,
@@ -585,8 +482,7 @@ class UNet(nn.Module):
         super().__init__()
         halvings, widths = len(mult) - 1, [base * m for m in mult]
         if image_size % 2**halvings or image_size < 8:
-            raise ValueError(f"image size {image_size} does not halve {halvings} times, "
-                             "or is below 8")
+            raise ValueError(f"{image_size=} does not halve {halvings} times, or is below 8")
         if any(width % 32 or width % head_channels for width in widths):
             raise ValueError(f"widths {widths} are not multiples of 32 and of {head_channels=}")
         if null and not classes:
@@ -625,9 +521,8 @@ class UNet(nn.Module):
                 skips.append(width)
                 size //= 2
 
-        first = res(width, width)
-        attention_block = AttentionBlock(width, head_channels)
-        self.middle_block = Layers(first, attention_block, res(width, width))
+        self.middle_block = Layers(
+            res(width, width), AttentionBlock(width, head_channels), res(width, width))
 
         self.output_blocks = nn.ModuleList()
         for level, wide in reversed(list(enumerate(widths))):
@@ -666,7 +561,6 @@ class UNet(nn.Module):
             h = block(torch.cat([h, skips.pop()], 1), emb, emb_s)
         return self.out(h.to(x.dtype))
 
-
 # Settings of the named networks; `--net NAME KEY=VALUE ...` changes single ones. imagenet64 and
 # lsun256 are those of the released checkpoints. The papers' CIFAR-10 net is an NCSN++; cifar10 here
 # is the ADM net of its depth and width.
@@ -683,7 +577,6 @@ NETS = {
                     attention=(32, 16, 8), head_channels=64, scale_shift=False),
 }
 
-
 def parse_like(example, text):
     """`text` as a value of the example's type: ints between commas, true or false, a number."""
     if isinstance(example, tuple):
@@ -691,7 +584,6 @@ def parse_like(example, text):
     if isinstance(example, bool):
         return {"true": True, "false": False}[text]
     return type(example)(text)
-
 
 def net_settings(words):
     """The model arguments that `--net NAME KEY=VALUE ...` asks for. Raises UserError."""
@@ -703,34 +595,22 @@ def net_settings(words):
         key, _, value = change.partition("=")
         if key not in settings:
             raise UserError(f"--net {change}: the keys are {', '.join(settings)}")
+        like = f"{key}={show_value(settings[key])}"
         try:
             settings[key] = parse_like(settings[key], value)
         except (ValueError, KeyError):
-            like = f"{key}={show_value(settings[key])}"
             raise UserError(f"--net {change}: {key} is like {like}") from None
     return settings
 
-
-def show_value(value):
-    """A setting as it is written on the command line."""
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value))
-    return str(value).lower() if value in (None, True, False) else str(value)
-
-
 def make_net(settings):
     """The UNet of these settings. Raises UserError if they do not fit each other."""
-    try:
+    with explain("--net"):
         return UNet(**settings)
-    except ValueError as error:
-        raise UserError(f"--net: {error}") from error
-
 
 @torch.no_grad()
 def ema_update(average, net, decay):
     """average <- decay * average + (1 - decay) * net, in one fused call; decay 0 copies."""
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-
 
 # --------------------------------------------------------------------------------------------------
 # Errors and files
@@ -739,18 +619,13 @@ def ema_update(average, net, decay):
 class UserError(Exception):
     """Something the user can put right: the scripts print it as one line, with exit code 2."""
 
-
 ranks_differ = False  # once they run, each process meets its own errors; until then all the same
-bars = []  # the progress bars on the screen
-
+bars = []  # the progress bars on the screen, which an error message closes
 
 def progress_bar(*iterable, **settings):
-    """A tqdm bar that an error message closes."""
     from tqdm import tqdm
-    bar = tqdm(*iterable, dynamic_ncols=True, **settings)
-    bars.append(bar)
-    return bar
-
+    bars.append(tqdm(*iterable, dynamic_ncols=True, **settings))
+    return bars[-1]
 
 def one_line_errors(kind, error, trace):
     """An excepthook: a UserError, or a GPU that is full, is one line and ends in exit code 2."""
@@ -758,22 +633,19 @@ def one_line_errors(kind, error, trace):
         error = f"out of memory, lower --micro-batch: {first_line(error)}"
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    if ranks_differ or local == 0:
+    rank = int(os.environ.get("RANK", 0))
+    if ranks_differ or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         for bar in bars:
             bar.close()
         message = str(error).strip().splitlines()[-1]  # after a loader's worker's traceback
         message = message.removeprefix("common.UserError: ")
         where = f"rank {rank}: " if rank else ""
-        script = Path(sys.argv[0]).name
-        print(f"{script}: error: {where}{message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
 
 def first_line(error):
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text.split(" <_io.")[0]  # Pillow names the Python object it read from
-
 
 @contextlib.contextmanager
 def explain(what):
@@ -786,23 +658,25 @@ def explain(what):
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{what}: {reason}") from error
 
-
 def import_optional(name, need):
     """Import a package of an optional feature. Raises UserError that begins with `need`."""
-    import importlib
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch
         raise UserError(f"{need} (pip install {name}), and a torchvision, if any, built for torch "
                         f"{torch.__version__}: {first_line(error)}") from error
 
+def import_beside(name, need):
+    """Import cd.py, or evaluate.py of tests/. Raises UserError that begins with `need`."""
+    sys.path.insert(0, str(Path(__file__).parent / "tests"))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{need}, which must lie beside this script: {error}") from error
 
 @contextlib.contextmanager
 def atomic_file(path, mode="wb"):
-    """Open a file that appears at `path` whole or not at all, whatever happens meanwhile.
-
-    Raises:  UserError naming the path if it cannot be written; what stood there stays.
-    """
+    """Open a file that appears at `path` whole or not at all; what stood there stays till then."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # left by a killed process, it is overwritten
     try:
@@ -818,11 +692,10 @@ def atomic_file(path, mode="wb"):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 # --------------------------------------------------------------------------------------------------
 # Data: uint8 until it is on the device. A data set answers len() and __getitems__(indices) with a
 # batch (images (b,C,H,W) uint8, labels (b,) int64); `labels` is an (n,) int64 array or None, and
-# `classes` their number, 0 without labels.
+# `classes` their number, 0 without labels. What does not fit is a UserError that names the file.
 # --------------------------------------------------------------------------------------------------
 
 def glyphs(n, seed, size=16):
@@ -861,20 +734,18 @@ def glyphs(n, seed, size=16):
         images[i] = np.round(255 * (back + m * (front - back)))
     return images, labels
 
-
 def fit_image(image, size, source):
     """A Pillow image as (size,size,3) uint8 RGB, shrunk to `size` on its short side and cropped.
 
-    Raises:  UserError naming `source` if the image is smaller than that.
-    Source:  ADM's pipeline: halve with a box filter while twice too large, then bicubic.
+    As ADM does: halve with a box filter while twice too large, then bicubic.
     """
     from PIL import Image
     if image.mode.startswith("I"):  # 16 bits a pixel
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     image = image.convert("RGB")
-    width, height = image.size
-    if min(width, height) < size:
-        raise UserError(f"{source} is {width}x{height}, smaller than the network's {size} pixels")
+    if min(image.size) < size:
+        raise UserError(f"{source} is {image.width}x{image.height}, smaller than the network's "
+                        f"{size} pixels")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -882,7 +753,6 @@ def fit_image(image, size, source):
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, above = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[above:above + size, left:left + size]
-
 
 class Images:
     """n images of `size` pixels: `read(i)` gives one, (size,size,3) uint8."""
@@ -904,12 +774,10 @@ class Images:
         labels = np.zeros(len(images), np.int64) if self.labels is None else self.labels[indices]
         return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)
 
-
 class ArrayImages(Images):
     """Images in arrays (n,H,W,3) uint8, one after the other: in memory or memory-mapped."""
     def __init__(self, parts, labels, size, source):
-        self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts])
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
         super().__init__(int(self.ends[-1]), labels, size, source)
 
     def read(self, i):
@@ -920,12 +788,6 @@ class ArrayImages(Images):
             return image
         image = Image.fromarray(np.ascontiguousarray(image))
         return fit_image(image, self.size, f"{self.source}: image {i}")
-
-
-@functools.lru_cache(1)
-def open_zip(path, pid):  # one handle a process: forked ones would share their place in the file
-    return zipfile.ZipFile(path)
-
 
 class FileImages(Images):
     """Image files of a folder or a zip, decoded when asked for."""
@@ -941,6 +803,9 @@ class FileImages(Images):
                 image.load()
                 return fit_image(image, self.size, f"{self.source}/{name}")
 
+@functools.lru_cache(1)
+def open_zip(path, pid):  # one handle a process: forked ones would share their place in the file
+    return zipfile.ZipFile(path)
 
 def read_file(source, name):
     """A file's bytes, of a folder or zip."""
@@ -948,14 +813,11 @@ def read_file(source, name):
         return open_zip(source, os.getpid()).read(name)
     return (source / name).read_bytes()
 
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
 
 def is_image(name):
     hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
     return name.lower().endswith(IMAGE_SUFFIXES) and not hidden
-
 
 def load_files(source, size):
     """A folder or zip of images, labelled by `dataset.json` (EDM's layout) or by sub-folders."""
@@ -969,43 +831,22 @@ def load_files(source, size):
     names = sorted(filter(is_image, files))
     if not names:
         raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    labels = None
+    labels, classes = None, [name.split("/")[0] if "/" in name else "" for name in names]
     if index is not None:
-        labels = read_labels(index, names, f"{source}/dataset.json")
-    elif source.is_dir() and any("/" in name for name in names):
-        folders, _, files = zip(*(name.rpartition("/") for name in names))
-        if "" in folders:
-            loose = files[folders.index("")]
-            raise UserError(f"{source}/{loose} has no label: other images lie in sub-folders, one "
-                            "for each class")
-        classes = [name.split("/")[0] for name in names]
+        with explain(f"{source}/dataset.json does not list an integer label for each image"):
+            pairs = json.loads(index)["labels"]
+            if pairs is not None:
+                label_of = dict(pairs)
+                labels = [operator.index(label_of[name]) for name in names]
+    elif source.is_dir() and any(classes):
+        if "" in classes:
+            raise UserError(f"{source}/{names[classes.index('')]} has no label: other images lie "
+                            "in sub-folders, one for each class")
         labels = np.searchsorted(sorted(set(classes)), classes)
     return FileImages(source, names, labels, size)
 
-
-def read_labels(text, names, source):
-    """The labels that a `dataset.json` gives the images `names`, or None. Raises UserError."""
-    try:
-        pairs = json.loads(text)["labels"]
-        if pairs is None:
-            return None
-        label_of = dict(pairs)
-        wrong = [label for label in label_of.values() if type(label) is not int]
-        if wrong:
-            raise ValueError(f"label {wrong[0]!r}")
-        return [label_of[name] for name in names]
-    except KeyError as error:
-        raise UserError(f"{source} has no entry {error}") from None
-    except (ValueError, TypeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{source} is not a list of [file, integer label]: {reason}") from None
-
-
 def map_array(path, key=None):
-    """Memory-map a .npy file, or one array of an .npz, unpacked beside it if it is compressed.
-
-    Raises:  UserError naming the file if it is none, or holds pickled objects: never loaded.
-    """
+    """Memory-map a .npy, or one array of an .npz, unpacked beside it if it is compressed."""
     kind = "an array" if key is None else f"an npz with {key}"
     with explain(f"{path} cannot be read as {kind}"):
         if key is None:
@@ -1013,49 +854,41 @@ def map_array(path, key=None):
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo(f"{key}.npy")
             if member.compress_type == zipfile.ZIP_STORED:
-                return map_stored(path, archive, member)
+                return map_stored(path, member.header_offset)
             unpacked = path.with_name(f"{path.stem}.{key}.npy")
             if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
                 with archive.open(member) as source, atomic_file(unpacked) as target:
                     shutil.copyfileobj(source, target, 1 << 24)
         return np.lib.format.open_memmap(unpacked, mode="r")
 
-
-def map_stored(path, archive, member):
-    """Memory-map an array that lies in a zip as it is."""
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)[0]
+def map_stored(path, offset):
+    """Memory-map an array that lies in a zip as it is, from the member's header at `offset` on."""
+    with open(path, "rb") as file:
+        file.seek(offset + 26)  # a header has 30 bytes, then name and extra field, of these lengths
+        lengths = np.frombuffer(file.read(4), "<u2")
+        file.seek(lengths.sum(dtype=int), os.SEEK_CUR)
+        version, _ = np.lib.format.read_magic(file)
         read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
         shape, fortran, dtype = read_header(file)
-        header = file.tell()
-    if dtype.hasobject:
-        raise ValueError("it holds pickled objects")
-    with open(path, "rb") as file:  # its data follow a local header of 30 bytes, name, extra field
-        file.seek(member.header_offset + 26)
-        lengths = np.frombuffer(file.read(4), "<u2")
-    start = member.header_offset + 30 + int(lengths.sum(dtype=int)) + header
-    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects")
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
-
-IMAGE_KEYS = "arr_0", "images", "x", "data"
-
+IMAGE_KEYS, LABEL_KEYS = ("arr_0", "images", "x", "data"), ("arr_1", "labels", "y")
 
 def load_arrays(path, size):
-    """A .npy of images, or an .npz with them as one of IMAGE_KEYS, labels as arr_1, labels or y."""
-    labels = None
+    """A .npy of images, or an .npz with them as one of IMAGE_KEYS, labels as one of LABEL_KEYS."""
+    key, labels = None, None
     if path.suffix == ".npz":
         with explain(f"{path} cannot be read as an npz"), zipfile.ZipFile(path) as archive:
             keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        image_keys = [key for key in IMAGE_KEYS if key in keys]
-        label_keys = [key for key in ("arr_1", "labels", "y") if key in keys]
-        if not image_keys:
-            raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0 and the labels "
-                            "arr_1")
-        images = map_array(path, image_keys[0])
-        if label_keys:
-            labels = map_array(path, label_keys[0])
-    else:
-        images = map_array(path)
+        key = next((key for key in IMAGE_KEYS if key in keys), None)
+        if key is None:
+            raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0, labels arr_1")
+        for labels_key in LABEL_KEYS:
+            if labels is None and labels_key in keys:
+                labels = map_array(path, labels_key)
+    images = map_array(path, key)
     shape, channels = images.shape, (1, 3, 4)
     if images.ndim == 3:
         images = images[..., None]
@@ -1069,10 +902,8 @@ def load_arrays(path, size):
         images = np.broadcast_to(images, (*images.shape[:3], 3))
     return ArrayImages([images[..., :3]], labels, size, path)
 
-
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-
 
 def load_cifar10(folder, size):
     """CIFAR-10's 50,000 training images; their archive is fetched into `folder` if missing."""
@@ -1084,8 +915,7 @@ def load_cifar10(folder, size):
             torch.hub.download_url_to_file(CIFAR10_URL, str(archive))
     data = archive.read_bytes()
     if hashlib.md5(data).hexdigest() != CIFAR10_MD5:
-        raise UserError(f"{archive} is damaged (its MD5 is not {CIFAR10_MD5}): delete it, it is "
-                        "fetched again")
+        raise UserError(f"{archive} is damaged (MD5): delete it, and it is fetched again")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         names = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
         parts = [np.frombuffer(tar.extractfile(name).read(), np.uint8) for name in names]
@@ -1093,13 +923,13 @@ def load_cifar10(folder, size):
     images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return ArrayImages([images], rows[:, 0].astype(np.int64), size, archive)
 
-
 def load_imagenet64(path, batches, size):
     """The official train_data_batch_*.npz, whose labels count from 1, in an order of their own.
 
     With ImageNet's map_clsloc.txt ("n02119789 1 kit_fox") beside them the classes are renumbered to
     the order of their names, which others train by.
     """
+    batches.sort(key=lambda batch: (len(batch.stem), batch.stem))  # 10 comes after 9
     parts = [map_array(batch, "data") for batch in batches]
     if any(part.dtype != np.uint8 or part.shape[1:] != (3 * 64 * 64,) for part in parts):
         raise UserError(f"{path}: the batches must be uint8 of shape (n, 12288)")
@@ -1113,16 +943,13 @@ def load_imagenet64(path, batches, size):
             labels = np.searchsorted(sorted(wnids), wnids)[labels]
     return ArrayImages(parts, labels, size, path)
 
-
 NAMED = "cifar10", "imagenet64", "bedroom256", "cat256"
 
-
 def load_dataset(name, data_dir, size):
-    """The data set called `name`, or the one at that path, with images of `size` pixels.
+    """The images of `size` pixels called `name`: glyphs, one of NAMED, or a path.
 
-    Args:    name: glyphs, one of NAMED, or a path: a folder or zip of images, an .npz or .npy.
-             data_dir: where a named one lies, in any of those forms; cifar10 is fetched into it.
-    Raises:  UserError in one line for anything that is missing or not as it should be.
+    A folder or zip of images, an .npz or .npy. data_dir: where a named one lies, in any of those
+    forms; cifar10 is fetched into it.
     """
     if name == "glyphs":
         images, labels = glyphs(20000, seed=0, size=size)
@@ -1138,23 +965,17 @@ def load_dataset(name, data_dir, size):
         if data_dir is None or archive.exists() or empty:
             return load_cifar10(path, size)
     if not path.exists():
-        flag = "--data-dir" if known else "--dataset"
-        raise UserError(f"{flag} {path} does not exist; the named data sets are glyphs, "
-                        f"{', '.join(NAMED)}")
+        raise UserError(f"{'--data-dir' if known else '--dataset'} {path} does not exist; the "
+                        f"named data sets are glyphs, {', '.join(NAMED)}")
     if path.suffix in (".npz", ".npy"):
         return load_arrays(path, size)
     official = list(path.rglob("train_data_batch_*.npz")) if name == "imagenet64" else []
-    if official:
-        official.sort(key=lambda batch: (len(batch.stem), batch.stem))  # 10 comes after 9
-        return load_imagenet64(path, official, size)
-    return load_files(path, size)
-
+    return load_imagenet64(path, official, size) if official else load_files(path, size)
 
 def open_dataset(args, run, size):
     """`--dataset`, loaded by rank 0 first, which may have to fetch or unpack it."""
     with main_process_first(run):
         return load_dataset(args.dataset, args.data_dir, size)
-
 
 def index_batches(n, seed, step, total_steps, batch_size, micro_batch, rank=0, world=1):
     """Yield the indices of micro-batches rank, rank + world, ... of every step from `step` on.
@@ -1171,15 +992,9 @@ def index_batches(n, seed, step, total_steps, batch_size, micro_batch, rank=0, w
             places = np.arange(micro_batch) + k * batch_size + m * micro_batch
             yield np.array([order(int(p) // n)[p % n] for p in places])
 
-
-def unchanged(batch):
-    return batch
-
-
 def leave_group(worker):
     """Ctrl-C and torchrun's SIGTERM go to a process group, but the step still needs its images."""
     os.setpgrp()
-
 
 def make_loader(dataset, batches, workers, device):
     """The batches that the iterator of indices `batches` asks for, decoded ahead by `workers`."""
@@ -1188,9 +1003,8 @@ def make_loader(dataset, batches, workers, device):
         workers = min(max(share, 1), 8) if isinstance(dataset, FileImages) else 0
     ahead = dict(prefetch_factor=4, worker_init_fn=leave_group) if workers else {}
     return iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=unchanged, num_workers=workers,
+        dataset, batch_sampler=batches, collate_fn=tuple, num_workers=workers,
         pin_memory=device.type == "cuda", **ahead))
-
 
 def batches(args, run, dataset, step):
     """This rank's micro-batches (uint8 images, labels), from step `step` on."""
@@ -1198,11 +1012,9 @@ def batches(args, run, dataset, step):
                             args.micro_batch, run.rank, run.world)
     return make_loader(dataset, indices, args.workers, run.device)
 
-
 def micro_batches(args, run):
     """The numbers of this rank's micro-batches in every step."""
     return range(run.rank, args.batch_size // args.micro_batch, run.world)
-
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
@@ -1213,7 +1025,6 @@ def to_device(batch, device, flip):
         x0 = torch.where(bcast(mirrored, x0), x0.flip(3), x0)
     return x0, y
 
-
 # --------------------------------------------------------------------------------------------------
 # Processes and seeds. The unit of work is the micro-batch: micro-batch m of step k draws its images
 # and all its random numbers from (seed, k, m) alone, so a run does not depend on how many processes
@@ -1222,46 +1033,40 @@ def to_device(batch, device, flip):
 
 def choose_device(name, local):
     """The torch.device of `--device`, of this process. Raises UserError if it is not there."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+        name = next(kind for kind in there if there[kind])
     if not there[name]:
         raise UserError(f"--device {name}: this machine, or this build of torch, has none")
     if name != "cuda":
         return torch.device(name)
-    device = torch.device(name, local)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(local)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
-    return device
-
+    return torch.device(name, local)
 
 def join_processes(device, rank, world, restarts):
     """Make the process group of what torchrun started. Returns the restarts of any node."""
-    # Before there is a group: imported later, as by the optimizer, its default arguments would hold
-    # the group, whose threads then outlive destroy_process_group and at times abort the process.
+    # Imported later, as by the optimizer, its default arguments would hold the group, whose threads
+    # then outlive destroy_process_group and at times abort the process.
     import torch.distributed.nn.functional
     store, _, _ = next(torch.distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # One node keeps its store when it restarts its workers, with the dead ones' addresses.
         store = torch.distributed.PrefixStore(f"restart {restarts}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # of unpacking ImageNet, say
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                         timeout=patience)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                         rank=rank, world_size=world, timeout=patience)
     sys.excepthook = one_line_errors  # torch has just wrapped it
     most = torch.tensor(restarts, device=device)  # only the failed worker's node counts it
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return most.item()
 
-
 def setup(args):
     """Join the processes that torchrun started, if it did, and choose device and precision.
 
-    Returns: a namespace: rank, world, main (is this rank 0?), restarted (by torchrun, after a
-             worker died), device, dtype (of convolutions and attention), compile.
-    Raises:  UserError if the device is not there.
+    Returns a namespace: rank, world, main (is this rank 0?), restarted (by torchrun, after a worker
+    died), device, dtype (of convolutions and attention), compile.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -1272,11 +1077,10 @@ def setup(args):
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     compiled = device.type == "cuda" if args.compile is None else args.compile
     return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, restarted=restarts > 0,
-                                 device=device, dtype=torch.bfloat16 if bf16 else torch.float32,
-                                 compile=compiled)
-
+                                 device=device, dtype=dtype, compile=compiled)
 
 @contextlib.contextmanager
 def main_process_first(run):
@@ -1287,7 +1091,6 @@ def main_process_first(run):
     if run.world > 1 and run.main:
         torch.distributed.barrier()
 
-
 def place(net, run):
     """Move a net to the device, in the memory format and compute dtype that suit it."""
     net.dtype = run.dtype
@@ -1295,22 +1098,22 @@ def place(net, run):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return net.to(run.device, memory_format=layout)
 
-
 def compile_in_place(run, *modules):
     """torch.compile each module that is not None, if the run compiles; names of weights stay."""
     for module in set(modules) - {None}:
         if run.compile:
             module.compile()
 
-
 # What a seed is for stands first in its key, so that no two uses share a stream.
 INIT, STEP, SAMPLE, SOLVER = 1, 2, 3, 4
 
+def seed_of(*key):
+    """A seed made of the integers `key`."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 def seed_everything(*key):
-    """Seed torch's generators of all devices with a hash of the integers `key`."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
+    """Seed torch's generators of all devices with the integers `key`."""
+    torch.manual_seed(seed_of(*key))
 
 def new_network(args, run, model_args, teacher=None):
     """The network to train, placed: seeded, with the teacher's weights for all that it has."""
@@ -1319,7 +1122,6 @@ def new_network(args, run, model_args, teacher=None):
     if teacher is not None:
         net.load_state_dict(net.state_dict() | teacher.state_dict())
     return place(net, run)
-
 
 def flatten_gradients(net):
     """One buffer (P,) that holds all gradients, as views. Zero it instead of calling zero_grad."""
@@ -1331,30 +1133,25 @@ def flatten_gradients(net):
         start += p.numel()
     return gradients
 
-
 BIN_EDGES = [0.1, 1.0, 10.0]  # of noise levels, that the log reports the loss between
 
-
 class Totals:
-    """What the micro-batches of a step add up to beside their gradients, on all ranks.
-
-    The numbers called `names`, the losses of each bin of noise levels, and whether to stop.
-    """
+    """What a step's micro-batches add up to on all ranks beside their gradients: the numbers called
+    `names`, the losses of each bin of noise levels, and whether to stop."""
     def __init__(self, run, *names):
         self.names, bins = names, len(BIN_EDGES) + 1
         self.edges = torch.tensor(BIN_EDGES, device=run.device)
-        self.numbers = torch.zeros(len(names) + 2 * bins + 1, device=run.device)
-        self.sums, self.bin_losses, self.bin_counts, self.stop = self.numbers.split(
-            [len(names), bins, bins, 1])  # views
-        self.values = {}
+        self.buffer = torch.zeros(len(names) + 2 * bins + 1, device=run.device)
+        views = self.buffer.split([len(names), bins, bins, 1])
+        self.numbers, self.bin_losses, self.bin_counts, self.stop = views
 
     def zero(self):
-        self.numbers.zero_()
+        self.buffer.zero_()
 
     def add(self, share, **values):
         """Add `share` of each value to the number of that name."""
         for name, value in values.items():
-            self.sums[self.names.index(name)] += share * value.detach()
+            self.numbers[self.names.index(name)] += share * value.detach()
 
     def bin(self, t, losses):
         """Add the losses (B,) of images at noise levels t (B,) to their bins."""
@@ -1363,22 +1160,19 @@ class Totals:
         self.bin_counts.index_add_(0, which, torch.ones_like(losses))
 
     def __getitem__(self, name):
-        return self.values[name]
+        return self.numbers[self.names.index(name)].item()
 
     def loss_bins(self):
         """The mean loss of each bin; not a number where there was no image."""
         return (self.bin_losses / self.bin_counts).tolist()
-
 
 def sum_over_ranks(run, stop, gradients, totals):
     """Sum the gradients and the totals over the ranks. Returns whether any rank is to stop."""
     totals.stop.fill_(stop.number > 0)
     if run.world > 1:
         torch.distributed.all_reduce(gradients)
-        torch.distributed.all_reduce(totals.numbers)
-    totals.values = dict(zip(totals.names, totals.sums.tolist()))
+        torch.distributed.all_reduce(totals.buffer)
     return totals.stop.item() > 0
-
 
 class StopSignal:
     """Remembers SIGTERM or Ctrl-C, for the loop to finish its step and save. A second kills."""
@@ -1392,7 +1186,6 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
 
-
 def finish(run, stop=None):
     """Leave: exit code 0, or 128 + the number of the signal that stopped the run, on any rank."""
     if run.world > 1:
@@ -1400,19 +1193,12 @@ def finish(run, stop=None):
         torch.distributed.destroy_process_group()
     raise SystemExit(128 + (stop.number or signal.SIGTERM) if stop else 0)
 
-
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: one dictionary of tensors and plain values, loaded without unpickling anything else
+# Checkpoints: one dictionary of tensors and plain values, loaded without unpickling anything else.
+# A run has parts: its networks and optimizers, or None, by their key in the checkpoint.
 # --------------------------------------------------------------------------------------------------
-
-def save_checkpoint(path, state):
-    """Write `state` to `path`, whole or not at all. Raises UserError if it cannot be written."""
-    with atomic_file(path) as file:
-        torch.save(state, file)
-
 
 RENAMED = {"times": "p_t", "extra": "cond"}  # settings of checkpoints written before
-
 
 def load_checkpoint(path):
     """Read a checkpoint. Raises UserError if it is missing, damaged, or could run code."""
@@ -1427,35 +1213,22 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint, or is damaged: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
-    for part in ("args", "model_args"):
-        if part in state:
-            state[part] = {RENAMED.get(key, key): value for key, value in state[part].items()}
+    for part in {"args", "model_args"} & set(state):
+        state[part] = {RENAMED.get(key, key): value for key, value in state[part].items()}
     return state
-
 
 def file_sha(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
-
 # Flags that may change when a run is resumed: where things lie, what is reported, the machine
 FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every",
               "save_every", "tensorboard", "workers", "device", "compile", "ckpt"}
-
-
-def delete_run(out_dir):
-    """`--overwrite`: what a run left in its folder is deleted."""
-    with explain(f"--out-dir {out_dir}"):
-        for pattern in ("last.pt", "ema.pt", "samples/*.png", "tensorboard/events.*"):
-            for old in out_dir.glob(pattern):
-                old.unlink(missing_ok=True)
-
 
 def settings_of_run(args, model_args):
     """What a resumed run must share with the one before, as written on the command line."""
     flags = {flag_name(key): value for key, value in args.items() if key not in FREE_FLAGS}
     return {key: show_value(value) for key, value in (flags | model_args).items()}
-
 
 def check_resumable(args, state, script, model_args):
     """Raises UserError if the run of a checkpoint was another script's, or had other flags."""
@@ -1469,29 +1242,21 @@ def check_resumable(args, state, script, model_args):
                if old.get(key, "none") != new.get(key, "none")]
     if changed:
         raise UserError(f"--out-dir {args.out_dir} holds a run with other settings "
-                        f"({'; '.join(changed)}); use its flags to resume it, choose another "
-                        "--out-dir, or --overwrite it")
+                        f"({'; '.join(changed)}); use its flags, choose another, or --overwrite it")
 
-
-def check_shared_folder(args, run, step):
-    """Raises UserError if the nodes see different folders: they would resume at other steps."""
-    if run.world == 1:
-        return
-    steps = torch.tensor([step, -step], device=run.device)
-    torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
-    if steps[0] != -steps[1]:
-        raise UserError(f"--out-dir {args.out_dir} is not the same folder on all nodes: they would "
-                        "resume at different steps")
-
+def delete_run(out_dir):
+    """`--overwrite`: what a run left in its folder is deleted."""
+    with explain(f"--out-dir {out_dir}"):
+        for pattern in ("last.pt", "ema.pt", "samples/*.png", "tensorboard/events.*"):
+            for old in out_dir.glob(pattern):
+                old.unlink(missing_ok=True)
 
 def resume(args, run, script, model_args, parts):
-    """Load `parts` from the run found in `args.out_dir`, if there is one.
+    """Load `parts` from the run found in `args.out_dir`, if there is one, with the same flags.
 
-    Args:    parts: networks and optimizers (or None) by their key in the checkpoint.
-    Returns: its step, and how many steps it has left out; 0, 0 for a new run.
-    Raises:  UserError if that run had other flags, and nothing is touched.
+    Returns its step, and how many steps it has left out; 0, 0 for a new run.
     """
-    out_dir, state = Path(args.out_dir), None
+    out_dir, state = Path(args.out_dir), dict(step=0, skipped=0)
     if args.overwrite and not run.restarted:  # a restarted run has obeyed --overwrite already
         if run.main:
             delete_run(out_dir)
@@ -1499,18 +1264,18 @@ def resume(args, run, script, model_args, parts):
         state = load_checkpoint(out_dir / "last.pt")
         check_resumable(args, state, script, model_args)
     elif (out_dir / "ema.pt").exists():
-        raise UserError(f"--out-dir {out_dir} holds an ema.pt without its last.pt; choose another, "
-                        "or --overwrite it")
-    check_shared_folder(args, run, state["step"] if state else 0)
-    if state is None:
-        return 0, 0
+        raise UserError(f"--out-dir {out_dir} holds an ema.pt without last.pt: --overwrite it?")
+    if run.world > 1:
+        steps = torch.tensor([state["step"], -state["step"]], device=run.device)
+        torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+        if steps.sum() != 0:  # the largest is not the smallest
+            raise UserError(f"--out-dir {out_dir} is not the same folder on all nodes")
     for key, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
+        if state["step"] and isinstance(part, torch.optim.Optimizer):
             load_optimizer(part, state[key])
-        elif part is not None:
+        elif state["step"] and part is not None:
             part.load_state_dict(state[key])
     return state["step"], state["skipped"]
-
 
 def load_optimizer(optimizer, state):
     """Restore an optimizer, its tensors in the strides of their parameters, for fused updates."""
@@ -1520,81 +1285,65 @@ def load_optimizer(optimizer, state):
             if value.shape == p.shape:
                 values[key] = torch.empty_like(p).copy_(value)
 
+def save_checkpoint(path, state):
+    """Write `state` to `path`, whole or not at all. Raises UserError if it cannot be written."""
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 def save_run(args, run, script, step, skipped, model_args, parts, **more):
-    """Write last.pt, which resumes the run, and ema.pt, which other tools can load; on rank 0.
-
-    Args:    parts: as `resume`; its `ema` is what samples are drawn with.  more: further entries.
-    """
+    """Write last.pt, which resumes the run, and ema.pt, which other tools can load; on rank 0."""
     if not run.main:
         return
-    out_dir = Path(args.out_dir)
     states = {key: part if part is None else part.state_dict() for key, part in parts.items()}
-    save_checkpoint(out_dir / "last.pt", states | more | dict(
+    save_checkpoint(Path(args.out_dir, "last.pt"), states | more | dict(
         script=script, step=step, images=step * args.batch_size, skipped=skipped, args=vars(args),
         model_args=model_args, torch_version=str(torch.__version__)))
-    save_checkpoint(out_dir / "ema.pt", states["ema"])
-
+    save_checkpoint(Path(args.out_dir, "ema.pt"), states["ema"])
 
 def shapes_of(state):
     return {name: tuple(value.shape) for name, value in state.items()}
 
-
-def network_of_weights(path, state, scripts):
-    """The one of NETS that a plain state dict fits, and its model_args."""
-    state = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+def settings_of_weights(path, state, scripts):
+    """The settings of the one of NETS that a plain state dict fits. Raises UserError."""
     shapes, changes = shapes_of(state), dict(classes=0)
     if shapes.get("label_emb.weight"):
         changes["classes"] = shapes["label_emb.weight"][0]
     if "time_embed_s.0.weight" in shapes:
         changes["cond"] = True
         if "ctm" not in scripts:
-            raise UserError(f"{path}: this network has a further input, as trajectory models have, "
-                            "which go to ctm.py --ckpt, and guided students, of which name last.pt")
+            raise UserError(f"{path} has one more input: a trajectory model, which goes to ctm.py "
+                            "--ckpt, or a guided student, of which name last.pt")
     for settings in NETS.values():
         with torch.device("meta"):
             net = UNet(**settings | changes)
         if shapes_of(net.state_dict()) == shapes:
-            weights = {key: value.float() for key, value in state.items()}
-            net.load_state_dict(weights, assign=True)
-            return net, settings | changes
+            return settings | changes
     raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}")
 
-
 def load_network(path, scripts):
-    """The network to sample with: `ema` of a checkpoint, or a plain state dict of one of NETS.
+    """The network to sample with: `ema` of a checkpoint of one of the `scripts`, or plain weights.
 
-    Returns: the net in eval mode on the CPU, without gradients; and the checkpoint, of which
-             `script`, `args` (None and {} for a plain state dict) and `model_args` say what it is.
-    Raises:  UserError if it cannot be loaded, is of none of the `scripts`, or fits no network.
+    Returns the net in eval mode on the CPU, without gradients; and the checkpoint, of which
+    `script`, `args` (None and {} for plain weights) and `model_args` say what it is.
     """
     state = load_checkpoint(path)
     if "model_args" not in state:
-        net, model_args = network_of_weights(path, state, scripts)
-        state = dict(script=None, args={}, model_args=model_args)
-    else:
-        writer = state.get("script")
-        if writer not in scripts:
-            wanted = " or ".join(f"{script}.py" for script in scripts)
-            writer = f"{writer}.py" if writer else "another tool"
-            raise UserError(f"{path} was written by {writer}; what is asked for here is written by "
-                            f"{wanted}")
-        with explain(f"{path} holds no network of this version"):
-            net = UNet(**state["model_args"])
-            net.load_state_dict(state["ema"])
+        weights = {str(name): value.float() for name, value in state.items()
+                   if isinstance(value, Tensor)}
+        settings = settings_of_weights(path, weights, scripts)
+        state = dict(script=None, args={}, model_args=settings, ema=weights)
+    elif state.get("script") not in scripts:
+        writer = f"{state['script']}.py" if state.get("script") else "another tool"
+        wanted = " or ".join(f"{script}.py" for script in scripts)
+        raise UserError(f"{path} was written by {writer}; what is wanted is written by {wanted}")
+    with explain(f"{path} holds no network of this version"):
+        net = UNet(**state["model_args"])
+        net.load_state_dict(state["ema"])
     return net.requires_grad_(False).eval(), state
-
 
 # --------------------------------------------------------------------------------------------------
 # Logs and pictures
 # --------------------------------------------------------------------------------------------------
-
-def summary_writer():
-    """The class that writes TensorBoard's files. Raises UserError if its package is missing."""
-    import_optional("tensorboard", "--tensorboard needs the package tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter
-
 
 def append_record(path, record):
     """Add a line of JSON to a file, after whatever a killed process may have left there."""
@@ -1607,45 +1356,30 @@ def append_record(path, record):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
-
 class Log:
-    """What a run shows: its progress bar, `log.jsonl`, `samples/`, and TensorBoard's files.
-
-    On other ranks than 0 it only counts. What a killed run wrote after the step it resumes from is
-    dropped from log.jsonl, and TensorBoard is told to forget it.
-    """
+    """A run's progress bar and `log.jsonl`, of which what a killed run wrote after the step that it
+    resumes from is dropped. On other ranks than 0 it only counts."""
     def __init__(self, args, run, step, skipped):
-        self.args, self.main = args, run.main
-        self.path, self.events = Path(args.out_dir) / "log.jsonl", None
-        self.skipped, self.bad_in_a_row = skipped, {}
-        self.device, self.values = run.device, {}
+        self.args, self.run, self.skipped = args, run, skipped
+        self.path = Path(args.out_dir, "log.jsonl")
+        self.bad_in_a_row, self.values = {}, {}
         self.reported = step, time.perf_counter()
         if not run.main:
             return
-        self.forget_after(step)
-        if args.tensorboard:
-            folder = self.path.with_name("tensorboard")
-            with explain(f"cannot write {folder}"):
-                self.events = summary_writer()(folder, purge_step=step + 1)
-            atexit.register(self.events.close)  # however the run ends
-        self.bar = progress_bar(total=args.total_steps, initial=step, unit="step")
-
-    def forget_after(self, step):
-        kept = []
-        if step and self.path.exists():
-            for line in self.path.read_text().splitlines():
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        with atomic_file(self.path, "w") as file:
+            for line in lines:
                 with contextlib.suppress(ValueError):  # the last line may be half-written
                     if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        with atomic_file(self.path, "w") as file:
-            file.writelines(kept)
+                        file.write(line + "\n")
+        self.bar = progress_bar(total=args.total_steps, initial=step, unit="step")
 
     def step(self, step, finite, last, player=0, **values):
         """Count a step, and write a line of the log every --log-every steps.
 
-        Args:    finite: was its loss, and was it taken?  last: of this process.  player: whose step
-                 it was, where several take turns.  values: those not passed keep the last ones.
-        Raises:  SystemExit with exit code 1 after ten steps in a row that were not finite.
+        finite: was its loss, and was it taken? Ten in a row that were not end the run with exit
+        code 1. last: of this process. player: whose step it was, where several take turns. values:
+        those not passed keep the last ones.
         """
         self.values |= values
         self.bad_in_a_row[player] = 0 if finite else self.bad_in_a_row.get(player, 0) + 1
@@ -1654,71 +1388,38 @@ class Log:
             self.close()
             raise SystemExit(f"{Path(sys.argv[0]).name}: stopped at step {step}: the loss or its "
                              f"gradient was not finite 10 steps in a row ({values}); what "
-                             f"{self.args.out_dir} holds is from before. Start anew with a lower "
-                             "--lr")
-        if self.main:
+                             f"{self.args.out_dir} holds is older. Start anew with a lower --lr")
+        if self.run.main:
             self.bar.update()
             if due(self.args.log_every, step) or (last and self.args.log_every):
                 self.report(step)
 
     def report(self, step):
         before, then = self.reported
-        now = time.perf_counter()
-        speed = (step - before) * self.args.batch_size / (now - then)
-        self.reported = step, now
-        self.write(dict(step=step, images=step * self.args.batch_size) | self.values | dict(
+        self.reported = step, time.perf_counter()
+        speed = (step - before) * self.args.batch_size / (self.reported[1] - then)
+        record = dict(step=step, images=step * self.args.batch_size) | self.values | dict(
             lr=self.values.get("lr", self.args.lr), images_per_s=speed, skipped=self.skipped,
-            peak_gb=peak_memory_gb(self.device)))
-        shown = {key: self.values.get(key) for key in ("loss", "N")}
-        shown = {key: f"{value:.4g}" for key, value in shown.items() if value is not None}
+            peak_gb=peak_memory_gb(self.run.device))
+        text = json.dumps(record)
+        append_record(self.path, json.loads(text, parse_constant=lambda word: None))  # for NaN
+        shown = {key: f"{record[key]:.4g}" for key in ("loss", "N") if record.get(key) is not None}
         self.bar.set_postfix(**shown, **{"img/s": f"{speed:.0f}"})
 
-    def write(self, record):
-        text = json.dumps(record)
-        record = json.loads(text, parse_constant=lambda word: None)  # JSON knows no NaN
-        append_record(self.path, record)
-        if self.events:
-            step = record.pop("step")
-            for tag, number in flat_numbers(record):
-                self.events.add_scalar(tag, number, step)
-            self.events.flush()  # a killed run loses nothing
-
-    def grid(self, step, blocks, columns, name=""):
-        """Write samples/STEP.png, `name` after STEP, see `save_grid`."""
-        path = self.path.parent / "samples" / f"{step:06d}{name}.png"
-        picture = save_grid(path, blocks, columns)
-        if self.events:
-            self.events.add_image("samples", picture, step, dataformats="HWC")
-            self.events.flush()
-
     def close(self):
-        if self.main:
+        if self.run.main:
             self.bar.close()
-
-
-def flat_numbers(record):
-    """(tag, number) of each number of a record; those of a list are called key/0, key/1, .."""
-    for key, value in record.items():
-        numbers = {key: value}
-        if isinstance(value, list):
-            numbers = {f"{key}/{i}": part for i, part in enumerate(value)}
-        for tag, number in numbers.items():
-            if number is not None:
-                yield tag, number
-
 
 def due(every, step):
     return every > 0 and step % every == 0
-
 
 def start_run(args, run, net, step, skipped):
     """Make the output folder, say what runs, open the log. Raises UserError."""
     global ranks_differ
     ranks_differ = True
     if run.main:
-        samples = Path(args.out_dir) / "samples"
         with explain(f"--out-dir {args.out_dir}"):
-            samples.mkdir(parents=True, exist_ok=True)
+            Path(args.out_dir, "samples").mkdir(parents=True, exist_ok=True)
         print(" ".join(f"{key}={show_value(value)}" for key, value in vars(args).items()))
         size = sum(p.numel() for p in net.parameters()) / 1e6
         precision = str(run.dtype).removeprefix("torch.")
@@ -1730,32 +1431,22 @@ def start_run(args, run, net, step, skipped):
             print(f"note: {run.world} processes share {pieces} micro-batches; lower --micro-batch")
     return Log(args, run, step, skipped)
 
-
 def peak_memory_gb(device):
     """The most memory this process has held: the GPU's where there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
+    import resource  # not on Windows
     unit = 1e9 if sys.platform == "darwin" else 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
 
 def to_uint8(x):
     """(n,C,H,W) in [-1, 1] -> (n,H,W,C) uint8, rounded, so that it inverts x/127.5 - 1."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-
 def save_grid(path, blocks, columns):
-    """Write a PNG: each block (n,H,W,C) uint8 a grid of `columns`, the blocks side by side.
-
-    Small images are enlarged. Returns: the picture, (H,W,C) uint8.
-    """
+    """Write a PNG, enlarged if small: each block (n,H,W,C) uint8 a grid of `columns`."""
     from PIL import Image
-    size = blocks[0].shape[1]
-    grids = []
+    size, grids = blocks[0].shape[1], []
     for images in blocks:
         missing = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)
         images = np.concatenate([images, missing])
@@ -1765,22 +1456,18 @@ def save_grid(path, blocks, columns):
     picture = Image.fromarray(np.concatenate(grids[:-1], 1))
     zoom = max(1, 48 // size)
     enlarged = picture.width * zoom, picture.height * zoom
-    picture = picture.resize(enlarged, Image.Resampling.NEAREST)
     with atomic_file(path) as file:
-        picture.save(file, "PNG")
-    return np.asarray(picture)
-
+        picture.resize(enlarged, Image.Resampling.NEAREST).save(file, "PNG")
 
 def make_save_path(path):
     """See that samples can be saved at `path`, before hours are spent on drawing them."""
     path = Path(path)
     if path.suffix not in ("", ".png", ".npz"):
         raise UserError(f"--save {path}: name a .png, an .npz or a folder")
-    folder = path if path.suffix == "" else path.parent
+    folder = path.parent if path.suffix else path
     with explain(f"--save {path}"):
         folder.mkdir(parents=True, exist_ok=True)
     return path
-
 
 def save_samples(path, images, labels, columns):
     """Write samples (n,H,W,C) uint8 as a .png grid, a folder of PNGs, or an .npz as ADM's evaluator
@@ -1797,43 +1484,36 @@ def save_samples(path, images, labels, columns):
             with atomic_file(path / f"{i:06d}.png") as file:
                 Image.fromarray(image).save(file, "PNG")
 
-
 # --------------------------------------------------------------------------------------------------
 # Samples
 # --------------------------------------------------------------------------------------------------
 
 class SeededNoise:
-    """A source of unit noise, x -> noise like x, in which image i has a generator of its own.
-
-    It is seeded by (seed, i), so a sample depends neither on its batch nor on the device.
-    """
+    """Unit noise, x -> noise like x, in which image i has a generator of its own, seeded by
+    (seed, i): a sample depends neither on its batch nor on the device."""
     def __init__(self, indices, seed):
-        self.indices, self.generators = indices, []
-        for i in indices.tolist():
-            key = np.random.SeedSequence((SAMPLE, seed, i)).generate_state(1, np.uint64)[0] >> 1
-            self.generators.append(torch.Generator().manual_seed(int(key)))
+        self.indices = indices
+        self.generators = [torch.Generator().manual_seed(seed_of(SAMPLE, seed, i))
+                           for i in indices.tolist()]
 
     def __call__(self, x):
         noise = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
         return torch.stack(noise).to(x.device)
 
-
 def initial_noise(net, noise, shape, t):
     """t * unit noise (b,C,H,W), on the device of the net: where sampling begins."""
     return t * noise(torch.zeros(shape, device=next(net.parameters()).device))
-
 
 def draw_part(draw, part, y, shape, seed):
     """Images `part` (b,) of those that `draw_many` draws: (b,H,W,C) uint8."""
     y_part = None if y is None else y[part]
     return to_uint8(draw(y_part, SeededNoise(part, seed), (len(part), *shape)))
 
-
 def draw_many(run, draw, n, y, shape, seed, batch=64):
     """n images (n,H,W,C) uint8, shared out among the ranks; image i depends on (seed, i) alone.
 
-    Args:    draw: (y (b,), noise, shape (b,C,H,W)) -> images (b,C,H,W) in [-1, 1], b <= `batch`.
-             noise: a SeededNoise, whose `indices` (b,) say which of the n images they are.
+    draw: (y (b,), noise, shape (b,C,H,W)) -> images (b,C,H,W) in [-1, 1], b <= `batch`. noise: a
+    SeededNoise, whose `indices` (b,) say which of the n images they are.
     """
     C, H, W = shape
     images = torch.zeros(n, H, W, C, dtype=torch.uint8, device=run.device)
@@ -1845,62 +1525,42 @@ def draw_many(run, draw, n, y, shape, seed, batch=64):
         torch.distributed.all_reduce(images)
     return images.cpu().numpy()
 
-
 def sample_grid(args, run, log, step, draws, classes, shape, name="", columns=None):
-    """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`.
-
-    Args:    draws: as `draw_many`.  classes: a column each, at most 10; 0: no labels, 8 columns.
-    """
+    """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`,
+    see `draw_many`. classes: a column each, at most 10; 0: no labels, 8 columns."""
     columns = columns or min(classes, 10) or 8
     y = torch.arange(8 * columns, device=run.device) % classes if classes else None
     blocks = [draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch)
               for draw in draws]
     if run.main:
-        log.grid(step, blocks, columns, name)
-
+        save_grid(Path(args.out_dir, "samples", f"{step:06d}{name}.png"), blocks, columns)
 
 def labels_to_draw(args, net, n, device, key="labels"):
     """`--labels` in turn, or all classes in turn, for n images: (n,) int64; None without labels."""
-    labels = getattr(args, key)
+    labels = getattr(args, key) or list(range(net.classes))
     if labels and max(labels) >= net.classes:
         known = f"the labels 0 to {net.classes - 1}" if net.classes else "no labels"
-        shown = " ".join(map(str, labels))
-        raise UserError(f"{flag_name(key)} {shown}: this network has {known}")
-    labels = labels or list(range(net.classes))
+        raise UserError(f"{flag_name(key)} {' '.join(map(str, labels))}: this network has {known}")
     if not labels:
         return None
     return torch.tensor([labels[i % len(labels)] for i in range(n)], device=device)
-
 
 def sampling_net(args, run, scripts):
     """The network of `--ckpt`, placed, and its checkpoint, see `load_network`."""
     net, trained = load_network(args.ckpt, scripts)
     return place(net, run), trained
 
-
-def import_evaluate():
-    """tests/evaluate.py, which lies beside the scripts. Raises UserError if it does not."""
-    sys.path.insert(0, str(Path(__file__).parent / "tests"))
-    try:
-        import evaluate
-    except ModuleNotFoundError as error:
-        raise UserError("--eval measures with tests/evaluate.py, which should lie beside the "
-                        f"scripts: {error}") from error
-    return evaluate
-
-
 def sample_checkpoint(args, run, net, draw, calls, trained):
     """`--ckpt`: draw images and save them, or with `--eval n` measure them.
 
-    Args:    draw: as `draw_many`.  calls: of the network for an image, to be said.
-             trained: the checkpoint that the net is of.
+    draw: see `draw_many`. calls: of the net for an image. trained: the checkpoint it is of.
     """
     compile_in_place(run, net)
     shape = 3, net.image_size, net.image_size
     n = args.eval or args.sample or 64
     y = labels_to_draw(args, net, n, run.device)
     if args.eval:
-        evaluate = import_evaluate()
+        evaluate = import_beside("evaluate", "--eval measures with tests/evaluate.py")
         return evaluate.evaluate(args, run, draw, y, shape, calls, trained, args.micro_batch)
     path = make_save_path(args.save)
     images = draw_many(run, draw, n, y, shape, args.seed, args.micro_batch)
@@ -1912,20 +1572,6 @@ def sample_checkpoint(args, run, net, draw, calls, trained):
         save_samples(path, images, y, columns=turn * max(round(side / turn), 1))  # a column a label
         print(f"{n} samples, {calls} network call(s) each, EMA weights of {args.ckpt}: {args.save}")
 
-
-def dataset_of(args, trained):
-    """`--dataset` and `--data-dir`, by default those the checkpoint was trained on."""
-    settings = trained.get("args", {})
-    name = args.dataset or settings.get("dataset")
-    if name is None:
-        raise UserError(f"{args.ckpt} does not say what it was trained on; name --dataset")
-    if args.data_dir and name not in NAMED:
-        raise UserError("--data-dir says where a named data set lies; give a path of your own as "
-                        "--dataset")
-    same = name == settings.get("dataset")
-    return name, args.data_dir or (settings.get("data_dir") if same else None)
-
-
 # --------------------------------------------------------------------------------------------------
 # Flags. Each is said once, where it is added, with the condition under which it applies.
 # --------------------------------------------------------------------------------------------------
@@ -1933,6 +1579,11 @@ def dataset_of(args, trained):
 def flag_name(key):
     return "--" + key.replace("_", "-")
 
+def show_value(value):
+    """A setting as it is written on the command line."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(value).lower() if value in (None, True, False) else str(value)
 
 def number(kind, low, high=math.inf, name="number"):
     """An argparse type: `kind` within [low, high]."""
@@ -1944,26 +1595,21 @@ def number(kind, low, high=math.inf, name="number"):
     convert.__name__ = name
     return convert
 
-
 positive = number(int, 1, name="positive integer")
 count = number(int, 0, name="count")
+probability = number(float, 0, 1)
 noise_level = number(float, T_MIN, T_MAX, "noise level")
-
 
 def p_of_t(word):
     """The argparse type of `--p-t MEAN STD | uniform`."""
     return word if word == "uniform" else float(word)
 
-
 def check_p_t(p_t, times):
     """See that p(t) can be drawn from on the grid `times`. Raises UserError."""
-    if p_t == ["uniform"]:
-        return
     lognormal = len(p_t) == 2 and "uniform" not in p_t and p_t[1] > 0
-    if not lognormal or not interval_probabilities(times, p_t).isfinite().all():
-        raise UserError(f"--p-t {' '.join(map(str, p_t))}: name a mean and a standard deviation of "
-                        "ln t, or uniform")
-
+    drawable = p_t == ["uniform"] or lognormal
+    if not drawable or not interval_probabilities(times, p_t).isfinite().all():
+        raise UserError(f"--p-t {' '.join(map(str, p_t))}: name MEAN STD of ln t, or uniform")
 
 def condition_holds(value, wanted):
     """wanted: True or False: the value is truthy or falsy; else it, or one of a tuple of values."""
@@ -1971,13 +1617,12 @@ def condition_holds(value, wanted):
         return bool(value) == wanted
     return value in (wanted if isinstance(wanted, tuple) else (wanted,))
 
-
 def with_setting(key, value):
     """"with --key value" as a message says it, "without --key" if there is no value."""
     if value is True:
         return f"with {flag_name(key)}"
-    return f"with {flag_name(key)} {show_value(value)}" if value else f"without {flag_name(key)}"
-
+    name = flag_name(key)
+    return f"with {name} {show_value(value)}" if value else f"without {name}"
 
 def describe(only):
     """The condition in words, for --help."""
@@ -1987,27 +1632,21 @@ def describe(only):
         parts.append(" or ".join(with_setting(key, value) for value in values))
     return ", ".join(parts)
 
-
 class FlagGroup:
     """Flags under one title of --help, all with the conditions `only`."""
     def __init__(self, parser, title, only):
         self.parser, self.only = parser, only
-        note = f" ({describe(only)})" if only else ""
-        self.group = parser.add_argument_group(title + note)
+        self.group = parser.add_argument_group(f"{title} ({describe(only)})" if only else title)
 
     def flag(self, name, *, only=None, default=None, help, **settings):
-        """Add a flag.
-
-        Args:    only: the settings with which it applies, {key: what `condition_holds` takes}, or a
-                 list of such, any of which will do.  default: if the recipe has none.
-        """
+        """Add a flag. only: the settings with which it applies, {key: what `condition_holds`
+        takes}, or a list of such, any of which will do. default: if the recipe has none."""
         alternatives = only if isinstance(only, list) else [only or {}]
         key = name.removeprefix("--").replace("-", "_")
         self.parser.conditions[key] = [self.only | alternative for alternative in alternatives]
         self.parser.defaults[key] = default
         note = "; or ".join(filter(None, map(describe, alternatives)))
         self.group.add_argument(name, help=f"{help} [{note}]" if note else help, **settings)
-
 
 class Parser(argparse.ArgumentParser):
     """Flags are absent unless given; an error is one line with exit code 2."""
@@ -2023,6 +1662,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: --"):
             wrong = message.split()[2].split("=")[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            near = MOVED.get(wrong, near)
             message += f" (did you mean {near[0]}?)" if near else ""
         raise UserError(message)
 
@@ -2042,100 +1682,97 @@ class Parser(argparse.ArgumentParser):
         """Whether a flag may apply with --ckpt."""
         return any(only.get("ckpt") is not False for only in self.conditions.get(key, [{}]))
 
+MOVED = {  # flags of before
+    "--times": ["--p-t"],
+    "--search-times": ["python tests/bench.py search-times"],
+    "--tensorboard": ["python tests/bench.py tensorboard"],
+}
+# What every run has; and what sampling does not share with training.
+RUN_FLAGS = ("dataset", "data_dir", "class_cond", "workers", "overwrite", "seed", "log_every",
+             "sample_every", "save_every", "device", "precision", "compile")
+SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)
 
-# Defaults that no recipe has an opinion on, when training and when sampling.
-SHARED_DEFAULTS = dict(dataset="glyphs", data_dir=None, class_cond=None, workers=None,
-                       overwrite=False, seed=0, log_every=50, sample_every=500, save_every=500,
-                       tensorboard=False, device="auto", precision="auto", compile=None)
-SAMPLING_DEFAULTS = dict(micro_batch=64, save="samples.png", seed=0, device="auto",
-                         precision="auto", compile=False)
-
-
-def add_shared_flags(parser, **only):
-    """The flags that mean the same in all four scripts. only: further conditions, by key."""
-    def flag(group, name, help, only_here=None, **settings):
-        key = name.removeprefix("--").replace("-", "_")
-        group.flag(name, only=only.get(key, only_here), help=help, **settings)
-
-    switch = dict(action=argparse.BooleanOptionalAction)
-    data = parser.group("data and network")
-    flag(data, "--dataset", f"glyphs (default), {', '.join(NAMED)}, or a path: a folder (class = "
-         "sub-folder) or zip of images, an .npz or .npy of uint8 images",
-         [dict(ckpt=False), dict(ckpt=True, eval=True)], metavar="NAME")
-    flag(data, "--data-dir", "where a named data set lies; cifar10 is fetched into it (data)",
-         [dict(ckpt=False, dataset=NAMED), dict(ckpt=True, eval=True)], metavar="DIR")
-    data = parser.group("data and network, training", ckpt=False)
-    flag(data, "--class-cond", "condition on the labels (default: as the paper; for a path, if it "
-         "has any)", **switch)
-    flag(data, "--flip", "mirror half of the images (default: not for glyphs)", **switch)
-    flag(data, "--net", f"network: {', '.join(NETS)}, and changes to its settings, e.g. --net "
-         "cifar-small base=32 mult=1,2,2 blocks=1 attention=16,8 image_size=32",
-         nargs="+", metavar="NAME KEY=VALUE")
-    flag(data, "--dropout", "dropout probability in the residual blocks", metavar="P",
-         type=number(float, 0, 1))
-    flag(data, "--workers", "processes that decode image files (default: cores - 1, at most 8; 0 "
-         "for arrays)", type=count, metavar="N")
+def add_shared_flags(parser, net_only):
+    """The flags that mean the same in all four scripts. net_only: when a net is to be chosen."""
+    measured = dict(ckpt=True, eval=True)
+    switch = argparse.BooleanOptionalAction
+    data = parser.group("data")
+    data.flag("--dataset", only=[dict(ckpt=False), measured], default="glyphs", metavar="NAME",
+              help=f"glyphs (default), {', '.join(NAMED)}, or a path: a folder (class = "
+              "sub-folder) or zip of images, an .npz or .npy of uint8 images")
+    data.flag("--data-dir", only=[dict(ckpt=False, dataset=NAMED), measured], metavar="DIR",
+              help="where a named data set lies; cifar10 is fetched into it (data)")
+    net = parser.group("data and network, training", ckpt=False)
+    net.flag("--class-cond", only=net_only, action=switch,
+             help="condition on the labels (default: as the paper; for a path, if it has any)")
+    net.flag("--flip", action=switch, help="mirror half of the images (default: not for glyphs)")
+    net.flag("--net", only=net_only, nargs="+", metavar="NAME KEY=VALUE",
+             help=f"{', '.join(NETS)}, and changes to its settings, e.g. --net cifar-small base=32 "
+             "mult=1,2,2 blocks=1 attention=16,8 image_size=32")
+    net.flag("--dropout", type=probability, metavar="P", help="dropout in the residual blocks")
+    net.flag("--workers", type=count, metavar="N",
+             help="processes that decode image files (default: cores - 1, at most 8; arrays 0)")
 
     train = parser.group("training", ckpt=False)
     out_dir = f"out/{parser.prog.removesuffix('.py')}"
-    flag(train, "--out-dir", "receives last.pt, ema.pt, log.jsonl, samples/ (default "
-         f"{out_dir}). A run found there is resumed", default=out_dir, metavar="DIR")
-    flag(train, "--overwrite", "start anew in --out-dir", action="store_true")
-    flag(train, "--total-steps", "optimizer steps of the whole run", type=positive, metavar="K")
-    flag(train, "--batch-size", "images a step, over all processes", type=positive, metavar="B")
-    flag(train, "--lr", "learning rate of RAdam, constant; guided_distill.py: of Adam, falling to "
-         "0 in each round", type=number(float, 0), metavar="LR")
-    flag(train, "--ema-decay", "decay, a step, of the average used for sampling", metavar="D",
-         type=number(float, 0, 1))
-    flag(train, "--log-every", "steps between lines of log.jsonl; 0 = never (default 50)",
-         type=count, metavar="K")
-    flag(train, "--sample-every", "steps between grids of samples; 0 = never (default 500)",
-         type=count, metavar="K")
-    flag(train, "--save-every", "steps between checkpoints; 0 = only at the end (default 500)",
-         type=count, metavar="K")
-    flag(train, "--tensorboard", "write the log and the grids to tensorboard/ in --out-dir too "
-         "(pip install tensorboard)", action="store_true")
+    train.flag("--out-dir", default=out_dir, metavar="DIR",
+               help=f"receives last.pt, ema.pt, log.jsonl, samples/ (default {out_dir}). A run "
+               "found there is resumed")
+    train.flag("--overwrite", default=False, action="store_true", help="start anew in --out-dir")
+    train.flag("--total-steps", type=positive, metavar="K", help="optimizer steps of the whole run")
+    train.flag("--batch-size", type=positive, metavar="B", help="images a step, of all processes")
+    train.flag("--lr", type=number(float, 0), metavar="LR",
+               help="learning rate: constant; guided_distill.py: falls to 0 in each round")
+    train.flag("--ema-decay", type=probability, metavar="D",
+               help="decay, a step, of the average used for sampling")
+    every = dict(type=count, metavar="K")
+    train.flag("--log-every", default=50, **every,
+               help="steps between lines of log.jsonl; 0 = never (default 50)")
+    train.flag("--sample-every", default=500, **every,
+               help="steps between grids of samples; 0 = never (default 500)")
+    train.flag("--save-every", default=500, **every,
+               help="steps between checkpoints; 0 = only at the end (default 500)")
 
     sample = parser.group("sampling", ckpt=True)
-    flag(sample, "--sample", "how many images (default 64)", dict(eval=False), type=positive,
-         metavar="N")
-    flag(sample, "--eval", "draw N images and measure FID, IS, precision and recall against "
-         "--dataset, which may be an .npz of statistics (mu, sigma) too and is by default what the "
-         "checkpoint was trained on. Called FID where N is 50000, FID@N elsewhere", metavar="N",
-         type=number(int, 10, name="count (10 or more)"))
-    flag(sample, "--inception", "weights of torch-fidelity's Inception (default: its own place)",
-         dict(eval=True), metavar="FILE")
-    flag(sample, "--labels", "classes to draw, in turn (default: all)", type=count, nargs="+",
-         metavar="Y")
-    flag(sample, "--save", "a .png grid, an .npz as ADM's evaluator reads it, or a folder (default "
-         "samples.png)", dict(eval=False), metavar="PATH")
+    unmeasured = dict(eval=False)
+    sample.flag("--sample", only=unmeasured, type=positive, metavar="N",
+                help="how many images (default 64)")
+    sample.flag("--eval", type=number(int, 10, name="count (10 or more)"), metavar="N",
+                help="draw N images and measure FID, IS, precision and recall against --dataset, "
+                "by default what the checkpoint was trained on, or an .npz of statistics (mu, "
+                "sigma). Called FID where N is 50000, FID@N elsewhere")
+    sample.flag("--inception", only=measured, metavar="FILE",
+                help="weights of torch-fidelity's Inception (default: its own place)")
+    sample.flag("--labels", type=count, nargs="+", metavar="Y",
+                help="classes to draw, in turn (default: all)")
+    sample.flag("--save", only=unmeasured, default="samples.png", metavar="PATH",
+                help="a .png grid, an .npz as ADM's evaluator reads it, or a folder (default "
+                "samples.png)")
 
     both = parser.group("sampling and training")
-    flag(both, "--ckpt", "sample with this checkpoint's EMA weights instead of training",
-         metavar="FILE")
-    flag(both, "--seed", "seed of everything random (default 0)", type=count, metavar="S")
-    flag(both, "--micro-batch", "images a pass through the network; when training it divides "
-         "--batch-size, when sampling it is 64 by default. Lower it if memory runs out",
-         type=positive, metavar="B")
-    flag(both, "--device", "default: the first of these that is there",
-         choices=("auto", "cuda", "mps", "cpu"))
-    flag(both, "--precision", "of convolutions and attention (default: bf16 where the device "
-         "computes in it)", choices=("auto", "bf16", "fp32"))
-    flag(both, "--compile", "torch.compile the network (default: on CUDA, when training)", **switch)
-
+    both.flag("--ckpt", metavar="FILE",
+              help="sample with this checkpoint's EMA weights instead of training")
+    both.flag("--seed", default=0, type=count, metavar="S", help="of everything random (default 0)")
+    both.flag("--micro-batch", type=positive, metavar="B",
+              help="images a pass through the network; when training it divides --batch-size, when "
+              "sampling it is 64 by default. Lower it if memory runs out")
+    both.flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+              help="default: the first of these that is there")
+    both.flag("--precision", default="auto", choices=("auto", "bf16", "fp32"),
+              help="of convolutions and attention (default: bf16 where the device computes in it)")
+    both.flag("--compile", action=switch,
+              help="torch.compile the network (default: on CUDA, when training)")
 
 def parse_flags(parser, recipe, check=None):
-    """Read the command line. From here on an error is one line, and exit code 2.
+    """Read the command line: a namespace of all settings; when training, of those that apply.
 
-    Args:    recipe: flags -> the settings they imply; flags: a dict of what the user gave.
-             check: raises UserError for settings that do not fit each other, when training.
-    Returns: the namespace of all settings; when training, of those that apply.
-    Raises:  UserError for an unknown flag or value, or one that does not apply with the others.
+    recipe: what the user gave, a dict -> the settings it implies. check: raises UserError for
+    settings that do not fit each other, when training.
     """
     sys.excepthook = one_line_errors
     flags = vars(parser.parse_args())
     sampling = "ckpt" in flags
-    defaults = SAMPLING_DEFAULTS if sampling else SHARED_DEFAULTS | recipe(flags)
+    defaults = SAMPLING_DEFAULTS if sampling else recipe(flags)
     settings = parser.defaults | defaults | flags
     for key in flags:
         reason = parser.why_not(key, settings)
@@ -2160,17 +1797,13 @@ def parse_flags(parser, recipe, check=None):
     args = argparse.Namespace(**kept)
     if check:
         check(args)
-    if args.tensorboard:
-        summary_writer()  # now, not when the data set is unpacked
     return args
-
 
 def refuse(args, keys, why):
     """Raises UserError for the first of `keys` that is set: "--key does not apply {why}"."""
     for key in keys:
         if getattr(args, key):
             raise UserError(f"{flag_name(key)} does not apply {why}")
-
 
 # --------------------------------------------------------------------------------------------------
 # Teachers: denoisers that students are distilled from
@@ -2186,123 +1819,63 @@ DATASETS = {  # what a teacher and the students distilled from it have in common
     "cat256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
 }
 
-
 def known_dataset(flags):
     """The name under which the recipes of `--dataset` stand: "path" for your own images."""
     dataset = flags.get("dataset", "glyphs")
     return dataset if dataset in DATASETS else "path"
 
-
 def train_first_teacher(args, run, stop, script, label_dropout=0.0):
-    """Train the teacher that a `script` without --teacher begins with; args names it afterwards.
-
-    Raises:  UserError if cd.py is not there.
-    """
-    try:
-        import cd
-    except ModuleNotFoundError as error:
-        raise UserError("without --teacher one is trained first, by cd.py, which must lie beside "
-                        "this script") from error
+    """Train the teacher that a `script` without --teacher begins with; args names it afterwards."""
+    cd = import_beside("cd", "without --teacher one is trained first, by cd.py")
     cd.train_first_teacher(args, run, stop, script, label_dropout)
 
-
 def open_teacher(args, run):
-    """The network of `--teacher FILE`, placed, and its model arguments.
+    """The network of `--teacher FILE`, placed, or None for `ideal` and `none`; its model arguments.
 
-    For `ideal` and `none` no network, and the arguments of --net. The file's digest is kept in
-    `args.teacher_digest`, so that a resumed run notices another teacher.
-    Raises:  UserError if the file holds no teacher.
+    The file's digest is kept in `args.teacher_digest`: a resumed run notices another teacher.
     """
     if args.teacher in ("ideal", "none"):
         return None, net_settings(args.net)
     if Path(args.teacher).resolve().parent == Path(args.out_dir).resolve():
-        raise UserError(f"--out-dir {args.out_dir} holds the --teacher; choose another for the "
-                        "student")
+        raise UserError(f"--out-dir {args.out_dir} holds the --teacher: choose another")
     with main_process_first(run):
         teacher, trained = load_network(args.teacher, ("cd",))
         args.teacher_digest = file_sha(args.teacher)
     if trained["args"].get("stage", "teacher") != "teacher":
-        raise UserError(f"--teacher {args.teacher} holds a student: a teacher is what cd.py "
-                        "--stage teacher writes")
+        raise UserError(f"--teacher {args.teacher} holds a student, and no teacher")
     return place(teacher, run), trained["model_args"]
 
-
-def choose_classes(args, dataset):
-    """How many labels the net is to know, 0 for none. Raises UserError if there are too few."""
-    if args.class_cond and not dataset.classes:
-        raise UserError(f"--class-cond: {args.dataset} has no labels")
-    return 0 if args.class_cond is False else dataset.classes
-
-
 def teacher_denoiser(args, run, teacher, dataset):
-    """What the student is distilled from.
-
-    Returns: D(x, t, y or None) -> denoised x, None for `none`; how many labels the student knows.
-    Raises:  UserError if teacher and data do not fit, or are too many for an ideal teacher.
-    """
+    """What the student is distilled from, D(x, t, y or None) -> denoised x, None for `none`; and
+    how many labels it knows. Raises UserError if teacher and data do not fit."""
     if teacher is not None:
         if teacher.classes and dataset.classes != teacher.classes:
             raise UserError(f"--teacher {args.teacher} knows {teacher.classes} classes, and "
                             f"{args.dataset} has {dataset.classes}")
         return net_denoiser(teacher), teacher.classes
+    if args.class_cond and not dataset.classes:
+        raise UserError(f"--class-cond: {args.dataset} has no labels")
+    classes = 0 if args.class_cond is False else dataset.classes
     if args.teacher == "none":
-        return None, choose_classes(args, dataset)
+        return None, classes
     if len(dataset) * 3 * dataset.size**2 > 4e9:
-        raise UserError("--teacher ideal goes through all images at every step, and "
-                        f"{args.dataset} has {len(dataset)}")
+        raise UserError(f"--teacher ideal goes through all images of {args.dataset}: too many")
     everything = dataset.__getitems__(np.arange(len(dataset)))
     images, labels = (part.to(run.device) for part in everything)
     if args.flip:
         images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
-    return ideal_denoiser(images, labels), choose_classes(args, dataset)
-
+    return ideal_denoiser(images, labels), classes
 
 def check_guidance(args, teacher, classes):
     """Raises UserError if `--w-max` asks for guidance, and the teacher cannot guide."""
     if args.w_max and not classes:
-        raise UserError("--w-max needs labels, and there are none; --w-max 0 distils without "
-                        "guidance")
+        raise UserError("--w-max needs labels, and there are none: --w-max 0 does without")
     if args.w_max and teacher is not None and teacher.null_y is None:
-        raise UserError(f"--w-max: {args.teacher} was trained without --label-dropout, so it has "
-                        "nothing to guide with")
-
+        raise UserError(f"--w-max: {args.teacher}, trained without --label-dropout, cannot guide")
 
 # --------------------------------------------------------------------------------------------------
-# Editing: what the scripts' ways have in common, then zero-shot editing by a consistency function
+# Editing: what the scripts' ways have in common
 # --------------------------------------------------------------------------------------------------
-
-LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
-
-
-def luminance(x):
-    """Each pixel's colour, projected onto the direction of luminance: what a grey picture says."""
-    q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
-    return q * (q * x).sum(1, keepdim=True)
-
-
-def grey(x):
-    """A grey picture, to look at: the projection is tinted."""
-    weights = x.new_tensor(LUMINANCE).view(3, 1, 1)
-    return (weights * x).sum(1, keepdim=True).expand_as(x)
-
-
-def patch_means(x, factor):
-    """Each factor x factor patch replaced by its mean: what a small picture says."""
-    means = F.avg_pool2d(x, factor)
-    return means.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-
-
-def slerp(z1, z2, a):
-    """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). CM App. D."""
-    cosine = F.cosine_similarity(z1.flatten(1), z2.flatten(1))
-    a, psi = bcast(a, z1), bcast(cosine.arccos(), z1)
-    return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
-
-
-GRID = karras_times(40).tolist()[:0:-1]  # CM App. D: all levels of N = 40 but t_min, whose f is x
-TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442],
-             interpolate=[T_MAX])  # the noise levels of each
-
 
 def add_edit_flags(parser, tasks):
     """The flags of any editing. Returns their group, for more."""
@@ -2315,48 +1888,20 @@ def add_edit_flags(parser, tasks):
                help="white where to paint (default: a central square of half the side)")
     return group
 
-
-def check_images(args, net, key="labels"):
-    """Raises UserError if `--edit` has no --image, or not one label, or one for each image."""
-    if not args.image:
-        raise UserError(f"--edit {args.edit} needs --image")
-    labels = getattr(args, key) or ()
-    if net.classes and len(labels) not in (1, len(args.image)):
-        raise UserError(f"this network draws classes: say with {flag_name(key)} which one each "
-                        "--image is, one for all or one for each")
-
-
-def draw_edits(args, run, net, draw, rows, each, how, before=None, after=None):
-    """`--edit`: draw and save `each` results in each of `rows` rows.
-
-    Args:    draw: as `draw_many`; result i is of row i // each.  how: it was done, to be said.
-             before, after: (rows,C,H,W), what a .png shows at the ends of the rows, or None.
-    """
-    path = make_save_path(args.save)
-    y = labels_to_draw(args, net, rows, run.device)
-    if y is not None:
-        y = y.repeat_interleave(each)
-    shape = 3, net.image_size, net.image_size
-    images = draw_many(run, draw, rows * each, y, shape, args.seed, args.micro_batch)
-    if not run.main:
-        return
-    columns = each
-    if path.suffix == ".png":
-        results = torch.from_numpy(images).unflatten(0, (rows, each))
-        ends = [None if x is None else to_uint8(x)[:, None].cpu() for x in (before, after)]
-        blocks = [block for block in (ends[0], results, ends[1]) if block is not None]
-        picture = torch.cat(blocks, 1)  # (rows,columns,H,W,3)
-        images, columns = picture.flatten(0, 1).numpy(), picture.shape[1]
-    save_samples(path, images, y, columns)
-    print(f"{args.edit}: {rows} row(s), {each} result(s) each, {how}, EMA weights of {args.ckpt}: "
-          f"{args.save}")
-
+def add_zero_shot_flags(parser):
+    """Those of editing with a consistency function, see cd.py."""
+    group = add_edit_flags(parser, ("inpaint", "colorize", "superres", "stroke", "denoise",
+                                    "interpolate"))
+    group.flag("--factor", only=dict(edit="superres"), type=number(int, 2), metavar="P",
+               help="pixels of a patch's side (default: size / 32, at least 2; CM 8 at 256 pixels)")
+    group.flag("--noise-level", only=dict(edit="denoise"), type=noise_level, metavar="T",
+               help="standard deviation, in units of [-1, 1] (default 0.296)")
+    group.flag("--noisy", only=dict(edit="denoise"), action="store_true",
+               help="the images carry that noise already; add none")
 
 def read_image(path, size, factor=None, flag="--image"):
-    """An image file -> (3,size,size) in [-1, 1], and whether it was whole.
-
-    With `factor` an image of size / factor pixels will do too, and is not.
-    """
+    """An image file -> (3,size,size) in [-1, 1], and whether it was whole: with `factor` one of
+    size / factor pixels will do too, and is not."""
     from PIL import Image
     with explain(f"{flag} {path} cannot be read as an image"), Image.open(path) as image:
         image.load()
@@ -2365,7 +1910,6 @@ def read_image(path, size, factor=None, flag="--image"):
             image = image.resize((size, size), Image.Resampling.NEAREST)
         pixels = torch.from_numpy(fit_image(image, size, f"{flag} {path}").copy())
         return pixels.permute(2, 0, 1) / 127.5 - 1, not small
-
 
 def read_mask(path, size):
     """(1,1,size,size): 1 where the mask is nearer to white; without one, the central square."""
@@ -2377,80 +1921,36 @@ def read_mask(path, size):
     image, _ = read_image(path, size, flag="--mask")
     return (image.mean(0) > 0).float().expand_as(mask)
 
+def check_images(args, net, key="labels"):
+    """Raises UserError if `--edit` has no --image, or not one label, or one for each image."""
+    if not args.image:
+        raise UserError(f"--edit {args.edit} needs --image")
+    if net.classes and len(getattr(args, key) or ()) not in (1, len(args.image)):
+        raise UserError(f"this network draws classes: say with {flag_name(key)} which each --image "
+                        "is, one for all or one for each")
 
-def add_zero_shot_flags(parser):
-    group = add_edit_flags(parser, TASKS)
-    group.flag("--factor", only=dict(edit="superres"), type=number(int, 2), metavar="P",
-               help="pixels of a patch's side (default: size / 32, at least 2; CM 8 at 256 pixels)")
-    group.flag("--noise-level", only=dict(edit="denoise"), type=noise_level, metavar="T",
-               help="standard deviation, in units of [-1, 1] (default 0.296)")
-    group.flag("--noisy", only=dict(edit="denoise"), action="store_true",
-               help="the images carry that noise already; add none")
+def draw_edits(args, run, net, draw, rows, each, how, before=None, after=None):
+    """`--edit`: draw and save `each` results in each of `rows` rows: result i is of row i // each.
 
-
-def edit_factor(args, net):
-    return args.factor or max(2, net.image_size // 32)
-
-
-def check_edit(args, net):
-    """Raises UserError if what `--edit` is given does not fit it, or the network."""
-    if args.edit == "interpolate" and args.image:
-        raise UserError("--edit interpolate goes from noise to noise: no --image")
-    if args.edit != "interpolate":
-        check_images(args, net)
-    if args.edit == "superres" and net.image_size % edit_factor(args, net):
-        raise UserError(f"--factor {edit_factor(args, net)} does not divide the network's "
-                        f"{net.image_size} pixels")
-    if args.noise_level and args.sigmas:
-        raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
-
-
-def edit_images(args, run, net, f):
-    """`--edit` with a consistency model never trained to. CM Sec. 6.3, App. D.
-
-    A row of the picture: what the model is given, the results, and the original if there is one.
-
-    Args:    f: y (b,) or None -> the consistency function (x, t) -> (b,C,H,W) for these labels.
+    draw: see `draw_many`. before, after: (rows,C,H,W), shown at the ends of a .png's rows, or None.
     """
-    check_edit(args, net)
-    task, size, factor = args.edit, net.image_size, edit_factor(args, net)
-    sigmas = args.sigmas or TASKS[task]
-    if args.noise_level:
-        sigmas = [args.noise_level]
-    each = args.sample or dict(interpolate=10, denoise=1).get(task, 4)  # results of a row
-    if task == "interpolate":
-        rows, shown, originals = len(args.labels or range(min(net.classes, 8) or 4)), None, None
-    else:
-        read = [read_image(name, size, factor if task == "superres" else None)
-                for name in args.image]
-        rows, shown = len(read), torch.stack([image for image, _ in read]).to(run.device)
-        originals = shown
-    if task in ("inpaint", "colorize", "superres"):
-        hole = read_mask(args.mask, size).to(run.device)
-        known = dict(inpaint=lambda x: (1 - hole) * x, colorize=luminance,
-                     superres=lambda x: patch_means(x, factor))[task]
-        shown = grey(originals) if task == "colorize" else known(originals)
-    elif task == "denoise" and not args.noisy:
-        shown = originals + sigmas[0] * SeededNoise(torch.arange(rows), args.seed)(originals)
-
-    @torch.no_grad()
-    def draw(y, noise, shape):
-        row, place = noise.indices // each, noise.indices % each
-        zeros = torch.zeros(shape, device=run.device)
-        if task == "interpolate":  # its ends, and the noise of further levels, are a row's
-            left, right = SeededNoise(2 * row, args.seed), SeededNoise(2 * row + 1, args.seed)
-            z = slerp(left(zeros), right(zeros), place / max(each - 1, 1))
-            return multistep_sample(f(y), sigmas[0] * z, sigmas, right)
-        z = noise(zeros)
-        if task == "denoise":
-            return multistep_sample(f(y), shown[row], sigmas, noise)
-        if task == "stroke":
-            return multistep_sample(f(y), originals[row] + sigmas[0] * z, sigmas, noise)
-        return edit(f(y), originals[row], known, sigmas, noise)
-
-    whole = None  # what a .png shows last
-    if task in ("inpaint", "colorize", "superres") or (task == "denoise" and not args.noisy):
-        whole = torch.stack([image if is_whole else torch.ones_like(image)
-                             for image, is_whole in read])
-    how = f"{len(sigmas)} network call(s)"
-    draw_edits(args, run, net, draw, rows, each, how, shown, whole)
+    path = make_save_path(args.save)
+    y = labels_to_draw(args, net, rows, run.device)
+    if y is not None:
+        y = y.repeat_interleave(each)
+    shape = 3, net.image_size, net.image_size
+    images = draw_many(run, draw, rows * each, y, shape, args.seed, args.micro_batch)
+    if not run.main:
+        return
+    columns = each
+    if path.suffix == ".png":
+        blocks = [torch.from_numpy(images).unflatten(0, (rows, each))]
+        if before is not None:
+            blocks.insert(0, to_uint8(before)[:, None].cpu())
+        if after is not None:
+            blocks.append(to_uint8(after)[:, None].cpu())
+        picture = torch.cat(blocks, 1)  # (rows,columns,H,W,3)
+        images, columns = picture.flatten(0, 1).numpy(), picture.shape[1]
+    save_samples(path, images, y, columns)
+    print(f"{args.edit}: {rows} row(s), {each} result(s) each, {how}, EMA weights of {args.ckpt}: "
+          f"{args.save}")

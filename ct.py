@@ -196,7 +196,7 @@ def recipe(flags):
 def make_parser():
     parser = common.Parser(__doc__)
     built = dict(teacher=(None, "none"))  # not like a --teacher FILE
-    common.add_shared_flags(parser, net=built, class_cond=built)
+    common.add_shared_flags(parser, built)
 
     train = parser.group("algorithm", ckpt=False)
     train.flag("--recipe", choices=METHODS,

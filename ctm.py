@@ -456,7 +456,7 @@ def make_parser():
     parser = common.Parser(__doc__)
     built = (None, "none", "ideal")  # teachers that leave the student's network to be chosen
     chosen = dict(teacher=built)
-    common.add_shared_flags(parser, net=chosen, class_cond=chosen)
+    common.add_shared_flags(parser, chosen)
 
     train = parser.group("algorithm", ckpt=False)
     train.flag("--teacher", metavar="FILE", help="a teacher written by cd.py --stage teacher, "
@@ -682,7 +682,8 @@ def use_checkpoint(args, run):
         return f
 
     if args.edit:
-        return common.edit_images(args, run, net, consistency_function)
+        cd = common.import_beside("cd", "--edit is done by cd.py")
+        return cd.edit_images(args, run, net, consistency_function)
     draw = partial(sample, net, levels, args.gamma or 0.0)
     calls = len(levels)
     if args.heun:

@@ -492,7 +492,7 @@ def recipe(flags):
 def make_parser():
     parser = common.Parser(__doc__)
     built = [dict(stage="teacher"), dict(teacher=(None, "ideal"))]  # not like a --teacher FILE
-    common.add_shared_flags(parser, net=built, class_cond=built)
+    common.add_shared_flags(parser, built)
     weight = number(float, 0)
     share = number(float, 0, 1)
 
