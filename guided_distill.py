@@ -2,7 +2,7 @@
 again, down to one. Without guidance this is progressive distillation.
 
 Papers: Meng et al. 2022 (GD, arXiv 2210.03142), both stages; Salimans & Ho 2022 (PD, arXiv
-2202.00512), the halving. The models are VP: z = alpha x + sigma noise, at times tau in [0, 1]; with
+2202.00512), the halving. The models are VP: z = alpha x + sigma noise at times tau in [0, 1]. With
 the angle phi, alpha = cos phi and sigma = sin phi, no formula divides by what may vanish. Times
 and angles are (B,) float64 on the CPU; coefficients meet the images.
 
@@ -98,20 +98,17 @@ def loss_fn(student, target, angle, x0, noise, tau, weight):
     return on(weight(phi), x0).flatten() * common.l2(student(z, tau), v_target)
 
 
-def truncated_snr(phi):
-    """max(SNR, 1) |x - x'|^2 = max(alpha^2, sigma^2) |v - v'|^2 (PD); SNR is 0 at tau = 1."""
-    return torch.maximum(phi.cos() ** 2, phi.sin() ** 2)
-
-
-WEIGHTS = {"snr+1": torch.ones_like, "trunc": truncated_snr}  # factors on the error of v
+WEIGHTS = {  # factors on |v - v'|^2 = (SNR + 1) |x - x'|^2; PD: SNR itself is 0 at tau = 1
+    "snr+1": torch.ones_like,
+    "trunc": lambda phi: torch.maximum(phi.cos() ** 2, phi.sin() ** 2),  # max(SNR, 1) |x - x'|^2
+}
 BOTTOM, TOP = math.atan(common.T_MIN), math.atan(common.T_MAX)
 
 
 def edm_angle(tau, sampler="D"):
     """phi(tau) (B,): the cosine schedule over EDM's noise levels tan phi, 0.002 to 80.
 
-    phi(0) = 0, so that the last step gives the denoised x (PD); but an encoder calls the network
-    there, and begins at the least noise it knows.
+    phi(0) = 0 makes the last step the denoised x (PD); but an encoder calls the network there.
     """
     start = BOTTOM if sampler == "encoder" else 0.0
     return torch.where(tau > 0, BOTTOM + tau * (TOP - BOTTOM), start)
@@ -175,7 +172,8 @@ def renoise(angle, z, tau, tau_up, noise):
     """z at tau -> z at tau_up > tau, as if x had been noised to tau_up at once."""
     phi, up = angle(tau), angle(tau_up)
     added = ((up - phi).sin() * (up + phi).sin()).sqrt()
-    return on(up.cos() / phi.cos(), z) * z + on(added / phi.cos(), z) * noise
+    kept = on(up.cos() / phi.cos(), z) * z
+    return kept + on(added / phi.cos(), z) * noise
 
 
 def sample(v, angle, N, sampler, z, noise=torch.randn_like, start=None, paste=None):
@@ -214,32 +212,29 @@ class Latents:
     def __init__(self, path):
         with common.explain(f"--dataset {path} holds no latents"):
             with np.load(path) as file:
-                self.text = "embeddings" in file
-            keys = ["latents", "embeddings", "null"] if self.text else ["latents", "labels"]
+                text = "embeddings" in file
+            keys = ["latents", "embeddings", "null"] if text else ["latents", "labels"]
             arrays = [common.map_array(Path(path), key) for key in keys]
         self.latents, self.conditions = arrays[:2]
-        self.null = torch.from_numpy(arrays[2].astype(np.float32)) if self.text else None
+        self.null = torch.tensor(arrays[2], dtype=torch.float32) if text else None
+        self.dtype = torch.float32 if text else torch.int64
         self.shapes = {key: array.shape for key, array in zip(keys, arrays)}
 
     def __len__(self):
         return len(self.latents)
 
     def __getitems__(self, indices):
-        dtype = torch.float32 if self.text else torch.int64
         latents = torch.tensor(self.latents[indices], dtype=torch.float32)
-        return latents, torch.tensor(self.conditions[indices], dtype=dtype)
+        return latents, torch.tensor(self.conditions[indices], dtype=self.dtype)
 
 
 class LatentModel:
-    """A UNet2DConditionModel on text or classes that predicts noise, v or x; its student and data.
-
-    In training it is what `open_pixels` returns for images.
-    """
+    """A UNet2DConditionModel on text or classes, predicting noise, v or x; its student and data."""
     latent = True
 
     def __init__(self, teacher, dataset, guided, run):
-        need = "--teacher diffusers:PATH needs the package diffusers"
-        self.diffusers = common.import_optional("diffusers", need)
+        self.diffusers = common.import_optional(
+            "diffusers", "--teacher diffusers:PATH needs the package diffusers")
         self.path = Path(teacher.removeprefix("diffusers:"))
         self.run, self.dataset = run, Latents(dataset)
         unet = self.path / "unet"
@@ -263,40 +258,38 @@ class LatentModel:
         if self.prediction == "epsilon" and alpha[-1] < 1e-3:
             raise UserError(f"--teacher {teacher}: predicting noise, it says nothing about x at "
                             "zero SNR; fine-tune it to v first")
-        self.check_network(teacher, net.config)
-        self.null, self.labels = self.dataset.null, 0
+        C = net.config.in_channels
+        size = net.config.sample_size
+        keys = "addition_embed_type encoder_hid_dim_type class_embed_type time_cond_proj_dim"
+        further = [key for key in keys.split() if net.config.get(key)]
+        if further or C != net.config.out_channels or not isinstance(size, int):
+            raise UserError(f"--teacher {teacher}: this UNet takes more than square latents, a "
+                            f"time, and a text or a label {' '.join(further)}")
+        self.shape = C, size, size
+        self.classes = net.config.num_class_embeds
+        self.labels = 0  # how many there is data of
+        self.null = self.dataset.null
         if self.classes:
+            self.labels = self.classes - guided
             self.null = torch.tensor(self.classes - 1)
-            self.labels = self.classes - guided  # of which there is data
         self.check_data(net.config.cross_attention_dim)
         self.model_args = dict(cond=guided)
         self.net = self.make_student(guided)
         self.v_teacher = self.v(self.teacher)
 
-    def check_network(self, teacher, config):
-        """Raises UserError for a UNet of more than square latents, a time, and a text or label."""
-        C, size = config.in_channels, config.sample_size
-        keys = "addition_embed_type encoder_hid_dim_type class_embed_type time_cond_proj_dim"
-        further = [key for key in keys.split() if config.get(key)]
-        if further or C != config.out_channels or not isinstance(size, int):
-            raise UserError(f"--teacher {teacher}: this UNet takes more than square latents, a "
-                            f"time, and a text or a label {' '.join(further)}")
-        self.shape, self.classes = (C, size, size), config.num_class_embeds
-
     def check_data(self, width):
         """Raises UserError for a data set that does not fit the network."""
-        n, known = len(self.dataset), range(self.labels)
-        wanted = dict(latents=(n, *self.shape))
+        n, *rest = self.dataset.conditions.shape
+        L = rest[0] if rest else 1
+        wanted = dict(embeddings=(n, L, width), null=(L, width))
         if self.classes:
-            wanted |= dict(labels=(n,))
-        else:
-            L = self.dataset.conditions.shape[-2:-1]  # (L,), of labels ()
-            wanted |= dict(embeddings=(n, *L, width), null=(*L, width))
+            wanted = dict(labels=(n,))
+        wanted = dict(latents=(n, *self.shape)) | wanted
         if self.dataset.shapes != wanted:
             raise UserError(f"--dataset: this teacher takes {wanted}, not {self.dataset.shapes}")
-        if self.classes and not np.isin(self.dataset.conditions, known).all():
-            raise UserError(f"--dataset: this teacher takes labels 0 to {self.labels - 1}; with "
-                            "guidance its last class is the null class")
+        if self.classes and not np.isin(self.dataset.conditions, range(self.labels)).all():
+            raise UserError(f"--dataset: this teacher takes labels 0 to {self.labels - 1}; if "
+                            "guided, its last class is the null class")
 
     def make_student(self, guided):
         """The teacher's copy; with room for w, added to the time's sinusoid, zero at first."""
@@ -313,10 +306,6 @@ class LatentModel:
 
     def angle(self, tau):
         return self.angles[self.index(tau)]
-
-    def known_time(self, tau):
-        """tau in [0, 1] -> the first time from there on that the network knows."""
-        return (tau * self.times).ceil().clamp(min=1) / self.times
 
     def v(self, net):
         """v(z, tau, y, w) of a UNet: y (B,L,D), labels (B,) or None for none; w (B,)."""
@@ -350,8 +339,8 @@ class LatentModel:
                             "for --sample-every only"):
             vae = self.diffusers.AutoencoderKL.from_pretrained(folder.resolve(strict=True))
             self.vae = vae.requires_grad_(False).eval().to(self.run.device)
-            image = self.decode(torch.zeros(1, *self.shape, device=self.run.device))[0]
-        self.grid = dict(classes=0, shape=image.shape, columns=1)
+            zeros = torch.zeros(1, *self.shape, device=self.run.device)
+            self.grid = dict(classes=0, shape=self.decode(zeros)[0].shape, columns=1)
 
     def decode(self, z):
         return self.vae.decode(z / self.vae.config.scaling_factor).sample
@@ -383,30 +372,29 @@ def w_features(w, dim):
     """(B,) -> (B,dim), diffusers' embedding of guidance_scale - 1 = w, in float32."""
     half = dim // 2
     powers = torch.arange(half, device=w.device)
-    angles = 1000 * w[:, None] * torch.exp(-math.log(10000) / (half - 1) * powers)
+    rates = torch.exp(-math.log(10000) / (half - 1) * powers)
+    angles = 1000 * w[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: PD's distillation, whose numbers GD's pixel models are taken to share. start_N: DDIM
-# steps of the first teacher. glyphs and "path", your own images, are ours.
+# Recipes: GD's and PD's distillation, whose numbers GD's pixel models are taken to share. start_N:
+# DDIM steps of the first teacher. glyphs and "path", your own images, are ours.
 # --------------------------------------------------------------------------------------------------
 
 GD = dict(stage="distill", sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1", dropout=0.0,
-          end_N=1)
+          ema_decay=0.999, start_N=1024, end_N=1, round_steps=50_000, last_steps=100_000)
 STUDENTS = {
     "glyphs": dict(batch_size=32, lr=1e-3, ema_decay=0.98, start_N=64, stage1_steps=1000,
                    round_steps=300, last_steps=900),
-    "path": dict(batch_size=128, lr=2e-4, ema_decay=0.999, start_N=256, stage1_steps=20_000,
-                 round_steps=5_000, last_steps=25_000),
-    "cifar10": dict(batch_size=128, lr=5e-5, ema_decay=0.999, start_N=1024, stage1_steps=100_000,
-                    round_steps=50_000, last_steps=100_000),
-    "imagenet64": dict(batch_size=2048, lr=1e-4, ema_decay=0.999, start_N=1024,
-                       stage1_steps=50_000, round_steps=50_000, last_steps=100_000),
+    "path": dict(batch_size=128, lr=2e-4, start_N=256, stage1_steps=20_000, round_steps=5_000,
+                 last_steps=25_000),
+    "cifar10": dict(batch_size=128, lr=5e-5, stage1_steps=100_000),
+    "imagenet64": dict(batch_size=2048, lr=1e-4, stage1_steps=50_000),
 }
 # GD's for text; it starts from a teacher fine-tuned to v. Learning rate and EMA are ours.
-LATENT = dict(batch_size=512, micro_batch=8, flip=False, lr=1e-5, ema_decay=0.999, start_N=512,
-              stage1_steps=3000, round_steps=2000, last_steps=20_000, w_min=2.0, w_max=14.0)
+LATENT = dict(batch_size=512, micro_batch=8, flip=False, lr=1e-5, start_N=512, stage1_steps=3000,
+              round_steps=2000, last_steps=20_000, w_min=2.0, w_max=14.0)
 PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc")  # PD
 PLAIN_STUDENTS = {"cifar10": dict(start_N=8192)}
 LABELLED = {"cifar10": dict(class_cond=True)}  # others are without being told
@@ -489,7 +477,7 @@ def make_parser():
     student.flag("--w-max", type=weight,
                  help="largest (GD 4; latents 14); 0: plain progressive distillation")
     student.flag("--start-N", type=number(int, 2),
-                 help="DDIM steps of stage 2's teacher, a power of two (GD 1024; PD 8192: CIFAR-10)")
+                 help="DDIM steps of stage 2's teacher (GD 1024; PD 8192 for CIFAR-10)")
     student.flag("--end-N", type=positive, help="steps of the last student (default 1)")
     student.flag("--stage1-steps", only=[dict(w_max=True), dict(teacher="ideal")], type=positive,
                  help="optimizer steps of stage 1")
@@ -503,7 +491,7 @@ def make_parser():
     draws = parser.group("sampling and editing, further flags", ckpt=True)
     draws.flag("--w", type=weight, help="guidance weight (default: the least the student knows)")
     edits = common.add_edit_flags(parser, ("img2img", "inpaint", "style"))
-    edits.flag("--strength", only=dict(edit="img2img"), type=share,
+    edits.flag("--strength", only=dict(edit="img2img"), type=share, default=0.5,
                help="share of the steps that is run (default 0.5)")
     edits.flag("--encoder", only=dict(edit="style"), metavar="FILE",
                help="a student of --sampler encoder, with which the images are encoded")
@@ -530,8 +518,6 @@ def check(args):
             raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see "
                             "the README), and has no --sampler encoder")
         common.refuse(args, ["flip", "dropout"], "with --teacher diffusers:PATH")
-    elif args.w_max and getattr(args, "class_cond", None) is False:
-        raise UserError("--no-class-cond goes with --w-max 0: guidance needs labels")
     powers = math.log2(args.start_N).is_integer() and math.log2(args.end_N).is_integer()
     if not powers or not any(N for N, _ in rounds):
         raise UserError(f"--start-N {args.start_N} --end-N {args.end_N}: steps are halved, so name "
@@ -578,9 +564,10 @@ def open_pixels(args, run):
         return x0, y if classes else None
 
     return SimpleNamespace(
-        latent=False, dataset=dataset, fetch=fetch, teacher=teacher, v_teacher=edm_v(D, angle),
-        net=net, v=partial(net_v, angle=angle), angle=angle, draw=draw, model_args=model_args,
-        grid=dict(classes=classes, shape=(3, size, size)))
+        latent=False, dataset=dataset, fetch=fetch,
+        teacher=teacher, v_teacher=edm_v(D, angle),
+        net=net, v=partial(net_v, angle=angle), model_args=model_args,
+        angle=angle, draw=draw, grid=dict(classes=classes, shape=(3, size, size)))
 
 
 def round_of(step, rounds):
@@ -605,12 +592,14 @@ def train(args, run, stop):
     totals = common.Totals(run, "loss")
     parts = dict(net=net, before=before, ema=ema, optimizer=optimizer)
     step, skipped = common.resume(args, run, "guided_distill", task.model_args, parts)
-    if args.overwrite and not step and run.main and not run.restarted:
+    if args.overwrite and run.main and not run.restarted:
         delete_students(args)
     common.compile_in_place(run, task.teacher, before, net)
     log = common.start_run(args, run, net, step, skipped)
 
-    v_net, v_before, v_ema = task.v(net), task.v(before), task.v(ema)
+    v_net = task.v(net)
+    v_before = task.v(before)
+    v_ema = task.v(ema)
     weight = WEIGHTS[args.weighting]
     weights = [0.0]  # of guidance, in grids of samples
     if args.w_max:
@@ -639,8 +628,8 @@ def train(args, run, stop):
                 w = args.w_min + (args.w_max - args.w_min) * torch.rand(len(x0), device=run.device)
             if N == 0:  # stage 1
                 tau = torch.rand(len(x0), dtype=torch.float64)
-                if task.latent:
-                    tau = task.known_time(tau)
+                if task.latent:  # the next that the teacher knows
+                    tau = (tau * task.times).ceil().clamp(min=1) / task.times
                 target = common.guide(task.v_teacher, y, w)
             else:
                 i = torch.randint(1, N + 1, (len(x0),)).double()
@@ -706,7 +695,8 @@ def trained_for(checkpoint):
     """What a student can: N steps (0: any), a sampler (None: any), weights w_min to w_max."""
     settings, N = checkpoint["args"], checkpoint.get("N", 0)  # a teacher's has none
     sampler = settings["sampler"] if N else None
-    w_min, w_max = settings.get("w_min", 0.0), settings.get("w_max", 0.0)
+    w_min = settings.get("w_min", 0.0)
+    w_max = settings.get("w_max", 0.0)
     return SimpleNamespace(N=N, sampler=sampler, w_min=w_min, w_max=w_max, calls=1)
 
 
@@ -717,15 +707,18 @@ def open_student(path, run, encoder=False):
              the network for one of v where w > 0.
     """
     net, checkpoint = common.load_network(path, ("guided_distill", "cd"))
-    script, student = checkpoint["script"], trained_for(checkpoint)
+    script = checkpoint["script"]
+    student = trained_for(checkpoint)
     if encoder != (student.sampler == "encoder"):
-        raise UserError(f"{path} holds {'no' if encoder else 'an'} encoder, which --sampler "
-                        "encoder trains, and --edit style is given as --encoder")
+        kind = "no" if encoder else "an"
+        raise UserError(f"{path} holds {kind} encoder: --sampler encoder trains what --edit style "
+                        "takes as --encoder")
     if script == "cd" and checkpoint["args"].get("stage", "teacher") != "teacher":
         raise UserError(f"{path} holds a consistency model: cd.py samples with it")
     if run.main and script is None:  # a plain state dict does not say
         print(f"{path} is taken for a teacher")
-    student.net, student.draw = common.place(net, run), draw
+    student.draw = draw
+    student.net = common.place(net, run)
     student.angle = partial(edm_angle, sampler=student.sampler)
     student.v = net_v(net, student.angle)
     if script == "guided_distill":
@@ -743,7 +736,7 @@ def open_student(path, run, encoder=False):
 
 def open_latent_student(args, run, checkpoint):
     """The same of a latent student, which draws --labels, or the data's conditions in turn."""
-    settings, student = checkpoint["args"], trained_for(checkpoint)
+    settings = checkpoint["args"]
     model = LatentModel(settings["teacher"], settings["dataset"], settings["w_max"] > 0, run)
     if model.digest != settings["teacher_digest"]:
         raise UserError(f"{model.path} is not the teacher any more that {args.ckpt} was made of: "
@@ -756,7 +749,11 @@ def open_latent_student(args, run, checkpoint):
     net.image_size = model.grid["shape"][-1]
     net.classes = model.labels if args.labels else 0
     args.micro_batch = min(args.micro_batch, 8)
-    student.net, student.v, student.angle, student.draw = net, model.v(net), model.angle, model.draw
+    student = trained_for(checkpoint)
+    student.net = net
+    student.v = model.v(net)
+    student.angle = model.angle
+    student.draw = model.draw
     return student
 
 
@@ -771,6 +768,8 @@ def choose(args, student):
     student.N = student.N or args.N or 64
     student.sampler = student.sampler or args.sampler or "D"
     student.w = student.w_min if args.w is None else args.w
+    if student.w == 0:
+        student.calls = 1
     if not student.w_min <= student.w <= student.w_max:
         raise UserError(f"--w {student.w:g}: {args.ckpt} was trained for weights from "
                         f"{student.w_min:g} to {student.w_max:g}")
@@ -786,12 +785,12 @@ def use_checkpoint(args, run):
     else:
         student = open_student(args.ckpt, run)
     choose(args, student)
-    N, sampler, w = student.N, student.sampler, student.w
     if args.edit:
         return edit_images(args, run, student)
-    args.w, args.sampler = w, sampler  # --eval says what they were
-    draws = partial(student.draw, student.v, student.angle, N, sampler, w, run.device)
-    calls = N * (student.calls if w > 0 else 1)
+    args.w, args.sampler = student.w, student.sampler  # --eval says what they were
+    draws = partial(student.draw, student.v, student.angle, student.N, student.sampler,
+                    student.w, run.device)
+    calls = student.N * student.calls
     common.sample_checkpoint(args, run, student.net, draws, calls, checkpoint)
 
 
@@ -817,16 +816,15 @@ def edit_images(args, run, student):
     img2img starts at an intermediate step from the noised image (SDEdit); inpaint pastes the known
     part, noised to the level, after each step; style encodes with one class, decodes with another.
     """
-    net, angle, N, task = student.net, student.angle, student.N, args.edit
+    net, task = student.net, args.edit
     common.check_images(args, net)
-    size, start = net.image_size, N
-    x0 = torch.stack([common.read_image(name, size)[0] for name in args.image]).to(run.device)
+    images = [common.read_image(name, net.image_size)[0] for name in args.image]
+    x0 = torch.stack(images).to(run.device)
+    hole = common.read_mask(args.mask, net.image_size).to(run.device)
+    start = student.N
     if task == "img2img":
-        strength = 0.5 if args.strength is None else args.strength
-        start = math.floor(strength * N + 0.5)
-    elif task == "inpaint":
-        hole = common.read_mask(args.mask, size).to(run.device)
-    else:
+        start = math.floor(args.strength * student.N + 0.5)
+    if task == "style":
         z_top = encode(args, run, student, x0)
     each = args.sample or (1 if task == "style" else 4)
 
@@ -836,22 +834,25 @@ def edit_images(args, run, student):
         first = noise(torch.zeros(shape, device=run.device))
 
         def noised(tau):
-            alpha, sigma = alpha_sigma(angle(tau), first)
+            alpha, sigma = alpha_sigma(student.angle(tau), first)
             return alpha * x0[row] + sigma * first
 
         def paste(z, tau):
             return hole * z + (1 - hole) * noised(tau)
 
-        z = first
+        z, after = first, None
         if task == "img2img":
-            z = noised(torch.full((len(row),), start / N, dtype=torch.float64))
+            tau = torch.full((len(row),), start / student.N, dtype=torch.float64)
+            z = noised(tau)
         elif task == "style":
             z = z_top[row]
-        v = conditioned(student.v, y, first.new_full((len(row),), student.w))
-        after = paste if task == "inpaint" else None
-        return sample(v, angle, N, student.sampler, z, noise, start, after)
+        else:
+            after = paste
+        w = first.new_full((len(row),), student.w)
+        return sample(conditioned(student.v, y, w), student.angle, student.N, student.sampler, z,
+                      noise, start, after)
 
-    how = f"{start} of {N} steps, w = {student.w:g}"
+    how = f"{start} of {student.N} steps, w = {student.w:g}"
     common.draw_edits(args, run, net, draw_edit, len(x0), each, how, before=x0)
 
 

@@ -79,8 +79,8 @@ def test_schedule():
     tau = torch.linspace(0, 1, 1001, dtype=torch.float64)
     phi = gd.edm_angle(tau)
     close(phi.tan()[[1000]], [80.0], 1e-12)
-    assert phi[0] == 0 and gd.edm_angle(tau, gd.BOTTOM)[0] == gd.BOTTOM and (phi.diff() > 0).all()
-    close(gd.edm_angle(tau, gd.BOTTOM).tan()[0], 0.002, 1e-12)
+    assert phi[0] == 0 and gd.edm_angle(tau, "encoder")[0] == gd.BOTTOM and (phi.diff() > 0).all()
+    close(gd.edm_angle(tau, "encoder").tan()[0], 0.002, 1e-12)
     close(phi[1:].diff(), [(math.atan(80) - math.atan(0.002)) / 1000] * 999, 1e-9)
     close(phi.cos() ** 2 + phi.sin() ** 2, torch.ones(1001), 1e-15)
     logsnr = -2 * phi[1:].tan().log()
@@ -258,7 +258,7 @@ def test_target_lands_where_the_teacher_does(angle, sampler):
     """One DDIM step of the target is two of the teacher; the paper's, the angle and the convex
     forms agree where they are defined."""
     angle = (
-        functools.partial(angle, bottom=gd.BOTTOM) if sampler == "encoder" and angle is gd.edm_angle
+        functools.partial(angle, sampler="encoder") if sampler == "encoder" and angle is gd.edm_angle
         else angle)
     v, N = gaussian_v(0.6, 0.3, angle), 8
     for i in range(1, N + 1):
@@ -428,7 +428,7 @@ def test_float32_targets_of_a_network():
 
 
 @pytest.mark.parametrize(
-    "angle", [COSINE, functools.partial(gd.edm_angle, bottom=gd.BOTTOM)], ids=["cosine", "edm"])
+    "angle", [COSINE, functools.partial(gd.edm_angle, sampler="encoder")], ids=["cosine", "edm"])
 def test_encoder_and_decoder(angle):
     """Up by an encoder's targets and down by a decoder's, of the exact ODE, is the identity;
     the start of the way up included."""
@@ -619,22 +619,21 @@ def test_recipes():
 
 def test_what_a_student_draws_with():
     """--N, --sampler and --w if they are given and fit, else the student's own and its least w."""
-
-    def chosen(student, **given):
+    def chosen(own, **given):
         args = argparse.Namespace(**dict(ckpt="x.pt", N=None, sampler=None, w=None) | given)
-        names = "N", "sampler", "w_min", "w_max"
-        student = argparse.Namespace(**dict(zip(names, student)))
-        return gd.check_student(args, student)
+        student = argparse.Namespace(**dict(zip(("N", "sampler", "w_min", "w_max"), own)))
+        gd.choose(args, student)
+        return student.N, student.sampler, student.w
 
     assert chosen((4, "S", 2.0, 14.0)) == (4, "S", 2.0)
     assert chosen((4, "S", 2.0, 14.0), N=4, sampler="S", w=7.5) == (4, "S", 7.5)
     assert chosen((0, None, 1.0, 4.0)) == (64, "D", 1.0)
     assert chosen((0, None, 1.0, 4.0), N=3, sampler="S") == (3, "S", 1.0)
-    for student, given, message in (
-        ((4, "D", 0.0, 4.0), dict(N=8), "--N 8: x.pt was trained for 4"),
-        ((4, "D", 0.0, 4.0), dict(sampler="S"), "trained for sampler D"),
-        ((0, None, 0.0, 4.0), dict(sampler="encoder"), "applies to training only"),
-        ((4, "D", 2.0, 4.0), dict(w=1.0), "--w 1: x.pt was trained for weights from 2 to 4"),
-        ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for no guidance")):
+    for own, given, message in (
+            ((4, "D", 0.0, 4.0), dict(N=8), "--N 8: x.pt was trained for N 4"),
+            ((4, "D", 0.0, 4.0), dict(sampler="S"), "trained for sampler D"),
+            ((0, None, 0.0, 4.0), dict(sampler="encoder"), "applies to training only"),
+            ((4, "D", 2.0, 4.0), dict(w=1.0), "--w 1: x.pt was trained for weights from 2 to 4"),
+            ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for weights from 0 to 0")):
         with pytest.raises(common.UserError, match=message):
-            chosen(student, **given)
+            chosen(own, **given)

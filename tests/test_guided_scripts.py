@@ -5,6 +5,7 @@ import copy
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -494,8 +495,8 @@ def test_a_text_pipeline_is_distilled_and_drawn_with_diffusers_alone(tmp_path, p
         tmp_path, "--ckpt", "run/stage1.pt", "--w", 2, "--N", 8, "--sample", 2, prelude=IMPORTABLE)
     assert np.abs(other - ours).max() > (10 if prediction == "v_prediction" else 0)
     assert (
-        "was trained for 2 step(s)"
-        in run("--ckpt", "run/N0002.pt", "--N", 4, cwd=tmp_path, code=2).stderr)
+        "was trained for N 2"
+        in run("--ckpt", "run/N0002.pt", "--N", 4, cwd=tmp_path, prelude=IMPORTABLE, code=2).stderr)
     if prediction == "epsilon":  # resuming is the same for both
         return
     run(
@@ -537,101 +538,109 @@ def test_a_class_conditional_latent_model(tmp_path):
         *train, "--out-dir", "other", "--sample-every", 500, cwd=tmp_path, prelude=IMPORTABLE,
         code=2)
     assert (
-        "there is no folder pipe/vae to decode latents with" in done.stderr
+        "pipe/vae does not decode latents (4, 8, 8); training needs it for" in done.stderr
         and not (tmp_path / "other").exists())
 
 
-def test_what_a_latent_model_refuses(tmp_path):
-    run_on = common.types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+def open_model(folder, guided=True, data="latents.npz"):
+    run_on = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    return gd.LatentModel(f"diffusers:{folder / 'pipe'}", folder / data, guided, run_on)
 
+
+def edit_config(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_data_that_a_latent_model_refuses(tmp_path):
     def refused(message, guided=True, **arrays):
-        np.savez(tmp_path / "latents.npz", **dict(np.load(tmp_path / "good.npz")) | arrays)
+        np.savez(tmp_path / "bad.npz", **dict(np.load(tmp_path / "latents.npz")) | arrays)
         with pytest.raises(common.UserError, match=message):
-            model.check(gd.Latents(tmp_path / "latents.npz"), guided)
+            open_model(tmp_path, guided, "bad.npz")
 
+    words, null = np.zeros((12, 5, 8)), np.zeros((5, 8))
     for labels in (False, True):
         pipeline(tmp_path, "v_prediction", labels=labels)
-        (tmp_path / "latents.npz").rename(tmp_path / "good.npz")
-        model = gd.LatentModel(tmp_path / "pipe", run_on)
-        model.check(gd.Latents(tmp_path / "good.npz"), True)
-        refused(r"takes latents \(4, 8, 8\)", latents=np.zeros((12, 4, 8, 4), np.float32))
-        if labels:
-            refused("labels 0 to 2, and then the null", labels=np.arange(12) % 4)
-            refused("labels 0 to 3, not", guided=False, labels=np.arange(12) % 5)
-            refused("labels 0 to 2", labels=np.eye(12, 3, dtype=int))
-            model.check(gd.Latents(tmp_path / "good.npz"), False)
-            refused("and labels 0", embeddings=np.zeros((12, 5, 8)), null=np.zeros((5, 8)))
-        else:
-            refused(r"\(n, L, 8\)", embeddings=np.zeros((12, 5, 6)), null=np.zeros((5, 6)))
-            refused(r"null \(L, 8\), not .*\(4, 8\)\]", null=np.zeros((4, 8)))
-    for more in (
-        dict(in_channels=9), dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"),
-        dict(sample_size=(8, 16))):
-        pipeline(tmp_path, "v_prediction", **more)
-        with pytest.raises(common.UserError, match="more than square latents"):
-            gd.LatentModel(tmp_path / "pipe", run_on)
+        open_model(tmp_path)
+        refused(r"takes {'latents': \(12, 4, 8, 8\), .*, not {'latents': \(12, 4, 8, 4\)",
+                latents=np.zeros((12, 4, 8, 4)))
+        refused(r"not {'latents': \(9, 4, 8, 8\)", latents=np.zeros((9, 4, 8, 8)))
+    refused("labels 0 to 2; if guided, its last", labels=np.arange(12) % 4)
+    refused("labels 0 to 3;", guided=False, labels=np.arange(12) % 5)
+    refused(r"'labels': \(12,\)}, not .*'labels': \(12, 3\)", labels=np.eye(12, 3, dtype=int))
+    refused(r"'labels': \(12,\)}, not .*embeddings", embeddings=words, null=null)
+    open_model(tmp_path, guided=False)
+    pipeline(tmp_path, "v_prediction")
+    refused(r"'null': \(5, 8\)}, not .*\(5, 6\)", embeddings=words[..., :6], null=null[:, :6])
+    refused(r"'null': \(5, 8\)}, not .*\(4, 8\)", null=null[:4])
+    np.savez(tmp_path / "bad.npz", latents=np.zeros((12, 4, 8, 8)), labels=np.arange(12))
+    with pytest.raises(common.UserError, match="embeddings.*, not .*labels"):
+        open_model(tmp_path, data="bad.npz")
+
+
+def test_latent_models_that_are_refused(tmp_path):
     pipeline(tmp_path)
-    model, unet = (
-        gd.LatentModel(tmp_path / "pipe", run_on), tmp_path / "pipe" / "unet" / "config.json")
-    unet.write_text(unet.read_text() + " ")
-    assert gd.LatentModel(tmp_path / "pipe", run_on).digest != model.digest
-    config = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
-    config.write_text(
-        config.read_text().replace(
-            '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true')
-    )
+    model, unet = open_model(tmp_path), tmp_path / "pipe" / "unet"
+    edit_config(unet / "config.json", "{", "{ ")
+    assert open_model(tmp_path).digest != model.digest
+    edit_config(tmp_path / "pipe" / "scheduler" / "scheduler_config.json",
+                '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true')
     with pytest.raises(common.UserError, match="nothing about x at zero SNR"):
-        gd.LatentModel(tmp_path / "pipe", run_on)
-    with pytest.raises(common.UserError, match=r"vae does not decode latents \(3, 8, 8\)"):
-        model.shape = 3, 8, 8
-        print(model.image_shape)
-    with pytest.raises(common.UserError, match="there is no folder .*unet"):
-        gd.LatentModel(tmp_path, run_on)
+        open_model(tmp_path)
     (tmp_path / "full").write_text("a file where a folder should be")
     with pytest.raises(common.UserError, match="cannot write .*full"):
-        model.export(model.student(True), tmp_path / "full")
+        model.export(model.net, tmp_path / "full")
+    model.shape = 3, 8, 8
+    with pytest.raises(common.UserError, match=r"vae does not decode latents \(3, 8, 8\)"):
+        model.open_vae()
+    for more in (dict(in_channels=9), dict(time_cond_proj_dim=16),
+                 dict(class_embed_type="timestep"), dict(sample_size=(8, 16))):
+        pipeline(tmp_path, "v_prediction", **more)
+        with pytest.raises(common.UserError, match="more than square latents"):
+            open_model(tmp_path)
+    unet.rename(tmp_path / "unet")
+    with pytest.raises(common.UserError, match="cannot read .*unet and .*: No such file"):
+        open_model(tmp_path)
 
 
 def test_the_adapter(tmp_path):
     """Timesteps, one DDIM step and guidance as diffusers has them; a student begins as its
     teacher, to the last bit."""
     diffusers = pytest.importorskip("diffusers")
-    run_on = common.types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    z, w = (
-        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([2.0, 14.0]))
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    w = torch.tensor([2.0, 14.0])
     for prediction in ("epsilon", "v_prediction", "sample"):
         pipeline(tmp_path, prediction)
-        model, data = (
-            gd.LatentModel(tmp_path / "pipe", run_on), gd.Latents(tmp_path / "latents.npz"))
-        c = data.__getitems__(np.arange(2))[1]
-        teacher, student = model.v(model.teacher, data.null), model.v(model.student(True))
+        model = open_model(tmp_path)
+        c = model.dataset.__getitems__(np.arange(2))[1]
+        teacher, student = model.v(model.teacher), model.v(model.net)
         for N in (1, 2, 4, 8):
             scheduler = model.scheduler
             scheduler.set_timesteps(N)
             taus = torch.arange(N, 0, -1, dtype=torch.float64) / N
             assert (model.index(taus) - 1).tolist() == scheduler.timesteps.tolist()
-            with torch.no_grad():
-                for tau, k in zip(taus, scheduler.timesteps):
-                    tau = tau.expand(2)
-                    wanted = scheduler.step(
-                        model.teacher(z, k, encoder_hidden_states=c).sample, k, z).prev_sample
-                    found = gd.ddim(
-                        lambda z, tau: teacher(z, tau, c), model.angle, z, tau, tau - 1 / N)
-                    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            for tau, k in zip(taus, scheduler.timesteps):
+                tau = tau.expand(2)
+                with torch.no_grad():
+                    out = model.teacher(z, k, encoder_hidden_states=c).sample
+                    found = gd.ddim(gd.conditioned(teacher, c, None), model.angle, z, tau,
+                                    tau - 1 / N)
                     assert torch.equal(student(z, tau, c, w), teacher(z, tau, c))
+                wanted = scheduler.step(out, k, z).prev_sample
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
-            assert torch.equal(teacher(z, tau, None), teacher(z, tau, data.null.expand(2, -1, -1)))
+            null = model.dataset.null.expand(2, -1, -1)
+            assert torch.equal(teacher(z, tau, None), teacher(z, tau, null))
     wanted = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, w, 256)
-    torch.testing.assert_close(
-        gd.w_features(w, 256), wanted, rtol=0, atol=2e-3
-    )  # sines of 14000, in float32
+    # sines of 14000, in float32
+    torch.testing.assert_close(gd.w_features(w, 256), wanted, rtol=0, atol=2e-3)
 
 
 # ---- mistakes
 
 MISTAKES = {
-    "N of a student": ("--ckpt N0002.pt --N 4", "--N 4: N0002.pt was trained for 2 step(s)"),
+    "N of a student": ("--ckpt N0002.pt --N 4", "--N 4: N0002.pt was trained for N 2"),
     "sampler of a student": (
         "--ckpt N0002.pt --sampler S", "--sampler S: N0002.pt was trained for sampler D"),
     "too much guidance": (
@@ -642,8 +651,8 @@ MISTAKES = {
         "--total-steps 80",
         "--total-steps does not apply with --stage distill: name --stage1-steps"),
     "steps of the rounds": ("--N 4", "--N does not apply"),
-    "start that does not halve": ("--start-N 12", "--start-N 12: steps are halved"),
-    "end above the start": ("--start-N 8 --end-N 8", "--end-N 8: the first round"),
+    "start that does not halve": ("--start-N 12", "--start-N 12 --end-N 1: steps are halved"),
+    "end above the start": ("--start-N 8 --end-N 8", "--end-N 8: steps are halved"),
     "range of weights": ("--w-min 3 --w-max 2", "--w-min 3.0 is above --w-max 2.0"),
     "stage 1 of nothing": (
         "--w-max 0 --stage1-steps 5", "--stage1-steps does not apply without --w-max"),
@@ -676,10 +685,10 @@ MISTAKES = {
         "--ckpt N0002.pt --edit style --image images/0.png --labels 1 "
         "--from-labels 11 --encoder encoder.pt",
         "--from-labels 11: this network has"),
-    "no labels, and guidance": ("--no-class-cond", "--no-class-cond goes with --w-max 0"),
+    "no labels, and guidance": ("--no-class-cond", "needs labels, and there are none; so does --w-max"),
     "pictures of an encoder": (
         "--sampler encoder --sample-every 5",
-        "--sample-every does not apply with --sampler encoder"),
+        "--sampler encoder goes with --w-max 0 and --sample-every 0"),
     "no teacher at all": ("--teacher none", "--teacher none: what is distilled"),
     "more images than the ideal teacher goes through": (
         "--dataset bedroom256 --teacher ideal", "bedroom256 needs --data-dir"),
