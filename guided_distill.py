@@ -95,7 +95,8 @@ def loss_fn(student, target, angle, x0, noise, tau, weight):
     z = alpha * x0 + sigma * noise
     with torch.no_grad():
         v_target = target(z, tau)
-    return on(weight(phi), x0).flatten() * common.l2(student(z, tau), v_target)
+    losses = common.l2(student(z, tau), v_target)
+    return on(weight(phi), x0).flatten() * losses
 
 
 WEIGHTS = {  # factors on |v - v'|^2 = (SNR + 1) |x - x'|^2; PD: SNR itself is 0 at tau = 1
@@ -130,7 +131,8 @@ def edm_v(D, angle):
 def net_v(net, angle):
     """v(z, tau, y, w) of a student; distilled without guidance it does not look at w."""
     def D(x, t, y, w):
-        return common.denoise(net, x, t, y, common.c_guidance(w) if net.cond else None)
+        cond = common.c_guidance(w) if net.cond else None
+        return common.denoise(net, x, t, y, cond)
     return edm_v(D, angle)
 
 
@@ -236,7 +238,8 @@ class LatentModel:
         self.diffusers = common.import_optional(
             "diffusers", "--teacher diffusers:PATH needs the package diffusers")
         self.path = Path(teacher.removeprefix("diffusers:"))
-        self.run, self.dataset = run, Latents(dataset)
+        self.run = run
+        self.dataset = Latents(dataset)
         unet = self.path / "unet"
         file = self.path / "scheduler" / "scheduler_config.json"
         with common.explain(f"--teacher {teacher}: cannot read {unet} and {file}"):
@@ -254,7 +257,8 @@ class LatentModel:
         self.prediction = self.scheduler.config.prediction_type
         self.times = self.scheduler.config.num_train_timesteps
         alpha = self.scheduler.alphas_cumprod.double().sqrt()
-        self.angles = torch.cat([torch.zeros(1, dtype=torch.float64), alpha.acos()])
+        no_noise = torch.zeros(1, dtype=torch.float64)
+        self.angles = torch.cat([no_noise, alpha.acos()])
         if self.prediction == "epsilon" and alpha[-1] < 1e-3:
             raise UserError(f"--teacher {teacher}: predicting noise, it says nothing about x at "
                             "zero SNR; fine-tune it to v first")
@@ -264,7 +268,7 @@ class LatentModel:
         further = [key for key in keys.split() if net.config.get(key)]
         if further or C != net.config.out_channels or not isinstance(size, int):
             raise UserError(f"--teacher {teacher}: this UNet takes more than square latents, a "
-                            f"time, and a text or a label {' '.join(further)}")
+                            f"time, and a text or a label {further}")
         self.shape = C, size, size
         self.classes = net.config.num_class_embeds
         self.labels = 0  # how many there is data of
@@ -313,7 +317,8 @@ class LatentModel:
 
         def v(z, tau, y, w=None):
             if y is None:
-                y = self.null.to(z.device).expand(len(z), *self.null.shape)
+                null = self.null.to(z.device)
+                y = null.expand(len(z), *null.shape)
             text, labels = (None, y) if self.classes else (y, None)
             features = w_features(w, w_dim) if w_dim else None
             k = (self.index(tau) - 1).to(z.device)
@@ -382,19 +387,22 @@ def w_features(w, dim):
 # DDIM steps of the first teacher. glyphs and "path", your own images, are ours.
 # --------------------------------------------------------------------------------------------------
 
-GD = dict(stage="distill", sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1", dropout=0.0,
-          ema_decay=0.999, start_N=1024, end_N=1, round_steps=50_000, last_steps=100_000)
+GD = dict(
+    stage="distill", sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1",
+    dropout=0.0, ema_decay=0.999,
+    start_N=1024, end_N=1, round_steps=50_000, last_steps=100_000)
 STUDENTS = {
-    "glyphs": dict(batch_size=32, lr=1e-3, ema_decay=0.98, start_N=64, stage1_steps=1000,
-                   round_steps=300, last_steps=900),
-    "path": dict(batch_size=128, lr=2e-4, start_N=256, stage1_steps=20_000, round_steps=5_000,
-                 last_steps=25_000),
+    "glyphs": dict(batch_size=32, lr=1e-3, ema_decay=0.98, start_N=64,
+                   stage1_steps=1000, round_steps=300, last_steps=900),
+    "path": dict(batch_size=128, lr=2e-4, start_N=256,
+                 stage1_steps=20_000, round_steps=5_000, last_steps=25_000),
     "cifar10": dict(batch_size=128, lr=5e-5, stage1_steps=100_000),
     "imagenet64": dict(batch_size=2048, lr=1e-4, stage1_steps=50_000),
 }
 # GD's for text; it starts from a teacher fine-tuned to v. Learning rate and EMA are ours.
-LATENT = dict(batch_size=512, micro_batch=8, flip=False, lr=1e-5, start_N=512, stage1_steps=3000,
-              round_steps=2000, last_steps=20_000, w_min=2.0, w_max=14.0)
+LATENT = dict(
+    w_min=2.0, w_max=14.0, batch_size=512, micro_batch=8, flip=False, lr=1e-5,
+    start_N=512, stage1_steps=3000, round_steps=2000, last_steps=20_000)
 PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc")  # PD
 PLAIN_STUDENTS = {"cifar10": dict(start_N=8192)}
 LABELLED = {"cifar10": dict(class_cond=True)}  # others are without being told
@@ -435,7 +443,8 @@ def recipe(flags):
         settings |= PLAIN | PLAIN_STUDENTS.get(name, {})
     if not w_max and teacher != "ideal":  # of which a network is made first of all
         settings["stage1_steps"] = 0
-    return settings | dict(total_steps=sum(steps for _, steps in plan(settings | flags)))
+    rounds = plan(settings | flags)
+    return settings | dict(total_steps=sum(steps for _, steps in rounds))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -564,10 +573,10 @@ def open_pixels(args, run):
         return x0, y if classes else None
 
     return SimpleNamespace(
-        latent=False, dataset=dataset, fetch=fetch,
+        latent=False, dataset=dataset, fetch=fetch, angle=angle, draw=draw,
         teacher=teacher, v_teacher=edm_v(D, angle),
         net=net, v=partial(net_v, angle=angle), model_args=model_args,
-        angle=angle, draw=draw, grid=dict(classes=classes, shape=(3, size, size)))
+        grid=dict(classes=classes, shape=(3, size, size)))
 
 
 def round_of(step, rounds):
@@ -603,7 +612,8 @@ def train(args, run, stop):
     weight = WEIGHTS[args.weighting]
     weights = [0.0]  # of guidance, in grids of samples
     if args.w_max:
-        weights = [args.w_min + share * (args.w_max - args.w_min) for share in (0, 0.25, 1)]
+        span = args.w_max - args.w_min
+        weights = [args.w_min + share * span for share in (0, 0.25, 1)]
     rounds = plan(vars(args))
     loader = common.batches(args, run, task.dataset, step)
     stopping = False
@@ -625,7 +635,7 @@ def train(args, run, stop):
             x0, y = task.fetch(next(loader))
             w = None
             if args.w_max:
-                w = args.w_min + (args.w_max - args.w_min) * torch.rand(len(x0), device=run.device)
+                w = args.w_min + span * torch.rand(len(x0), device=run.device)
             if N == 0:  # stage 1
                 tau = torch.rand(len(x0), dtype=torch.float64)
                 if task.latent:  # the next that the teacher knows
@@ -634,10 +644,11 @@ def train(args, run, stop):
             else:
                 i = torch.randint(1, N + 1, (len(x0),)).double()
                 tau, tau_mid, tau_end = times_of(i, N, args.sampler)
-                target = partial(two_steps, conditioned(v_before, y, w), angle, tau_mid=tau_mid,
-                                 tau_end=tau_end)
+                teacher = conditioned(v_before, y, w)
+                target = partial(two_steps, teacher, angle, tau_mid=tau_mid, tau_end=tau_end)
             noise = torch.randn_like(x0)
-            losses = loss_fn(conditioned(v_net, y, w), target, angle, x0, noise, tau, weight)
+            student = conditioned(v_net, y, w)
+            losses = loss_fn(student, target, angle, x0, noise, tau, weight)
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
             totals.bin(on(angle(tau).tan(), x0).flatten(), losses)
@@ -672,9 +683,11 @@ def train(args, run, stop):
 
 def save_student(args, path, step, N, task, ema):
     """Write the student of a round, PATH.pt, and of a latent one the folder PATH for diffusers."""
-    common.save_checkpoint(path.with_suffix(".pt"), dict(
-        script="guided_distill", step=step, images=step * args.batch_size, N=N, args=vars(args),
-        model_args=task.model_args, ema=ema.state_dict(), torch_version=str(torch.__version__)))
+    state = dict(
+        script="guided_distill", step=step, images=step * args.batch_size, N=N,
+        args=vars(args), model_args=task.model_args,
+        ema=ema.state_dict(), torch_version=str(torch.__version__))
+    common.save_checkpoint(path.with_suffix(".pt"), state)
     if task.latent:
         task.export(ema, path)
 
@@ -691,34 +704,31 @@ def delete_students(args):
 # Using a checkpoint
 # --------------------------------------------------------------------------------------------------
 
-def trained_for(checkpoint):
-    """What a student can: N steps (0: any), a sampler (None: any), weights w_min to w_max."""
-    settings, N = checkpoint["args"], checkpoint.get("N", 0)  # a teacher's has none
-    sampler = settings["sampler"] if N else None
-    w_min = settings.get("w_min", 0.0)
-    w_max = settings.get("w_max", 0.0)
-    return SimpleNamespace(N=N, sampler=sampler, w_min=w_min, w_max=w_max, calls=1)
+def trained_for(checkpoint, **parts):
+    """A namespace of N (0: any), sampler (None: any), w_min and w_max of a student, and `parts`."""
+    settings = checkpoint["args"]
+    N = checkpoint.get("N", 0)  # a teacher's has none
+    return SimpleNamespace(
+        N=N, sampler=settings["sampler"] if N else None, w_min=settings.get("w_min", 0.0),
+        w_max=settings.get("w_max", 0.0), calls=1, **parts)
 
 
 def open_student(path, run, encoder=False):
     """A student or a teacher of images, to sample with.
 
-    Returns: a namespace: net, v (z, tau, y, w), angle, draw, what `trained_for` says, and calls of
-             the network for one of v where w > 0.
+    Returns: what `trained_for` does, with net, v (z, tau, y, w), angle, draw, and calls of the
+             network for one of v where w > 0.
     """
     net, checkpoint = common.load_network(path, ("guided_distill", "cd"))
     script = checkpoint["script"]
-    student = trained_for(checkpoint)
+    student = trained_for(checkpoint, net=common.place(net, run), draw=draw)
     if encoder != (student.sampler == "encoder"):
-        kind = "no" if encoder else "an"
-        raise UserError(f"{path} holds {kind} encoder: --sampler encoder trains what --edit style "
-                        "takes as --encoder")
+        raise UserError(f"{path}: what --sampler encoder trains, and only that, is to be named as "
+                        "--encoder, with --edit style")
     if script == "cd" and checkpoint["args"].get("stage", "teacher") != "teacher":
         raise UserError(f"{path} holds a consistency model: cd.py samples with it")
     if run.main and script is None:  # a plain state dict does not say
         print(f"{path} is taken for a teacher")
-    student.draw = draw
-    student.net = common.place(net, run)
     student.angle = partial(edm_angle, sampler=student.sampler)
     student.v = net_v(net, student.angle)
     if script == "guided_distill":
@@ -726,7 +736,8 @@ def open_student(path, run, encoder=False):
 
     v_teacher = edm_v(common.net_denoiser(net), student.angle)
     if net.null_y is not None:
-        student.w_max, student.calls = math.inf, 2
+        student.w_max = math.inf
+        student.calls = 2
 
     def guided(z, tau, y, w):
         return common.guide(v_teacher, y, w if w.any() else None)(z, tau)
@@ -749,12 +760,7 @@ def open_latent_student(args, run, checkpoint):
     net.image_size = model.grid["shape"][-1]
     net.classes = model.labels if args.labels else 0
     args.micro_batch = min(args.micro_batch, 8)
-    student = trained_for(checkpoint)
-    student.net = net
-    student.v = model.v(net)
-    student.angle = model.angle
-    student.draw = model.draw
-    return student
+    return trained_for(checkpoint, net=net, v=model.v(net), angle=model.angle, draw=model.draw)
 
 
 def choose(args, student):
@@ -806,8 +812,9 @@ def encode(args, run, student, x0):
     if (encoder.net.image_size, encoder.net.classes) != (net.image_size, net.classes):
         raise UserError(f"--encoder {args.encoder} and {args.ckpt} differ in image size or classes")
     y = common.labels_to_draw(args, net, len(x0), run.device, "from_labels")
+    v = conditioned(encoder.v, y, None)
     with torch.no_grad():
-        return sample(conditioned(encoder.v, y, None), encoder.angle, encoder.N, "encoder", x0)
+        return sample(v, encoder.angle, encoder.N, "encoder", x0)
 
 
 def edit_images(args, run, student):
@@ -840,17 +847,16 @@ def edit_images(args, run, student):
         def paste(z, tau):
             return hole * z + (1 - hole) * noised(tau)
 
-        z, after = first, None
+        z = first
         if task == "img2img":
             tau = torch.full((len(row),), start / student.N, dtype=torch.float64)
             z = noised(tau)
         elif task == "style":
             z = z_top[row]
-        else:
-            after = paste
         w = first.new_full((len(row),), student.w)
-        return sample(conditioned(student.v, y, w), student.angle, student.N, student.sampler, z,
-                      noise, start, after)
+        v = conditioned(student.v, y, w)
+        after = paste if task == "inpaint" else None
+        return sample(v, student.angle, student.N, student.sampler, z, noise, start, after)
 
     how = f"{start} of {student.N} steps, w = {student.w:g}"
     common.draw_edits(args, run, net, draw_edit, len(x0), each, how, before=x0)

@@ -171,8 +171,7 @@ MUTANTS = {
         ("gradients *= min(1.0, 1.0 /", "gradients *= max(1.0, 1.0 /", "guided_scripts"),
         ("common.ema_update(ema, net, args.ema_decay)",
          "common.ema_update(ema, net, 1 - args.ema_decay)", "guided_scripts"),
-        ("w = args.w_min + (args.w_max - args.w_min) *", "w = args.w_min + args.w_max *",
-         "guided_scripts"),
+        ("w = args.w_min + span *", "w = args.w_min + args.w_max *", "guided_scripts"),
     ],
 }
 

@@ -373,7 +373,7 @@ def test_style_transfer(wild, tmp_path):
 
     assert np.abs(found - by_hand(3, 5)).max() <= 1
     assert np.abs(found - by_hand(5, 5)).max() > 10 and np.abs(found - by_hand(3, 3)).max() > 10
-    assert "holds an encoder" in run("--ckpt", wild / "up.pt", cwd=tmp_path, code=2).stderr
+    assert "is to be named as --encoder" in run("--ckpt", wild / "up.pt", cwd=tmp_path, code=2).stderr
 
 
 # ---- latent models
@@ -680,7 +680,7 @@ MISTAKES = {
     "a decoder as encoder": (
         "--ckpt N0002.pt --edit style --image images/0.png --labels 1 "
         "--from-labels 1 --encoder N0002.pt",
-        "holds no encoder"),
+        "what --sampler encoder trains, and only that"),
     "a class to come from that is not there": (
         "--ckpt N0002.pt --edit style --image images/0.png --labels 1 "
         "--from-labels 11 --encoder encoder.pt",
