@@ -168,6 +168,7 @@ MUTANTS = {
         ("z = ddim(v, angle, z, tau, tau_end)", "z = ddim(v, angle, z, tau, tau_mid)", "guided"),
         ("lr = args.lr * (1 - k", "lr = args.lr * (1 - 0 * k", "guided_scripts"),
         ("            before.load_state_dict(net.state_dict())\n", "", "guided_scripts"),
+        ("            optimizer.state.clear()\n", "", "guided_scripts"),
         ("gradients *= min(1.0, 1.0 /", "gradients *= max(1.0, 1.0 /", "guided_scripts"),
         ("common.ema_update(ema, net, args.ema_decay)",
          "common.ema_update(ema, net, 1 - args.ema_decay)", "guided_scripts"),
