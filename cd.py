@@ -311,7 +311,7 @@ def make_parser():
     train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD", help="ln t ~ "
                "Normal(MEAN, STD^2) (teacher: EDM -1.2 1.2), or the one word uniform: over the "
                "grid (distillation: CM)")
-    train.flag("--label-dropout", only=dict(stage="teacher"), type=common.number(float, 0, 1),
+    train.flag("--label-dropout", only=dict(stage="teacher"), type=common.probability,
                metavar="P", help="share of labels hidden, for guidance (default 0; 0.1 for the "
                "teacher that --w-max trains first)")
 
@@ -329,7 +329,7 @@ def make_parser():
                  help="the pseudo-objective (default), or also differentiate df/dt")
     student.flag("--solver", only=discrete, choices=SOLVERS,
                  help="of the ODE step that the teacher takes (CM heun)")
-    student.flag("--mu", only=discrete, type=common.number(float, 0, 1), metavar="MU",
+    student.flag("--mu", only=discrete, type=common.probability, metavar="MU",
                  help="decay of the target network (CM 0 to 0.95); 0: it is the net itself")
     student.flag("--dist", only=discrete, choices=("l1", "l2", "huber", "lpips"),
                  help="distance between the two outputs")

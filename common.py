@@ -1684,6 +1684,7 @@ class Parser(argparse.ArgumentParser):
 
 MOVED = {  # flags of before
     "--times": ["--p-t"],
+    "--stage": ["python cd.py --stage"],
     "--search-times": ["python tests/bench.py search-times"],
     "--tensorboard": ["python tests/bench.py tensorboard"],
 }

@@ -211,7 +211,7 @@ def make_parser():
                help="where N(k) starts: points (sqrt, CM 2) or intervals (double, iCT 10)")
     train.flag("--s1", only=grid, type=common.positive, metavar="N",
                help="intervals at the end (CM 150 to 200, iCT 1280)")
-    train.flag("--mu0", only=grid, type=common.number(float, 0, 1), metavar="MU",
+    train.flag("--mu0", only=grid, type=common.probability, metavar="MU",
                help="target's decay at the start (CM 0.9 to 0.95); 0: the target is the net itself "
                "(iCT)")
     train.flag("--teacher", metavar="FILE",

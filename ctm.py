@@ -478,7 +478,7 @@ def make_parser():
                "code's, from scratch only)")
     train.flag("--dist", choices=("l1", "l2", "huber", "lpips"),
                help="distance of estimate and target at t_min (CTM lpips)")
-    train.flag("--mu", type=number(float, 0, 1), metavar="MU",
+    train.flag("--mu", type=common.probability, metavar="MU",
                help="decay of the target network (CTM 0.999)")
     train.flag("--s-init", choices=("published", "zero"),
                help="how the embedding of s starts: at random (CTM), or so that it adds nothing "
@@ -503,7 +503,7 @@ def make_parser():
     draw.flag("--steps", only=dict(sigmas=False, edit=False), type=positive, metavar="n",
               help="jumps between n + 1 levels of a Karras grid, instead of --sigmas")
     draw.flag("--gamma", only=dict(heun=False, edit=False),
-              type=number(float, 0, 1), metavar="G",
+              type=common.probability, metavar="G",
               help="noise put back after each jump but the last: 0 none (default; CTM), 1 all, as "
               "in consistency models")
     draw.flag("--heun", only=dict(sigmas=False, steps=False, edit=False),

@@ -382,7 +382,7 @@ def w_features(w, dim):
 # --------------------------------------------------------------------------------------------------
 
 GD = dict(
-    stage="distill", sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1",
+    sampler="D", w_min=0.0, w_max=4.0, weighting="snr+1",
     dropout=0.0, ema_decay=0.999,
     start_N=1024, end_N=1, round_steps=50_000, last_steps=100_000)
 STUDENTS = {
@@ -407,20 +407,9 @@ def is_latent(teacher):
     return str(teacher).startswith("diffusers:")
 
 
-def teacher_recipe(flags, name):
-    """The settings of --stage teacher: cd.py's, with labels to drop where there are any."""
-    import cd
-    settings = cd.teacher_recipe(flags) | dict(out_dir="out/guided_distill/teacher")
-    if name not in STUDENTS or flags.get("class_cond") is False:
-        return settings
-    return settings | LABELLED.get(name, {}) | dict(label_dropout=0.1)
-
-
 def recipe(flags):
-    """The settings of --stage for --dataset, --teacher and --sampler, general ones first."""
+    """The settings for --dataset, --teacher and --sampler, general ones first."""
     name, teacher = common.known_dataset(flags), flags.get("teacher")
-    if flags.get("stage") == "teacher":
-        return teacher_recipe(flags, name)
     settings = common.DATASETS[name] | GD | STUDENTS.get(name, LSUN)
     if is_latent(teacher):
         settings |= LATENT
@@ -445,30 +434,17 @@ def recipe(flags):
 
 def make_parser():
     parser = common.Parser(__doc__)
-    built = [dict(stage="teacher"), dict(teacher=(None, "ideal"))]  # not like a --teacher FILE
+    built = dict(teacher=(None, "ideal"))  # not like a --teacher FILE
     common.add_shared_flags(parser, built)
     weight = number(float, 0)
-    share = number(float, 0, 1)
 
     both = parser.group("algorithm, training and sampling")
-    sampling = dict(ckpt=True)
-    both.flag("--stage", only=dict(ckpt=False), choices=("teacher", "distill"),
-              help="train a teacher, or distil one (default; --teacher, or one trained first)")
-    both.flag("--sampler", only=[sampling, dict(ckpt=False, stage="distill")],
-              choices=("D", "S", "encoder"),
+    both.flag("--sampler", choices=("D", "S", "encoder"),
               help="deterministic steps (default), stochastic ones of double length, or the way "
               "from image to noise (training, with --w-max 0)")
-    both.flag("--N", only=[sampling, dict(ckpt=False, stage="teacher")], type=positive,
-              help="steps of a teacher or of stage 1 (default 64); of others their own")
-    train = parser.group("teacher", ckpt=False, stage="teacher")
-    train.flag("--label-dropout", type=share,
-               help="share of labels hidden, for guidance (default 0.1)")
-    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
-               help="ln t ~ Normal(MEAN, STD^2) (EDM -1.2 1.2), or the one word uniform")
-
-    student = parser.group("distillation", ckpt=False, stage="distill")
+    student = parser.group("algorithm, training", ckpt=False)
     student.flag("--teacher", metavar="FILE",
-                 help="a teacher of --stage teacher or cd.py's, released EDM weights (--w-max 0), "
+                 help="a teacher written by cd.py, released EDM weights (--w-max 0), "
                  "ideal: the exact denoiser, or diffusers:PATH: a latent diffusion model")
     student.flag("--teacher-steps", only=dict(teacher=False), type=positive,
                  help="optimizer steps of the teacher that is trained first")
@@ -489,9 +465,11 @@ def make_parser():
                  help="of the loss: 1 + SNR, which is plain in v, or truncated SNR (PD)")
 
     draws = parser.group("sampling and editing, further flags", ckpt=True)
+    draws.flag("--N", type=positive,
+               help="steps, of a teacher or of stage 1 (default 64); of others their own")
     draws.flag("--w", type=weight, help="guidance weight (default: the least the student knows)")
     edits = common.add_edit_flags(parser, ("img2img", "inpaint", "style"))
-    edits.flag("--strength", only=dict(edit="img2img"), type=share, default=0.5,
+    edits.flag("--strength", only=dict(edit="img2img"), type=common.probability, default=0.5,
                help="share of the steps that is run (default 0.5)")
     edits.flag("--encoder", only=dict(edit="style"), metavar="FILE",
                help="a student of --sampler encoder, with which the images are encoded")
@@ -502,11 +480,9 @@ def make_parser():
 
 def check(args):
     """Raises UserError for values that do not fit each other."""
-    if args.stage == "teacher":
-        return common.check_p_t(args.p_t, common.karras_times(args.N))
     rounds = plan(vars(args))
     if args.total_steps != sum(steps for _, steps in rounds):
-        raise UserError("--total-steps does not apply with --stage distill: name --stage1-steps, "
+        raise UserError("--total-steps does not apply to rounds: name --stage1-steps, "
                         "--round-steps and --last-steps")
     if args.teacher == "none":
         raise UserError("--teacher none: what is distilled here is a teacher")
@@ -857,12 +833,8 @@ if __name__ == "__main__":
         use_checkpoint(args, run)
         common.finish(run)
     stop = common.StopSignal()
-    if args.stage == "teacher":
-        import cd
-        finished = cd.train(args, run, stop)
-    else:
-        finished = train(args, run, stop)
-    common.finish(run, None if finished else stop)
+    ended = train(args, run, stop)
+    common.finish(run, None if ended else stop)
 
 # Where this differs from the papers; no official code was published
 #   pixel models      the teacher is an EDM denoiser; the cosine schedule runs over its noise
