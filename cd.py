@@ -2,9 +2,8 @@
 
 Without --teacher a diffusion model is trained first, as EDM does, and then distilled; with --w-max
 so is its guidance, and the weight w becomes an input of the student.
-Papers: Song et al. 2023 (CM, arXiv 2303.01469v2): Algorithm 2, its continuous-time limits (App. B),
-editing (Alg. 4). Karras et al. 2022 (EDM, arXiv 2206.00364): the teacher. Ho & Salimans 2022 (arXiv
-2207.12598): guidance.
+Papers: Song et al. 2023 (CM, arXiv 2303.01469v2): Alg. 2, its limits (App. B), editing (Alg. 4).
+Karras et al. 2022 (EDM, 2206.00364): the teacher. Ho & Salimans 2022 (2207.12598): guidance.
 
     python cd.py                                       digits: a teacher, then the student, minutes
     python cd.py --teacher ideal --dataset images.npz
@@ -21,15 +20,16 @@ teacher's in 35 99.4%, after 12 minutes on 2 cores. Published: FID in one and tw
 """
 import argparse
 import copy
-import functools
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import common
-from common import UserError, bcast, consistency
+from common import (T_MAX, T_MIN, SeededNoise, UserError, bcast, c_guidance, consistency,
+                    multistep_sample, number)
 
 # --------------------------------------------------------------------------------------------------
 # The method
@@ -51,8 +51,8 @@ def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, solver, dist, weight):
     x_tn1 = x0 + bcast(t_n1, x0) * noise
     with torch.no_grad(), common.replay_random(x0.device):
         x_tn = solver(common.guide(D, y, w), x_tn1, t_n1, t_n)
-        f_target = consistency(target, x_tn, t_n, y, common.c_guidance(w))
-    f_net = consistency(net, x_tn1, t_n1, y, common.c_guidance(w))
+        f_target = consistency(target, x_tn, t_n, y, c_guidance(w))
+    f_net = consistency(net, x_tn1, t_n1, y, c_guidance(w))
     return weight(t_n, t_n1) * dist(f_net, f_target)
 
 
@@ -65,7 +65,7 @@ def continuous_loss(net, D, x0, noise, t, y, w, stop_gradient):
     with torch.no_grad():
         x_denoised = common.guide(D, y, w)(x_t, t)
         dx_dt = (x_t - x_denoised) / bcast(t, x_t)  # the probability-flow ODE
-    return common.continuous_loss(net, x_t, t, dx_dt, y, common.c_guidance(w), stop_gradient)
+    return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), stop_gradient)
 
 
 def hide_labels(y, share, null_y):
@@ -81,7 +81,7 @@ def hide_labels(y, share, null_y):
 def consistency_function(net, y, w=0.0):
     """f(x, t) to sample with. Each output is clipped to [-1, 1], as for the papers' samples."""
     def f(x, t):
-        cond = common.c_guidance(torch.full_like(t, w)) if net.cond else None
+        cond = c_guidance(torch.full_like(t, w)) if net.cond else None
         return consistency(net, x, t, y, cond).clamp(-1, 1)
     return f
 
@@ -90,13 +90,13 @@ def consistency_function(net, y, w=0.0):
 def sample(net, sigmas, y, noise, shape, w=0.0):
     """Draw images (B,C,H,W) with a consistency model, in len(sigmas) network calls."""
     x_T = common.initial_noise(net, noise, shape, sigmas[0])
-    return common.multistep_sample(consistency_function(net, y, w), x_T, sigmas, noise)
+    return multistep_sample(consistency_function(net, y, w), x_T, sigmas, noise)
 
 
 @torch.no_grad()
 def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
     """Draw images (B,C,H,W) with a teacher: N Heun steps, 2 N - 1 calls, twice that if guided."""
-    x_T = common.initial_noise(net, noise, shape, common.T_MAX)
+    x_T = common.initial_noise(net, noise, shape, T_MAX)
     weights = x_T.new_full((len(x_T),), w) if w else None
     D = common.guide(common.net_denoiser(net), y, weights)
     return common.heun_sample(D, x_T, N, churn, noise=noise)
@@ -116,7 +116,8 @@ def edit(f, y, known, taus, noise=torch.randn_like):
         x = f(x_hat, common.levels_like(x_hat, tau))
         return x - known(x) + known(y)
 
-    x = draw(known(y) + taus[0] * noise(y), taus[0])
+    x_T = known(y) + taus[0] * noise(y)
+    x = draw(x_T, taus[0])
     for tau in taus[1:]:
         x = draw(common.renoised(x, tau, noise), tau)
     return x
@@ -127,7 +128,8 @@ LUMINANCE = 0.2989, 0.5870, 0.1140  # of red, green and blue
 
 def luminance(x):
     """Each pixel's colour, projected onto the direction of luminance: what a grey picture says."""
-    q = F.normalize(x.new_tensor(LUMINANCE), dim=0).view(3, 1, 1)
+    weights = x.new_tensor(LUMINANCE)
+    q = F.normalize(weights, dim=0).view(3, 1, 1)
     return q * (q * x).sum(1, keepdim=True)
 
 
@@ -146,13 +148,14 @@ def patch_means(x, factor):
 def slerp(z1, z2, a):
     """Unit noise between z1 (a = 0) and z2 (a = 1) on the arc of each image; a: (B,). CM App. D."""
     cosine = F.cosine_similarity(z1.flatten(1), z2.flatten(1))
-    a, psi = bcast(a, z1), bcast(cosine.arccos(), z1)
+    psi = bcast(cosine.arccos(), z1)
+    a = bcast(a, z1)
     return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
 
 
 GRID = common.karras_times(40).tolist()[:0:-1]  # all levels of N = 40 but t_min, whose f is x
 TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442],
-             interpolate=[common.T_MAX])  # the noise levels of each, CM App. D
+             interpolate=[T_MAX])  # the noise levels of each, CM App. D
 
 
 def check_edit(args, net, factor):
@@ -176,8 +179,10 @@ def edit_images(args, run, net, f):
     factor = args.factor or max(2, size // 32)
     check_edit(args, net, factor)
     sigmas = [args.noise_level] if args.noise_level else args.sigmas or TASKS[task]
-    each = args.sample or dict(interpolate=10, denoise=1).get(task, 4)  # results of a row
-    rows = len(args.image or args.labels or range(min(net.classes, 8) or 4))
+    each = dict(interpolate=10, denoise=1).get(task, 4)  # results of a row
+    each = args.sample or each
+    labels = args.labels or range(min(net.classes, 8) or 4)
+    rows = len(args.image or labels)
     given = originals = known = None
     if args.image:
         read = [common.read_image(name, size, factor if task == "superres" else None)
@@ -192,9 +197,10 @@ def edit_images(args, run, net, f):
     elif task == "colorize":
         known = luminance
     elif task == "superres":
-        known = functools.partial(patch_means, factor=factor)
+        known = partial(patch_means, factor=factor)
     elif task == "denoise" and not args.noisy:
-        given = originals + sigmas[0] * common.SeededNoise(torch.arange(rows), args.seed)(originals)
+        noise = SeededNoise(torch.arange(rows), args.seed)
+        given = originals + sigmas[0] * noise(originals)
     if known:
         given = grey(originals) if task == "colorize" else known(originals)
 
@@ -203,19 +209,21 @@ def edit_images(args, run, net, f):
         row, place = noise.indices // each, noise.indices % each
         zeros = torch.zeros(shape, device=run.device)
         if task == "interpolate":  # its ends, and the noise of further levels, are a row's
-            left = common.SeededNoise(2 * row, args.seed)
-            right = common.SeededNoise(2 * row + 1, args.seed)
-            z = slerp(left(zeros), right(zeros), place / max(each - 1, 1))
-            return common.multistep_sample(f(y), sigmas[0] * z, sigmas, right)
+            left = SeededNoise(2 * row, args.seed)
+            right = SeededNoise(2 * row + 1, args.seed)
+            share = place / max(each - 1, 1)
+            z = slerp(left(zeros), right(zeros), share)
+            return multistep_sample(f(y), sigmas[0] * z, sigmas, right)
         z = noise(zeros)
         if known:
             return edit(f(y), originals[row], known, sigmas, noise)
         x = originals[row] + sigmas[0] * z if task == "stroke" else given[row]
-        return common.multistep_sample(f(y), x, sigmas, noise)
+        return multistep_sample(f(y), x, sigmas, noise)
 
     after = None
     if known or (task == "denoise" and not args.noisy):
-        after = torch.stack([image if whole else torch.ones_like(image) for image, whole in read])
+        wholes = [image if whole else torch.ones_like(image) for image, whole in read]
+        after = torch.stack(wholes)
     how = f"{len(sigmas)} network call(s)"
     common.draw_edits(args, run, net, draw, rows, each, how, given, after)
 
@@ -227,12 +235,13 @@ def edit_images(args, run, net, f):
 
 LSUN_TEACHER = dict(batch_size=2048, lr=1e-4, dropout=0.1, ema_decay=0.9999432)
 TEACHERS = {
-    "glyphs": dict(batch_size=32, total_steps=2600, lr=2e-3, dropout=0.0, ema_decay=0.997,
+    "glyphs": dict(batch_size=32, total_steps=2600, lr=2e-3, ema_decay=0.997,
                    p_t=[-0.6, 1.4]),
-    "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, dropout=0.0, ema_decay=0.9995),
-    "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, dropout=0.13, ema_decay=0.99929),
-    "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, dropout=0.1,
-                       ema_decay=0.9999432),
+    "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, ema_decay=0.9995),
+    "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, ema_decay=0.99929,
+                    dropout=0.13),
+    "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, ema_decay=0.9999432,
+                       dropout=0.1),
     "bedroom256": LSUN_TEACHER | dict(total_steps=600_000),
     "cat256": LSUN_TEACHER | dict(total_steps=300_000),
 }
@@ -248,22 +257,19 @@ STUDENTS = {
                  sigmas=[80.0, 0.585348], **OURS),
     "cifar10": dict(batch_size=512, total_steps=800_000, lr=4e-4, ema_decay=0.9999,
                     sigmas=[80.0, 0.585348]),
-    "imagenet64": dict(batch_size=2048, total_steps=600_000, lr=8e-6, mu=0.95, ema_decay=0.999943,
-                       sigmas=[80.0, 1.38237]),
+    "imagenet64": dict(batch_size=2048, total_steps=600_000, lr=8e-6, ema_decay=0.999943,
+                       mu=0.95, sigmas=[80.0, 1.38237]),
     "bedroom256": LSUN,
     "cat256": LSUN,
 }
-CONTINUOUS = {  # by stop_gradient: openai's JAX code, CIFAR-10
-    True: dict(lr=5e-6, dropout=0.3),
-    False: dict(lr=1e-3, dropout=0.3),
-}
+CONTINUOUS_LR = {True: 5e-6, False: 1e-3}  # by stop_gradient: openai's JAX code, CIFAR-10
 
 
 def teacher_recipe(flags):
     """The settings of a teacher for --dataset, general ones first."""
     name = common.known_dataset(flags)
-    settings = dict(stage="teacher", teacher="none", out_dir="out/cd/teacher", p_t=[-1.2, 1.2],
-                    label_dropout=0.0)
+    settings = dict(stage="teacher", teacher="none", out_dir="out/cd/teacher",
+                    p_t=[-1.2, 1.2], dropout=0.0, label_dropout=0.0)
     return common.DATASETS[name] | settings | TEACHERS[name]
 
 
@@ -273,18 +279,18 @@ def recipe(flags):
         return teacher_recipe(flags)
     name = common.known_dataset(flags)
     settings = common.DATASETS[name] | CD | STUDENTS[name]
-    if flags.get("objective") == "continuous" and name in ("glyphs", "path"):
-        settings["lr"] = 1e-4
-    elif flags.get("objective") == "continuous":
-        settings |= CONTINUOUS[flags.get("stop_gradient", True)]
-    return settings
+    if flags.get("objective") != "continuous":
+        return settings
+    if name in ("glyphs", "path"):
+        return settings | dict(lr=1e-4)
+    stop_gradient = flags.get("stop_gradient", True)
+    return settings | dict(lr=CONTINUOUS_LR[stop_gradient], dropout=0.3)
 
 
 def check(args):
     """Raises UserError for values that do not fit each other."""
     if args.stage == "distill" and args.teacher == "none":
-        raise UserError("--teacher none: a student needs a teacher; ct.py and ctm.py train from "
-                        "scratch")
+        raise UserError("--teacher none: a student needs one; ct.py and ctm.py do without")
     N = getattr(args, "N", 2)  # continuous time has no grid
     common.check_p_t(args.p_t, common.karras_times(N))
 
@@ -299,27 +305,27 @@ def make_parser():
     common.add_shared_flags(parser, dict(teacher=built))
 
     both = parser.group("algorithm")
-    both.flag("--stage", choices=("teacher", "distill"), help="train a teacher, or distil one "
-              "(default). With --ckpt: what weights of unknown origin are")
-    both.flag("--N", only=dict(objective=(None, "discrete")), type=common.number(int, 2),
-              metavar="N", help="noise levels of the grid: of the distillation, and of a teacher's "
-              "Heun samples, in 2 N - 1 network calls (CM, EDM 18 or 40)")
-    both.flag("--sigmas", only=dict(stage=(None, "distill")), nargs="+", type=common.noise_level,
-              metavar="T", help="noise levels t, EDM's sigma, largest first, a network call each, "
-              "to draw with (default 80) or to show when training")
+    both.flag("--stage", choices=("teacher", "distill"),
+              help="train a teacher, or distil one (default); or what a --ckpt is that cannot tell")
+    both.flag("--N", only=dict(objective=(None, "discrete")), type=number(int, 2), metavar="N",
+              help="noise levels: of the distillation's grid, and of a teacher's Heun samples, in "
+              "2 N - 1 network calls (CM, EDM 18 or 40)")
+    both.flag("--sigmas", only=dict(stage=(None, "distill")), metavar="T",
+              nargs="+", type=common.noise_level,
+              help="noise levels t, EDM's sigma, largest first, a network call each, to draw with "
+              "(default 80) or to show when training")
     train = parser.group("algorithm, training", ckpt=False)
-    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD", help="ln t ~ "
-               "Normal(MEAN, STD^2) (teacher: EDM -1.2 1.2), or the one word uniform: over the "
-               "grid (distillation: CM)")
-    train.flag("--label-dropout", only=dict(stage="teacher"), type=common.probability,
-               metavar="P", help="share of labels hidden, for guidance (default 0; 0.1 for the "
-               "teacher that --w-max trains first)")
+    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
+               help="ln t ~ Normal(MEAN, STD^2) (teacher: EDM -1.2 1.2), or the one word uniform: "
+               "over the grid (distillation: CM)")
+    train.flag("--label-dropout", only=dict(stage="teacher"), type=common.probability, metavar="P",
+               help="share of labels hidden, for guidance (default 0; 0.1 for that of --w-max)")
 
     student = parser.group("algorithm, distillation", ckpt=False, stage="distill")
     discrete = dict(objective="discrete")
-    student.flag("--teacher", metavar="FILE", help="a teacher written by this script, released EDM "
-                 "weights, or the word ideal: the exact denoiser of the training images (default: "
-                 "one is trained first)")
+    student.flag("--teacher", metavar="FILE",
+                 help="a teacher written by this script, released EDM weights, or ideal: the exact "
+                 "denoiser of the training images (default: one is trained first)")
     student.flag("--teacher-steps", only=dict(teacher=False), type=common.positive, metavar="K",
                  help="optimizer steps of the teacher that is trained first")
     student.flag("--objective", choices=("discrete", "continuous"),
@@ -335,14 +341,14 @@ def make_parser():
                  help="distance between the two outputs")
     student.flag("--weighting", only=discrete, choices=common.WEIGHTS,
                  help="of an interval: 1 (CM), or 1 / (t_n1 - t_n)")
-    student.flag("--w-max", type=common.number(float, 0), metavar="W", help="distil guidance too, "
-                 "weights w in [0, W]: (1 + w) cond - w uncond (default 0: no guidance)")
+    student.flag("--w-max", type=number(float, 0), metavar="W",
+                 help="distil guidance too, weights w in [0, W]: (1 + w) cond - w uncond (default "
+                 "0: no guidance)")
 
     draw = parser.group("sampling, further flags", ckpt=True)
-    draw.flag("--w", default=0.0, type=common.number(float, 0), metavar="W",
-              help="guidance weight, of a teacher trained with label dropout or a student with "
-              "--w-max (default 0)")
-    draw.flag("--churn", default=0.0, type=common.number(float, 0), metavar="S",
+    draw.flag("--w", default=0.0, type=number(float, 0), metavar="W",
+              help="guidance weight, with --label-dropout's teacher or --w-max's student")
+    draw.flag("--churn", default=0.0, type=number(float, 0), metavar="S",
               help="of a teacher: EDM's S_churn (default 0: deterministic; EDM ImageNet-64 40)")
     common.add_zero_shot_flags(parser)
     return parser
@@ -361,8 +367,7 @@ def train_first_teacher(args, run, stop, script, label_dropout):
     if (out_dir / "last.pt").exists() and not args.overwrite:
         writer = common.load_checkpoint(out_dir / "last.pt").get("script")
         if writer != script:  # now, not after days of the teacher's training
-            raise UserError(f"--out-dir {out_dir} holds a run of {writer}.py; choose another, or "
-                            "--overwrite it")
+            raise UserError(f"--out-dir {out_dir} holds a run of {writer}.py: choose another")
     settings = teacher_recipe(vars(args))
     for key in (*common.RUN_FLAGS, "net", "flip"):
         settings[key] = getattr(args, key)
@@ -378,23 +383,8 @@ def train_first_teacher(args, run, stop, script, label_dropout):
     del args.teacher_steps, args.net, args.class_cond
 
 
-def draws_to_show(args, net, w_max):
-    """What grids show: of a teacher samples, and guided by 2 if it can; of a student those in one
-    step, and in several or guided by --w-max."""
-    if args.stage == "teacher":
-        draw = functools.partial(sample_teacher, net, args.N)
-        return [draw] if net.null_y is None else [draw, functools.partial(draw, w=2.0)]
-    draw = functools.partial(sample, net, [common.T_MAX])
-    if w_max:
-        return [draw, functools.partial(draw, w=w_max)]
-    return [draw, functools.partial(sample, net, args.sigmas)]
-
-
 def train(args, run, stop):
-    """Train, or go on with the run found in --out-dir. Returns whether it came to its end.
-
-    Both stages: a teacher's objective is to denoise, a student's the discrete or continuous one.
-    """
+    """Train, or go on with the run found in --out-dir. Returns whether it came to its end."""
     distil = args.stage == "distill"
     objective = args.objective if distil else "denoise"
     w_max = args.w_max if distil else 0.0
@@ -425,7 +415,8 @@ def train(args, run, stop):
     optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
     gradients = common.flatten_gradients(net)
     totals = common.Totals(run, "loss")
-    parts = dict(net=net, target=None if target is net else target, ema=ema, optimizer=optimizer)
+    parts = dict(net=net, ema=ema, optimizer=optimizer)
+    parts["target"] = target if mu > 0 else None
     step, skipped = common.resume(args, run, "cd", model_args, parts)
     common.compile_in_place(run, teacher)
     if objective != "continuous" or not args.dropout:
@@ -439,7 +430,14 @@ def train(args, run, stop):
         times = times.to(run.device)
         solver = SOLVERS[args.solver]
         weight = common.WEIGHTS[args.weighting]
-    draws = draws_to_show(args, ema, w_max)
+    draw = partial(sample, ema, [T_MAX])
+    if not distil:
+        draw = partial(sample_teacher, ema, args.N)
+    draws = [draw]  # to be shown
+    if w_max or label_dropout:
+        draws.append(partial(draw, w=w_max or 2.0))
+    elif distil:
+        draws.append(partial(sample, ema, args.sigmas))
     loader = common.batches(args, run, dataset, step)
     stopping = False
     while step < args.total_steps and not stopping:
@@ -459,7 +457,7 @@ def train(args, run, stop):
                 losses = loss_fn(net, target, D, x0, noise, t_n, t, y, w, solver, dist, weight)
             elif objective == "continuous":
                 t = common.random_times(len(x0), args.p_t, run.device)
-                t = t.clamp(common.T_MIN, common.T_MAX)
+                t = t.clamp(T_MIN, T_MAX)
                 noise = torch.randn_like(x0)
                 losses = continuous_loss(net, D, x0, noise, t, y, w, args.stop_gradient)
             else:
@@ -489,7 +487,7 @@ def train(args, run, stop):
                  grad_norm=grad_norm)
         if common.due(args.save_every, step) or last:
             common.save_run(args, run, "cd", step, log.skipped, model_args, parts)
-        if common.due(args.sample_every, step) or (args.sample_every and step == args.total_steps):
+        if common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, log, step, draws, classes, (3, size, size))
     log.close()
     return step == args.total_steps
@@ -500,41 +498,37 @@ def train(args, run, stop):
 # --------------------------------------------------------------------------------------------------
 
 def use_checkpoint(args, run):
-    """`--ckpt`: sample, measure or edit. Raises UserError for flags that do not fit the weights."""
+    """`--ckpt`: sample, measure or edit."""
     net, trained = common.sampling_net(args, run, ("cd", "ct"))
     settings = trained["args"]
     teacher = (settings.get("stage") or args.stage) == "teacher"
+    if trained["script"]:
+        common.refuse(args, ["stage"], f"to {args.ckpt}, which says what it is")
+    elif run.main:
+        kind = "teacher" if teacher else "consistency model; --stage teacher takes it for a teacher"
+        print(f"{args.ckpt} is taken for a {kind}")
     w_max = settings.get("w_max", 0.0)
     if teacher:
         w_max = 0.0 if net.null_y is None else math.inf
-    if trained["script"]:
-        common.refuse(args, ["stage"], f"to {args.ckpt}, which says what it is")
-    elif run.main and teacher:
-        print(f"{args.ckpt} is taken for a teacher")
-    elif run.main:
-        print(f"{args.ckpt} is taken for a consistency model; --stage teacher takes it for a "
-              "teacher")
-    if teacher:
-        common.refuse(args, ["sigmas", "edit"], f"to the teacher in {args.ckpt}, which draws on "
-                      "the grid of --N")
+        common.refuse(args, ["sigmas", "edit"], "to a teacher, which draws on the grid of --N")
     else:
-        common.refuse(args, ["churn", "N"], f"to the consistency model in {args.ckpt}")
+        common.refuse(args, ["churn", "N"], "to a consistency model")
     if args.w > w_max:
         able = f"weights up to {w_max}" if w_max else "no guidance"
         raise UserError(f"--w {args.w}: {args.ckpt} was trained for {able}")
 
     if args.edit:
-        f = functools.partial(consistency_function, net, w=args.w)
+        f = partial(consistency_function, net, w=args.w)
         return edit_images(args, run, net, f)
     if teacher:
         N = args.N or (18 if net.image_size <= 32 else 40)  # EDM's
-        draw = functools.partial(sample_teacher, net, N, w=args.w, churn=args.churn)
+        draw = partial(sample_teacher, net, N, w=args.w, churn=args.churn)
         calls = 2 * N - 1
         if args.w:
             calls *= 2
     else:
-        sigmas = args.sigmas or [common.T_MAX]
-        draw = functools.partial(sample, net, sigmas, w=args.w)
+        sigmas = args.sigmas or [T_MAX]
+        draw = partial(sample, net, sigmas, w=args.w)
         calls = len(sigmas)
     common.sample_checkpoint(args, run, net, draw, calls, trained)
 
@@ -550,20 +544,17 @@ if __name__ == "__main__":
     common.finish(run, None if ended else stop)
 
 # Where this differs from the paper and from the official code
-#   CIFAR-10 net      the ADM UNet at NCSN++'s depth and width, log-time embedding: one network
-#                     everywhere, with the released parameter names
+#   CIFAR-10 net      the ADM UNet at NCSN++'s depth and width, log-time embedding
 #   CIFAR-10 teacher  RAdam, mirrored images. EDM: Adam with warm-up, geometric augmentation, whose
 #                     gain needs the augmentation labels as an input
 #   guidance          distilling it into a consistency model that is told w is ours
-#   embedding of w    sinusoids of 25 w, a linear layer of each block that starts at 0.
-#                     The papers' 1000 w tells 4 from 4.1 too well for short training
+#   embedding of w    sinusoids of 25 w: the papers' 1000 w tells 4 from 4.1 too well
 #   full gradient     (--no-stop-gradient) the paper's squared norm; openai's takes the norm
 #   stop-gradient     the loss reported is |df/dt|^2: the pseudo-objective's own value says nothing,
 #                     and the gradient is the same
 #   teacher's solver  denoised images are not clipped, as in EDM; openai's code clips them
 #   --dist            is what the flag says; openai's --loss_norm never reaches the loss
-#   dropout           one mask for both branches, on every device, eager and compiled; openai's code
-#                     replays the CPU generator only
+#   dropout           one mask for both branches on every device; openai's code replays the CPU's
 #   pseudo-Huber      one norm an image, as in iCT; a common reimplementation: one an element
 #   precision         bf16 where the device has it, the rest fp32. CM: fp32 on CIFAR-10, else fp16
 #   glyphs, path      smaller nets, batches and N than any paper's: minutes, not days

@@ -66,8 +66,8 @@ def interval_probabilities(times, p_t):
     if p_t == ["uniform"]:
         return torch.full_like(times[1:], 1 / (len(times) - 1))
     mean, std = p_t
-    standard = (times.double().log() - mean) / (std * math.sqrt(2))
-    P = standard.erf().diff()
+    standard = (times.double().log() - mean) / std
+    P = (standard / math.sqrt(2)).erf().diff()
     return (P / P.sum()).float()
 
 def random_times(n, p_t, device):
@@ -115,7 +115,8 @@ def c_guidance(w):
     return None if w is None else 25 * w
 
 def precondition(net, x, t, y, cond, scalings):
-    assert x.ndim == 4 and t.shape == x.shape[:1] and t.dtype == x.dtype, (x.shape, t.shape)
+    assert x.ndim == 4 and t.shape == x.shape[:1], (x.shape, t.shape)
+    assert t.dtype == x.dtype, (t.dtype, x.dtype)
     c_skip, c_out, c_in = (bcast(c, x) for c in scalings(t))
     F_x = net(c_in * x, c_noise(t), y, cond)  # float32
     return c_skip * x + c_out * F_x
@@ -158,7 +159,8 @@ def heun_step(D, x, t, t_next):
     x_next = x + dt * d_cur
     t_safe = torch.where(t_next > 0, t_next, t)  # the slope at 0 is 0/0
     d_prime = (x_next - D(x_next, t_safe)) / bcast(t_safe, x)
-    return torch.where(bcast(t_next > 0, x), x + dt * (d_cur + d_prime) / 2, x_next)
+    x_heun = x + dt * (d_cur + d_prime) / 2
+    return torch.where(bcast(t_next > 0, x), x_heun, x_next)
 
 def heun_sample(D, x_T, N, churn=0.0, churn_min=0.05, churn_max=50.0,
                 churn_noise=1.003, noise=torch.randn_like):
@@ -242,7 +244,11 @@ def guide(D, y, w):
     """D(x, t) for labels y; if w (B,) is given, (1 + w) D(x, t, y) - w D(x, t, None)."""
     if w is None:
         return lambda x, t: D(x, t, y)
-    return lambda x, t: (1 + bcast(w, x)) * D(x, t, y) - bcast(w, x) * D(x, t, None)
+
+    def guided(x, t):
+        weight = bcast(w, x)
+        return (1 + weight) * D(x, t, y) - weight * D(x, t, None)
+    return guided
 
 # --------------------------------------------------------------------------------------------------
 # What losses are made of: distances d(x, y) -> (B,), weights, shared randomness
@@ -259,7 +265,8 @@ def l2(x, y):
 def pseudo_huber(x, y):
     """sqrt(|x - y|^2 + c^2) - c, one norm an image, c = 0.00054 sqrt(C*H*W): iCT Table 1."""
     c = 0.00054 * math.sqrt(x[0].numel())
-    return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
+    square = (x - y).square().flatten(1).sum(1)
+    return (square + c**2).sqrt() - c
 
 def norm(x, y):
     """|x - y|, one norm an image; its gradient where x = y is 0: ECT (pseudo-Huber, c = 0)."""
@@ -365,7 +372,8 @@ def continuous_loss(net, x_t, t, dx_dt, y, cond, stop_gradient):
 class Conv2d(nn.Conv2d):
     """Keeps float32 weights and computes in the dtype of its input."""
     def forward(self, x):
-        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return self._conv_forward(x, weight, bias)
 
 class GroupNorm32(nn.GroupNorm):
     """32 groups; statistics and affine map in float32, result in the dtype of the input."""
@@ -388,7 +396,8 @@ def sinusoidal_embedding(t, dim):
     powers = torch.arange(half, device=t.device, dtype=t.dtype)
     frequencies = torch.exp(-math.log(10000) / half * powers)
     angles = t[:, None] * frequencies
-    return F.pad(torch.cat([angles.cos(), angles.sin()], 1), (0, dim % 2))
+    embedding = torch.cat([angles.cos(), angles.sin()], 1)
+    return F.pad(embedding, (0, dim % 2))
 
 class Downsample(nn.Module):
     def __init__(self, channels):
@@ -453,10 +462,12 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, width, H * W)
         q, k, v = qkv.transpose(3, 4).unbind(1)  # (B,heads,HW,width) each
         if x.device.type == "cpu":  # twice as fast there, forward and backward, as the fused kernel
-            h = torch.softmax((q * width**-0.5) @ k.transpose(2, 3), -1) @ v
+            attention = torch.softmax((q * width**-0.5) @ k.transpose(2, 3), -1)
+            h = attention @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(h.transpose(2, 3).reshape(B, C, H, W))
+        h = h.transpose(2, 3).reshape(B, C, H, W)
+        return x + self.proj_out(h)
 
 class Layers(nn.Sequential):
     """One entry of the encoder, middle or decoder: only its residual blocks see the embeddings."""
@@ -493,7 +504,8 @@ class UNet(nn.Module):
         emb_dim = 4 * base
 
         def time_mlp():
-            return nn.Sequential(nn.Linear(base, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            first, second = nn.Linear(base, emb_dim), nn.Linear(emb_dim, emb_dim)
+            return nn.Sequential(first, nn.SiLU(), second)
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, emb_dim, dropout, scale_shift, cond, resample)
@@ -565,12 +577,12 @@ class UNet(nn.Module):
 # lsun256 are those of the released checkpoints. The papers' CIFAR-10 net is an NCSN++; cifar10 here
 # is the ADM net of its depth and width.
 NETS = {
-    "glyphs": dict(image_size=16, base=32, mult=(1, 2, 2), blocks=1, attention=(), head_channels=32,
-                   resblock_updown=False),
-    "cifar-small": dict(image_size=32, base=64, mult=(1, 2, 2), blocks=2, attention=(16,),
-                        head_channels=32),
-    "cifar10": dict(image_size=32, base=128, mult=(2, 2, 2), blocks=4, attention=(16,),
-                    head_channels=64),
+    "glyphs": dict(image_size=16, base=32, mult=(1, 2, 2), blocks=1,
+                   attention=(), head_channels=32, resblock_updown=False),
+    "cifar-small": dict(image_size=32, base=64, mult=(1, 2, 2), blocks=2,
+                        attention=(16,), head_channels=32),
+    "cifar10": dict(image_size=32, base=128, mult=(2, 2, 2), blocks=4,
+                    attention=(16,), head_channels=64),
     "imagenet64": dict(image_size=64, base=192, mult=(1, 2, 3, 4), blocks=3,
                        attention=(32, 16, 8), head_channels=64),
     "lsun256": dict(image_size=256, base=256, mult=(1, 1, 2, 2, 4, 4), blocks=2,
@@ -610,7 +622,8 @@ def make_net(settings):
 @torch.no_grad()
 def ema_update(average, net, decay):
     """average <- decay * average + (1 - decay) * net, in one fused call; decay 0 copies."""
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+    old, new = list(average.parameters()), list(net.parameters())
+    torch._foreach_lerp_(old, new, 1 - decay)
 
 # --------------------------------------------------------------------------------------------------
 # Errors and files
@@ -633,8 +646,8 @@ def one_line_errors(kind, error, trace):
         error = f"out of memory, lower --micro-batch: {first_line(error)}"
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
-    rank = int(os.environ.get("RANK", 0))
-    if ranks_differ or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    rank = environ("RANK")
+    if ranks_differ or environ("LOCAL_RANK") == 0:
         for bar in bars:
             bar.close()
         message = str(error).strip().splitlines()[-1]  # after a loader's worker's traceback
@@ -713,24 +726,29 @@ def glyphs(n, seed, size=16):
 
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n)
-    turn, slant = rng.uniform(-0.2, 0.2, n), rng.uniform(-0.2, 0.2, n)  # radians, and dx/dy
-    wide, high = rng.uniform(0.8, 1.15, n), rng.uniform(0.85, 1.15, n)
+    turn = rng.uniform(-0.2, 0.2, n)  # radians
+    slant = rng.uniform(-0.2, 0.2, n)  # dx/dy
+    wide = rng.uniform(0.8, 1.15, n)
+    high = rng.uniform(0.85, 1.15, n)
     shift = rng.uniform(-0.08, 0.08, (n, 2)) * 64
-    hue, saturation = rng.uniform(0, 1, (n, 2)), rng.uniform(0, 0.8, (n, 2))
+    hue = rng.uniform(0, 1, (n, 2))
+    saturation = rng.uniform(0, 0.8, (n, 2))
     value = rng.uniform((0, 0.8), (0.35, 1), (n, 2))  # back, front
+    hsv = np.stack([hue, saturation, value], 2)
 
     images = np.empty((n, size, size, 3), np.uint8)
     for i in range(n):
         # Output pixel -> page: the inverse of stretch, slant, turn, shift, about both middles.
-        cos, sin, zoom = math.cos(turn[i]), math.sin(turn[i]), 64 / big
-        A = np.array([[cos, sin], [-sin, cos]]) * zoom
-        A = np.array([[1 / wide[i], 0], [0, 1 / high[i]]]) @ np.array([[1, slant[i]], [0, 1]]) @ A
+        cos, sin = math.cos(turn[i]), math.sin(turn[i])
+        turned = np.array([[cos, sin], [-sin, cos]]) * (64 / big)
+        slanted = np.array([[1, slant[i]], [0, 1]])
+        A = np.diag([1 / wide[i], 1 / high[i]]) @ slanted @ turned
         b = 32 - A @ np.full(2, big / 2) - shift[i]
-        mask = digits[labels[i]].transform((big, big), Image.Transform.AFFINE,
-                                           (*A[0], b[0], *A[1], b[1]), Image.Resampling.BILINEAR)
+        affine = *A[0], b[0], *A[1], b[1]
+        mask = digits[labels[i]].transform((big, big), Image.Transform.AFFINE, affine,
+                                           Image.Resampling.BILINEAR)
         m = np.asarray(mask.reduce(4), np.float64)[:, :, None] / 255
-        back, front = (np.array(colorsys.hsv_to_rgb(hue[i, k], saturation[i, k], value[i, k]))
-                       for k in (0, 1))
+        back, front = (np.array(colorsys.hsv_to_rgb(*colour)) for colour in hsv[i])
         images[i] = np.round(255 * (back + m * (front - back)))
     return images, labels
 
@@ -741,7 +759,8 @@ def fit_image(image, size, source):
     """
     from PIL import Image
     if image.mode.startswith("I"):  # 16 bits a pixel
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        grey = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
     image = image.convert("RGB")
     if min(image.size) < size:
         raise UserError(f"{source} is {image.width}x{image.height}, smaller than the network's "
@@ -764,7 +783,8 @@ class Images:
             if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
                 raise UserError(f"{source}: the labels must be {n} integers, none negative, and "
                                 f"are {labels.dtype} of shape {labels.shape}")
-            self.labels, self.classes = labels.astype(np.int64), int(labels.max()) + 1
+            self.labels = labels.astype(np.int64)
+            self.classes = int(labels.max()) + 1
 
     def __len__(self):
         return self.n
@@ -772,7 +792,8 @@ class Images:
     def __getitems__(self, indices):
         images = np.stack([self.read(int(i)) for i in indices])  # (b,H,W,3)
         labels = np.zeros(len(images), np.int64) if self.labels is None else self.labels[indices]
-        return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)
+        images = images.transpose(0, 3, 1, 2).copy()
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
 class ArrayImages(Images):
     """Images in arrays (n,H,W,3) uint8, one after the other: in memory or memory-mapped."""
@@ -831,7 +852,8 @@ def load_files(source, size):
     names = sorted(filter(is_image, files))
     if not names:
         raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    labels, classes = None, [name.split("/")[0] if "/" in name else "" for name in names]
+    labels = None
+    classes = [name.split("/")[0] if "/" in name else "" for name in names]
     if index is not None:
         with explain(f"{source}/dataset.json does not list an integer label for each image"):
             pairs = json.loads(index)["labels"]
@@ -920,8 +942,8 @@ def load_cifar10(folder, size):
         names = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
         parts = [np.frombuffer(tar.extractfile(name).read(), np.uint8) for name in names]
     rows = np.concatenate(parts).reshape(50000, 3073)  # one byte of label, then planes of 32x32
-    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return ArrayImages([images], rows[:, 0].astype(np.int64), size, archive)
+    labels, planes = rows[:, 0], rows[:, 1:].reshape(-1, 3, 32, 32)
+    return ArrayImages([planes.transpose(0, 2, 3, 1)], labels, size, archive)
 
 def load_imagenet64(path, batches, size):
     """The official train_data_batch_*.npz, whose labels count from 1, in an order of their own.
@@ -930,16 +952,20 @@ def load_imagenet64(path, batches, size):
     the order of their names, which others train by.
     """
     batches.sort(key=lambda batch: (len(batch.stem), batch.stem))  # 10 comes after 9
-    parts = [map_array(batch, "data") for batch in batches]
-    if any(part.dtype != np.uint8 or part.shape[1:] != (3 * 64 * 64,) for part in parts):
-        raise UserError(f"{path}: the batches must be uint8 of shape (n, 12288)")
-    parts = [part.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1) for part in parts]
-    labels = np.concatenate([map_array(batch, "labels") for batch in batches]).astype(np.int64) - 1
+    parts, labels = [], []
+    for batch in batches:
+        data = map_array(batch, "data")
+        if data.dtype != np.uint8 or data.shape[1:] != (3 * 64 * 64,):
+            raise UserError(f"{batch}: the images must be uint8 of shape (n, 12288)")
+        parts.append(data.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1))
+        labels.append(map_array(batch, "labels"))
+    labels = np.concatenate(labels).astype(np.int64) - 1
     names = path / "map_clsloc.txt"
     if names.exists():
         with explain(f"{names} is not ImageNet's list of classes"):
             lines = [line.split() for line in names.read_text().splitlines()]
-            wnids = [line[0] for line in sorted(lines, key=lambda line: int(line[1]))]
+            wnid_of = {int(number): wnid for wnid, number, *_ in lines}
+            wnids = [wnid_of[number] for number in sorted(wnid_of)]
             labels = np.searchsorted(sorted(wnids), wnids)[labels]
     return ArrayImages(parts, labels, size, path)
 
@@ -999,7 +1025,7 @@ def leave_group(worker):
 def make_loader(dataset, batches, workers, device):
     """The batches that the iterator of indices `batches` asks for, decoded ahead by `workers`."""
     if workers is None:
-        share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+        share = os.cpu_count() // environ("LOCAL_WORLD_SIZE", 1) - 1
         workers = min(max(share, 1), 8) if isinstance(dataset, FileImages) else 0
     ahead = dict(prefetch_factor=4, worker_init_fn=leave_group) if workers else {}
     return iter(torch.utils.data.DataLoader(
@@ -1031,12 +1057,16 @@ def to_device(batch, device, flip):
 # share it, nor on where it was resumed.
 # --------------------------------------------------------------------------------------------------
 
+def environ(name, default=0):
+    """A number that torchrun tells its processes."""
+    return int(os.environ.get(name, default))
+
 def choose_device(name, local):
     """The torch.device of `--device`, of this process. Raises UserError if it is not there."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there[name]:
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if not dict(cuda=cuda, mps=mps, cpu=True)[name]:
         raise UserError(f"--device {name}: this machine, or this build of torch, has none")
     if name != "cuda":
         return torch.device(name)
@@ -1051,7 +1081,7 @@ def join_processes(device, rank, world, restarts):
     # then outlive destroy_process_group and at times abort the process.
     import torch.distributed.nn.functional
     store, _, _ = next(torch.distributed.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+    if environ("GROUP_WORLD_SIZE") == 1:
         # One node keeps its store when it restarts its workers, with the dead ones' addresses.
         store = torch.distributed.PrefixStore(f"restart {restarts}", store)
     patience = datetime.timedelta(hours=2)  # of unpacking ImageNet, say
@@ -1068,9 +1098,9 @@ def setup(args):
     Returns a namespace: rank, world, main (is this rank 0?), restarted (by torchrun, after a worker
     died), device, dtype (of convolutions and attention), compile.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    rank, local = environ("RANK"), environ("LOCAL_RANK")
+    world, restarts = environ("WORLD_SIZE", 1), environ("TORCHELASTIC_RESTART_COUNT")
+    device = choose_device(args.device, local)
     if world > 1:
         restarts = join_processes(device, rank, world, restarts)
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -1126,10 +1156,12 @@ def new_network(args, run, model_args, teacher=None):
 def flatten_gradients(net):
     """One buffer (P,) that holds all gradients, as views. Zero it instead of calling zero_grad."""
     parameters = list(net.parameters())
-    gradients = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    size = sum(p.numel() for p in parameters)
+    gradients = torch.zeros(size, device=parameters[0].device)
     start = 0
     for p in parameters:  # with the strides of p: the optimizer's fused updates need no copies then
-        p.grad = gradients[start:start + p.numel()].as_strided(p.shape, p.stride())
+        part = gradients[start:start + p.numel()]
+        p.grad = part.as_strided(p.shape, p.stride())
         start += p.numel()
     return gradients
 
@@ -1223,7 +1255,7 @@ def file_sha(path):
 
 # Flags that may change when a run is resumed: where things lie, what is reported, the machine
 FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every",
-              "save_every", "tensorboard", "workers", "device", "compile", "ckpt"}
+              "save_every", "workers", "device", "compile", "ckpt"}
 
 def settings_of_run(args, model_args):
     """What a resumed run must share with the one before, as written on the command line."""
@@ -1247,7 +1279,7 @@ def check_resumable(args, state, script, model_args):
 def delete_run(out_dir):
     """`--overwrite`: what a run left in its folder is deleted."""
     with explain(f"--out-dir {out_dir}"):
-        for pattern in ("last.pt", "ema.pt", "samples/*.png", "tensorboard/events.*"):
+        for pattern in ("last.pt", "ema.pt", "samples/*.png"):
             for old in out_dir.glob(pattern):
                 old.unlink(missing_ok=True)
 
@@ -1271,9 +1303,9 @@ def resume(args, run, script, model_args, parts):
         if steps.sum() != 0:  # the largest is not the smallest
             raise UserError(f"--out-dir {out_dir} is not the same folder on all nodes")
     for key, part in parts.items():
-        if state["step"] and isinstance(part, torch.optim.Optimizer):
+        if key in state and isinstance(part, torch.optim.Optimizer):
             load_optimizer(part, state[key])
-        elif state["step"] and part is not None:
+        elif key in state and part is not None:
             part.load_state_dict(state[key])
     return state["step"], state["skipped"]
 
@@ -1294,14 +1326,15 @@ def save_run(args, run, script, step, skipped, model_args, parts, **more):
     """Write last.pt, which resumes the run, and ema.pt, which other tools can load; on rank 0."""
     if not run.main:
         return
-    states = {key: part if part is None else part.state_dict() for key, part in parts.items()}
-    save_checkpoint(Path(args.out_dir, "last.pt"), states | more | dict(
-        script=script, step=step, images=step * args.batch_size, skipped=skipped, args=vars(args),
-        model_args=model_args, torch_version=str(torch.__version__)))
-    save_checkpoint(Path(args.out_dir, "ema.pt"), states["ema"])
+    state = dict(script=script, step=step, images=step * args.batch_size, skipped=skipped,
+                 args=vars(args), model_args=model_args, torch_version=str(torch.__version__))
+    for key, part in parts.items():
+        state[key] = part if part is None else part.state_dict()
+    save_checkpoint(Path(args.out_dir, "last.pt"), state | more)
+    save_checkpoint(Path(args.out_dir, "ema.pt"), state["ema"])
 
 def shapes_of(state):
-    return {name: tuple(value.shape) for name, value in state.items()}
+    return {name: value.shape for name, value in state.items()}
 
 def settings_of_weights(path, state, scripts):
     """The settings of the one of NETS that a plain state dict fits. Raises UserError."""
@@ -1391,16 +1424,17 @@ class Log:
                              f"{self.args.out_dir} holds is older. Start anew with a lower --lr")
         if self.run.main:
             self.bar.update()
-            if due(self.args.log_every, step) or (last and self.args.log_every):
+            if due(self.args.log_every, step, last):
                 self.report(step)
 
     def report(self, step):
         before, then = self.reported
         self.reported = step, time.perf_counter()
         speed = (step - before) * self.args.batch_size / (self.reported[1] - then)
-        record = dict(step=step, images=step * self.args.batch_size) | self.values | dict(
-            lr=self.values.get("lr", self.args.lr), images_per_s=speed, skipped=self.skipped,
-            peak_gb=peak_memory_gb(self.run.device))
+        record = dict(step=step, images=step * self.args.batch_size, lr=self.args.lr)
+        record |= self.values
+        record |= dict(images_per_s=speed, skipped=self.skipped,
+                       peak_gb=peak_memory_gb(self.run.device))
         text = json.dumps(record)
         append_record(self.path, json.loads(text, parse_constant=lambda word: None))  # for NaN
         shown = {key: f"{record[key]:.4g}" for key in ("loss", "N") if record.get(key) is not None}
@@ -1410,8 +1444,8 @@ class Log:
         if self.run.main:
             self.bar.close()
 
-def due(every, step):
-    return every > 0 and step % every == 0
+def due(every, step, last=False):
+    return every > 0 and (step % every == 0 or last)
 
 def start_run(args, run, net, step, skipped):
     """Make the output folder, say what runs, open the log. Raises UserError."""
@@ -1441,18 +1475,20 @@ def peak_memory_gb(device):
 
 def to_uint8(x):
     """(n,C,H,W) in [-1, 1] -> (n,H,W,C) uint8, rounded, so that it inverts x/127.5 - 1."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    pixels = ((x + 1) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 def save_grid(path, blocks, columns):
     """Write a PNG, enlarged if small: each block (n,H,W,C) uint8 a grid of `columns`."""
     from PIL import Image
     size, grids = blocks[0].shape[1], []
     for images in blocks:
-        missing = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)
-        images = np.concatenate([images, missing])
-        rows = [np.concatenate(images[i:i + columns], 1) for i in range(0, len(images), columns)]
-        white = np.full((len(rows) * size, 4, 3), 255, np.uint8)
-        grids += [np.concatenate(rows), white]
+        rows = math.ceil(len(images) / columns)
+        grid = np.zeros((rows * columns, *images.shape[1:]), np.uint8)  # black where none is left
+        grid[:len(images)] = images
+        grid = grid.reshape(rows, columns, size, size, 3).swapaxes(1, 2)
+        white = np.full((rows * size, 4, 3), 255, np.uint8)
+        grids += [grid.reshape(rows * size, columns * size, 3), white]
     picture = Image.fromarray(np.concatenate(grids[:-1], 1))
     zoom = max(1, 48 // size)
     enlarged = picture.width * zoom, picture.height * zoom
@@ -1680,7 +1716,8 @@ class Parser(argparse.ArgumentParser):
 
     def can_sample(self, key):
         """Whether a flag may apply with --ckpt."""
-        return any(only.get("ckpt") is not False for only in self.conditions.get(key, [{}]))
+        alternatives = self.conditions.get(key, [{}])
+        return any(only.get("ckpt") is not False for only in alternatives)
 
 MOVED = {  # flags of before
     "--times": ["--p-t"],
@@ -1926,7 +1963,8 @@ def check_images(args, net, key="labels"):
     """Raises UserError if `--edit` has no --image, or not one label, or one for each image."""
     if not args.image:
         raise UserError(f"--edit {args.edit} needs --image")
-    if net.classes and len(getattr(args, key) or ()) not in (1, len(args.image)):
+    labels = getattr(args, key) or ()
+    if net.classes and len(labels) not in (1, len(args.image)):
         raise UserError(f"this network draws classes: say with {flag_name(key)} which each --image "
                         "is, one for all or one for each")
 

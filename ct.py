@@ -356,7 +356,7 @@ def train(args, run, stop):
                  grad_norm=grad_norm, N=N, mu=mu, stage=stage)
         if common.due(args.save_every, step) or last:
             common.save_run(args, run, "ct", step, log.skipped, model_args, parts)
-        if common.due(args.sample_every, step) or (args.sample_every and step == args.total_steps):
+        if common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, log, step, draws, classes, (3, size, size))
     log.close()
     return step == args.total_steps

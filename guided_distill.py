@@ -642,7 +642,7 @@ def train(args, run, stop):
         if common.due(args.save_every, step) or last or ended:
             common.save_run(args, run, "guided_distill", step, log.skipped, task.model_args, parts,
                             N=N)
-        if args.sample_every and (common.due(args.sample_every, step) or ended):
+        if common.due(args.sample_every, step, ended):
             draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
                      for w in weights]
             common.sample_grid(args, run, log, step, draws, name=f"_{name}", **task.grid)

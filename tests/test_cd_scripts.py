@@ -374,7 +374,7 @@ MISTAKES = [
     (["--ckpt", "teacher.pt", "--sigmas", "80"], "--sigmas does not apply to the teacher"),
     (["--ckpt", "student.pt", "--w", "3.5"], "--w 3.5: student.pt was trained for weights up to 3"),
     (["--ckpt", "student.pt", "--stage", "teacher"], "--stage does not apply to student.pt"),
-    (["--ckpt", "student.pt", "--churn", "3"], "--churn does not apply to the consistency model"),
+    (["--ckpt", "student.pt", "--churn", "3"], "--churn does not apply to a consistency model"),
     (["--ckpt", "student.pt", "--dataset", "glyphs"], "--dataset does not apply without --eval"),
     (["--ckpt", "student.pt", "--search-times", "2"],
      "--search-times is now: python tests/bench.py search-times"),

@@ -250,7 +250,7 @@ REFUSED = [
     ["--teacher", "openai.pt", "--stage", "teacher", "does not apply with --stage teacher"],
     ["--ckpt", "openai.pt", "--stage", "teacher", "--sigmas", "80", "1", "--sigmas does not apply"],
     ["--ckpt", "teacher.pt", "--edit", "denoise", "--image", "x.png", "--labels", "1",
-     "--edit does not apply to the teacher in teacher.pt"],
+     "--edit does not apply to a teacher, which draws on the grid"],
     ["--ckpt", "openai.pt", "--N", "18", "--N does not apply"],
     ["--ckpt", "openai.pt", "--w", "1", "--w 1.0: openai.pt was trained for no guidance"],
     ["--ckpt", "openai.pt", "--labels", "10", "labels 0 to 9"],
