@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import (T_MAX, T_MIN, SeededNoise, UserError, bcast, c_guidance, consistency,
-                    multistep_sample, number)
+from common import (T_MAX, T_MIN, SeededNoise, UserError, bcast, c_guidance, consistency, guide,
+                    karras_times, multistep_sample, number)
 
 # --------------------------------------------------------------------------------------------------
 # The method
@@ -50,7 +50,7 @@ def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, solver, dist, weight):
     """
     x_tn1 = x0 + bcast(t_n1, x0) * noise
     with torch.no_grad(), common.replay_random(x0.device):
-        x_tn = solver(common.guide(D, y, w), x_tn1, t_n1, t_n)
+        x_tn = solver(guide(D, y, w), x_tn1, t_n1, t_n)
         f_target = consistency(target, x_tn, t_n, y, c_guidance(w))
     f_net = consistency(net, x_tn1, t_n1, y, c_guidance(w))
     return weight(t_n, t_n1) * dist(f_net, f_target)
@@ -63,7 +63,7 @@ def continuous_loss(net, D, x0, noise, t, y, w, stop_gradient):
     """
     x_t = x0 + bcast(t, x0) * noise
     with torch.no_grad():
-        x_denoised = common.guide(D, y, w)(x_t, t)
+        x_denoised = guide(D, y, w)(x_t, t)
         dx_dt = (x_t - x_denoised) / bcast(t, x_t)  # the probability-flow ODE
     return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), stop_gradient)
 
@@ -98,7 +98,7 @@ def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
     """Draw images (B,C,H,W) with a teacher: N Heun steps, 2 N - 1 calls, twice that if guided."""
     x_T = common.initial_noise(net, noise, shape, T_MAX)
     weights = x_T.new_full((len(x_T),), w) if w else None
-    D = common.guide(common.net_denoiser(net), y, weights)
+    D = guide(common.net_denoiser(net), y, weights)
     return common.heun_sample(D, x_T, N, churn, noise=noise)
 
 
@@ -153,7 +153,7 @@ def slerp(z1, z2, a):
     return (((1 - a) * psi).sin() * z1 + (a * psi).sin() * z2) / psi.sin()
 
 
-GRID = common.karras_times(40).tolist()[:0:-1]  # all levels of N = 40 but t_min, whose f is x
+GRID = karras_times(40).tolist()[:0:-1]  # all levels of N = 40 but t_min, whose f is x
 TASKS = dict(inpaint=GRID, colorize=GRID, superres=GRID, stroke=[5.38, 2.24], denoise=[0.296442],
              interpolate=[T_MAX])  # the noise levels of each, CM App. D
 
@@ -191,7 +191,6 @@ def edit_images(args, run, net, f):
         given = originals
     if task == "inpaint":
         hole = common.read_mask(args.mask, size).to(run.device)
-
         def known(x):
             return (1 - hole) * x
     elif task == "colorize":
@@ -292,7 +291,7 @@ def check(args):
     if args.stage == "distill" and args.teacher == "none":
         raise UserError("--teacher none: a student needs one; ct.py and ctm.py do without")
     N = getattr(args, "N", 2)  # continuous time has no grid
-    common.check_p_t(args.p_t, common.karras_times(N))
+    common.check_p_t(args.p_t, karras_times(N))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,7 +424,7 @@ def train(args, run, stop):
     log = common.start_run(args, run, net, step, skipped)
 
     if objective == "discrete":
-        times = common.karras_times(args.N)
+        times = karras_times(args.N)
         p = common.interval_probabilities(times, args.p_t).to(run.device)
         times = times.to(run.device)
         solver = SOLVERS[args.solver]

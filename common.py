@@ -459,7 +459,8 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         width = C // self.heads
         # The 3C channels are q of all heads, k of all heads, v of all heads.
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, width, H * W)
+        qkv = self.qkv(self.norm(x))
+        qkv = qkv.reshape(B, 3, self.heads, width, H * W)
         q, k, v = qkv.transpose(3, 4).unbind(1)  # (B,heads,HW,width) each
         if x.device.type == "cpu":  # twice as fast there, forward and backward, as the fused kernel
             attention = torch.softmax((q * width**-0.5) @ k.transpose(2, 3), -1)
@@ -520,7 +521,8 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(classes + null, emb_dim)
 
         size, width = image_size, widths[0]
-        self.input_blocks = nn.ModuleList([Layers(Conv2d(channels, width, 3, padding=1))])
+        first = Conv2d(channels, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([Layers(first)])
         skips = [width]
         for level, wide in enumerate(widths):
             for _ in range(blocks):
@@ -657,8 +659,8 @@ def one_line_errors(kind, error, trace):
     raise SystemExit(2)
 
 def first_line(error):
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.split(" <_io.")[0]  # Pillow names the Python object it read from
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(" <_io.")[0]  # Pillow names the object it read from
 
 @contextlib.contextmanager
 def explain(what):
@@ -780,7 +782,8 @@ class Images:
         self.labels, self.classes = None, 0
         if labels is not None:
             labels = np.asarray(labels)
-            if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            whole = labels.dtype.kind in "iu"
+            if labels.shape != (n,) or not whole or labels.min() < 0:
                 raise UserError(f"{source}: the labels must be {n} integers, none negative, and "
                                 f"are {labels.dtype} of shape {labels.shape}")
             self.labels = labels.astype(np.int64)
@@ -791,7 +794,9 @@ class Images:
 
     def __getitems__(self, indices):
         images = np.stack([self.read(int(i)) for i in indices])  # (b,H,W,3)
-        labels = np.zeros(len(images), np.int64) if self.labels is None else self.labels[indices]
+        labels = np.zeros(len(images), np.int64)
+        if self.labels is not None:
+            labels = self.labels[indices]
         images = images.transpose(0, 3, 1, 2).copy()
         return torch.from_numpy(images), torch.from_numpy(labels)
 
@@ -942,8 +947,9 @@ def load_cifar10(folder, size):
         names = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
         parts = [np.frombuffer(tar.extractfile(name).read(), np.uint8) for name in names]
     rows = np.concatenate(parts).reshape(50000, 3073)  # one byte of label, then planes of 32x32
-    labels, planes = rows[:, 0], rows[:, 1:].reshape(-1, 3, 32, 32)
-    return ArrayImages([planes.transpose(0, 2, 3, 1)], labels, size, archive)
+    planes = rows[:, 1:].reshape(-1, 3, 32, 32)
+    images = planes.transpose(0, 2, 3, 1)
+    return ArrayImages([images], rows[:, 0], size, archive)
 
 def load_imagenet64(path, batches, size):
     """The official train_data_batch_*.npz, whose labels count from 1, in an order of their own.
@@ -957,7 +963,8 @@ def load_imagenet64(path, batches, size):
         data = map_array(batch, "data")
         if data.dtype != np.uint8 or data.shape[1:] != (3 * 64 * 64,):
             raise UserError(f"{batch}: the images must be uint8 of shape (n, 12288)")
-        parts.append(data.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1))
+        planes = data.reshape(-1, 3, 64, 64)
+        parts.append(planes.transpose(0, 2, 3, 1))
         labels.append(map_array(batch, "labels"))
     labels = np.concatenate(labels).astype(np.int64) - 1
     names = path / "map_clsloc.txt"
@@ -1246,7 +1253,8 @@ def load_checkpoint(path):
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     for part in {"args", "model_args"} & set(state):
-        state[part] = {RENAMED.get(key, key): value for key, value in state[part].items()}
+        settings = state[part].items()
+        state[part] = {RENAMED.get(key, key): value for key, value in settings}
     return state
 
 def file_sha(path):
@@ -1399,7 +1407,9 @@ class Log:
         self.reported = step, time.perf_counter()
         if not run.main:
             return
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        lines = []
+        if step and self.path.exists():
+            lines = self.path.read_text().splitlines()
         with atomic_file(self.path, "w") as file:
             for line in lines:
                 with contextlib.suppress(ValueError):  # the last line may be half-written
@@ -1533,7 +1543,8 @@ class SeededNoise:
                            for i in indices.tolist()]
 
     def __call__(self, x):
-        noise = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
+        shape = x.shape[1:]
+        noise = [torch.randn(shape, generator=generator) for generator in self.generators]
         return torch.stack(noise).to(x.device)
 
 def initial_noise(net, noise, shape, t):
@@ -1543,7 +1554,8 @@ def initial_noise(net, noise, shape, t):
 def draw_part(draw, part, y, shape, seed):
     """Images `part` (b,) of those that `draw_many` draws: (b,H,W,C) uint8."""
     y_part = None if y is None else y[part]
-    return to_uint8(draw(y_part, SeededNoise(part, seed), (len(part), *shape)))
+    noise = SeededNoise(part, seed)
+    return to_uint8(draw(y_part, noise, (len(part), *shape)))
 
 def draw_many(run, draw, n, y, shape, seed, batch=64):
     """n images (n,H,W,C) uint8, shared out among the ranks; image i depends on (seed, i) alone.
@@ -1553,9 +1565,10 @@ def draw_many(run, draw, n, y, shape, seed, batch=64):
     """
     C, H, W = shape
     images = torch.zeros(n, H, W, C, dtype=torch.uint8, device=run.device)
-    parts = torch.arange(n, device=run.device).split(batch)[run.rank::run.world]
+    parts = torch.arange(n, device=run.device).split(batch)
     quick = n <= 8 * batch
-    for part in progress_bar(parts, unit="batch", leave=False, disable=not run.main or quick):
+    for part in progress_bar(parts[run.rank::run.world], unit="batch", leave=False,
+                             disable=quick or not run.main):
         images[part] = draw_part(draw, part, y, shape, seed)
     if run.world > 1:
         torch.distributed.all_reduce(images)
@@ -1579,7 +1592,8 @@ def labels_to_draw(args, net, n, device, key="labels"):
         raise UserError(f"{flag_name(key)} {' '.join(map(str, labels))}: this network has {known}")
     if not labels:
         return None
-    return torch.tensor([labels[i % len(labels)] for i in range(n)], device=device)
+    turns = math.ceil(n / len(labels))
+    return torch.tensor(labels * turns, device=device)[:n]
 
 def sampling_net(args, run, scripts):
     """The network of `--ckpt`, placed, and its checkpoint, see `load_network`."""
@@ -1711,7 +1725,8 @@ class Parser(argparse.ArgumentParser):
             if not failed:
                 return None
             met_before = list(only).index(failed[0])
-            failures.append((met_before, with_setting(failed[0], settings.get(failed[0]))))
+            value = settings.get(failed[0])
+            failures.append((met_before, with_setting(failed[0], value)))
         return max(failures)[1]  # of the alternative that came nearest
 
     def can_sample(self, key):
@@ -1901,7 +1916,8 @@ def teacher_denoiser(args, run, teacher, dataset):
     everything = dataset.__getitems__(np.arange(len(dataset)))
     images, labels = (part.to(run.device) for part in everything)
     if args.flip:
-        images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
+        images = torch.cat([images, images.flip(3)])
+        labels = labels.repeat(2)
     return ideal_denoiser(images, labels), classes
 
 def check_guidance(args, teacher, classes):
