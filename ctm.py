@@ -57,8 +57,9 @@ def draw_indices(B, N, k, device):
 
 def heun_solve(D, times, x, i, k, y):
     """k Heun steps of the PF-ODE, times[i] to times[i - k]. D: (x, t, y) -> denoised (B,C,H,W)."""
+    D_y = partial(D, y=y)
     for n in range(k):
-        x = common.heun_step(partial(D, y=y), x, times[i - n], times[i - n - 1])
+        x = common.heun_step(D_y, x, times[i - n], times[i - n - 1])
     return x
 
 
@@ -67,8 +68,9 @@ def estimate(net, target, x_t, t, s, y):
 
     The target is frozen; gradient flows through its input, so the first jump learns.
     """
+    t_min = torch.full_like(s, T_MIN)
     x_s = G(net, x_t, t, s, y)
-    return G(target, x_s, s, torch.full_like(s, T_MIN), y)
+    return G(target, x_s, s, t_min, y)
 
 
 def loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist):
@@ -113,7 +115,8 @@ def add_gradients(net, ctm, dsm, gan, disc_weight, share):
     total = torch.autograd.grad(ctm, parameters, retain_graph=gan is not None)
     strength = total[last].norm()
     weights = []
-    for loss, factor, low, high in ((dsm, 1.0, 0, 1e4), (gan, disc_weight, 0.01, 10)):
+    terms = (dsm, 1.0, 0, 1e4), (gan, disc_weight, 0.01, 10)
+    for loss, factor, low, high in terms:
         if loss is None:
             continue
         gradient = torch.autograd.grad(loss, parameters)
@@ -141,37 +144,42 @@ def hinge_loss(critic, real, fake):
 def gamma_sample(jump, x_T, levels, gamma, noise=torch.randn_like):
     """Draw with a CTM: from each level jump to below the next one, and add noise up to it.
 
-    Args:    jump: (x (B,C,H,W), t (B,), s (B,)) -> G(x, t, s).  x_T: (B,C,H,W), levels[0] * unit
-             noise.  levels: largest first, one jump from each, the last to t_min.  gamma: 0
-             deterministic, 1 multistep consistency sampling.  noise: x -> unit noise like x.
+    Args:    jump: (x, t (B,), s (B,)) -> G(x, t, s).  x_T: (B,C,H,W), levels[0] * unit noise.
+             levels: largest first, the last jump goes to t_min.  gamma: 0 deterministic, 1
+             multistep consistency sampling.  noise: x -> unit noise like x.
     """
     x = x_T
     for t, t_next in zip(levels, (*levels[1:], T_MIN)):
         s = math.sqrt(1 - gamma**2) * (t_next - T_MIN) + T_MIN
         x = jump(x, common.levels_like(x, t), common.levels_like(x, s))
         if gamma > 0 and t_next > T_MIN:
-            x = x + math.sqrt(t_next**2 - s**2) * noise(x)
+            deviation = math.sqrt(t_next**2 - s**2)
+            x = x + deviation * noise(x)
     return x
 
 
 def step_levels(n):
     """The levels from which n jumps start: karras_times(n + 1), largest first, without t_min."""
-    return common.karras_times(n + 1).tolist()[:0:-1]
+    times = common.karras_times(n + 1)
+    return times.tolist()[:0:-1]
 
 
 @torch.no_grad()
 def sample(net, levels, gamma, y, noise, shape):
     """Draw images (B,C,H,W) in len(levels) network calls."""
     x_T = common.initial_noise(net, noise, shape, levels[0])
-    x = gamma_sample(partial(G, net, y=y), x_T, levels, gamma, noise)
+    jump = partial(G, net, y=y)
+    x = gamma_sample(jump, x_T, levels, gamma, noise)
     return x.clamp(-1, 1)
 
 
 @torch.no_grad()
 def sample_heun(net, N, y, noise, shape):
     """Draw images (B,C,H,W) with EDM's sampler on the denoiser g(x, t, t), in 2 N - 1 calls."""
+    def D(x, t):
+        return g(net, x, t, t, y)
     x_T = common.initial_noise(net, noise, shape, T_MAX)
-    x = common.heun_sample(lambda x, t: g(net, x, t, t, y), x_T, N)
+    x = common.heun_sample(D, x_T, N)
     return x.clamp(-1, 1)
 
 
@@ -209,7 +217,8 @@ def random_augment(x):
     brightness, saturation, contrast = torch.rand(3, B, device=x.device)
     shift = torch.randint(-reach, reach + 1, (B, 2), device=x.device)
     hole = torch.randint(size + 1 - side % 2, (B, 2), device=x.device)
-    return augment(x, brightness - 0.5, 2 * saturation, contrast + 0.5, shift, hole)
+    colours = brightness - 0.5, 2 * saturation, contrast + 0.5
+    return augment(x, *colours, shift, hole)
 
 
 def make_head(layers, widths, **last):
@@ -232,7 +241,8 @@ class ConvCritic(nn.Module):
             widths = [width * min(2**i, 4) for i in range(halvings + 1)]
             first = spectral_norm(nn.Conv2d(3, width, 3, padding=1))
             layers = [first, nn.LeakyReLU(0.2)]
-            self.heads.append(make_head(layers, widths, kernel_size=3, padding=1))
+            head = make_head(layers, widths, kernel_size=3, padding=1)
+            self.heads.append(head)
 
     def forward(self, x):
         x = random_augment(x)
@@ -263,8 +273,8 @@ class Projector(nn.Module):
                 pretrained_cfg_overlay=dict(hf_hub_id=None))
         self.features = (features.eval(),)  # in a tuple: no part of the state that is saved
         features.requires_grad_(False)
-        moments = torch.tensor([settings.mean, settings.std]).view(2, 3, 1, 1)
-        self.register_buffer("moments", moments, persistent=False)
+        moments = torch.tensor([settings.mean, settings.std])
+        self.register_buffer("moments", moments.view(2, 3, 1, 1), persistent=False)
         widths = features.feature_info.channels()
         self.reassemble = nn.ModuleList(nn.Identity() for _ in widths)
         if name.startswith("deit"):  # its taps are all (B,768,14,14)
@@ -279,8 +289,10 @@ class Projector(nn.Module):
             self.reassemble = nn.ModuleList(map(nn.Sequential, narrow, resample))
         mixed = 64, 128, 256, 512
         coarser = 64, 64, 128, 256
-        self.channels = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, mixed))
-        self.scales = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(mixed, coarser))
+        channels = [nn.Conv2d(a, b, 1) for a, b in zip(widths, mixed)]
+        scales = [nn.Conv2d(a, b, 1) for a, b in zip(mixed, coarser)]
+        self.channels = nn.ModuleList(channels)
+        self.scales = nn.ModuleList(scales)
         self.requires_grad_(False)
 
     def _apply(self, fn, recurse=True):  # .to(device) reaches the frozen network too
@@ -310,7 +322,8 @@ class ProjectedCritic(nn.Module):
         self.heads = nn.ModuleList()
         widths = (64, 64, 128, 256, 512)  # a head's last map is 7x7
         for scale in (0, 1, 2, 3) * len(self.projectors):
-            self.heads.append(make_head([], widths[scale:], kernel_size=4, bias=False))
+            head = make_head([], widths[scale:], kernel_size=4, bias=False)
+            self.heads.append(head)
 
     def forward(self, x):
         views = []
@@ -337,25 +350,31 @@ def renew_norms(critic):
 # your own images, are ours. Nothing was published for LSUN: ImageNet's settings stand in.
 # --------------------------------------------------------------------------------------------------
 
-CTM = dict(matching="soft", solver="heun", dist="lpips", mu=0.999, s_init="published",
-           p_t=[-1.2, 1.2], dropout=0.0, ema_decay=0.999,
-           disc="none", disc_weight=1.0, disc_lr=2e-3)
+CTM = dict(
+    matching="soft", solver="heun", dist="lpips", mu=0.999, s_init="published",
+    p_t=[-1.2, 1.2], dropout=0.0, ema_decay=0.999,
+    disc="none", disc_weight=1.0, disc_lr=2e-3)
 STUDENTS = {
-    "glyphs": dict(batch_size=32, total_steps=1300, lr=1e-3, ema_decay=0.997, disc_start=800,
-                   max_steps=3, dist="huber", mu=0.99, p_t=[-0.6, 1.4]),
-    "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, disc_start=50_000,
-                 max_steps=8, dist="huber"),
-    "cifar10": dict(batch_size=256, total_steps=100_000, lr=4e-4, disc_start=50_000,
-                    max_steps=17, disc="projected", mu=0.9999, dropout=0.13),
-    "imagenet64": dict(batch_size=2048, total_steps=30_000, lr=8e-6, disc_start=10_000,
-                       max_steps=20, disc="projected"),
+    "glyphs": dict(
+        batch_size=32, total_steps=1300, lr=1e-3, ema_decay=0.997, disc_start=800,
+        max_steps=3, dist="huber", mu=0.99, p_t=[-0.6, 1.4]),
+    "path": dict(
+        batch_size=128, total_steps=100_000, lr=2e-4, disc_start=50_000,
+        max_steps=8, dist="huber"),
+    "cifar10": dict(
+        batch_size=256, total_steps=100_000, lr=4e-4, disc_start=50_000, disc="projected",
+        max_steps=17, mu=0.9999, dropout=0.13),
+    "imagenet64": dict(
+        batch_size=2048, total_steps=30_000, lr=8e-6, disc_start=10_000, disc="projected",
+        max_steps=20),
 }
 
 
 def recipe(flags):
     """The settings for --dataset, --teacher and --matching, general ones first."""
     name = common.known_dataset(flags)
-    settings = common.DATASETS[name] | CTM | STUDENTS.get(name, STUDENTS["imagenet64"])
+    student = STUDENTS.get(name, STUDENTS["imagenet64"])
+    settings = common.DATASETS[name] | CTM | student
     if flags.get("teacher") == "none":
         settings["solver"] = "jump"  # the code's; the paper takes Heun steps of g
         if name == "glyphs":
@@ -435,10 +454,12 @@ def make_parser():
               help="noise levels t, EDM's sigma, largest first, a jump from each (default 80)")
     draw.flag("--steps", only=dict(sigmas=False, edit=False), type=positive, metavar="n",
               help="jumps between n + 1 levels of a Karras grid, instead of --sigmas")
-    draw.flag("--gamma", only=dict(heun=False, edit=False), type=number(float, 0, 1), metavar="G",
+    draw.flag("--gamma", only=dict(heun=False, edit=False),
+              type=number(float, 0, 1), metavar="G",
               help="noise put back between jumps: 0 none (default, CTM), 1 all, as in CM")
-    draw.flag("--heun", only=dict(sigmas=False, steps=False, edit=False), type=number(int, 2),
-              metavar="N", help="N Heun steps on the model's denoiser instead, 2 N - 1 calls")
+    draw.flag("--heun", only=dict(sigmas=False, steps=False, edit=False),
+              type=number(int, 2), metavar="N",
+              help="N Heun steps on the model's denoiser instead, 2 N - 1 calls")
     common.add_zero_shot_flags(parser)
     return parser
 
@@ -540,8 +561,8 @@ def train(args, run, stop):
             losses, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
             t = dsm_times(len(x0), args.p_t, run.device)
             noise = torch.randn_like(x0)
-            dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t)).mean()
-            loss = losses.mean()
+            dsm_losses = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
+            loss, dsm = losses.mean(), dsm_losses.mean()
             gan = -critic(x_est).mean() if adversarial else None
             weights = add_gradients(net, loss, dsm, gan, disc_weight, share)
             totals.add(share, loss=loss, loss_dsm=dsm, lambda_dsm=weights[0])
@@ -585,7 +606,9 @@ def train(args, run, stop):
 
 def use_checkpoint(args, run):
     """`--ckpt`: sample, measure or edit."""
-    levels = step_levels(args.steps) if args.steps else args.sigmas or [T_MAX]
+    levels = args.sigmas or [T_MAX]
+    if args.steps:
+        levels = step_levels(args.steps)
     if args.gamma is not None and len(levels) == 1:
         raise UserError("--gamma says what happens between jumps: name several, by --steps or "
                         "--sigmas")
@@ -595,7 +618,8 @@ def use_checkpoint(args, run):
 
     def consistency_function(y):
         def f(x, t):
-            return G(net, x, t, torch.full_like(t, T_MIN), y).clamp(-1, 1)
+            t_min = torch.full_like(t, T_MIN)
+            return G(net, x, t, t_min, y).clamp(-1, 1)
         return f
 
     if args.edit:
@@ -631,5 +655,5 @@ if __name__ == "__main__":
 #   learning rate     ImageNet-64 8e-6: the paper; the published command without critic has 4e-4
 #   accumulation      micro-batches are averaged; the code sums them
 #   dropout           another mask in each call, the average drops out too: code
-#   critic's images   shrunk to 224 pixels too if they have 256 or more: DeiT takes no others
+#   critic's images   shrunk to 224 pixels too: DeiT takes no others
 #   critic's logits   batch statistics of a micro-batch: code, but without its unused running ones
