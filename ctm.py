@@ -12,7 +12,6 @@ whose results were published: see the end of this file.
 
 The same command again resumes a run, exactly, on any number of processes. `--ckpt` takes what this
 script writes, and the released ImageNet-64 model.
-
 Result: of digits drawn in one, two and four steps 98.2, 99.2 and 99.3% are read as the label asked
 for, after 8 minutes on 2 cores. Published: ImageNet-64, FID 1.92 in one step, 1.73 in two.
 """
@@ -96,7 +95,8 @@ def dsm_times(B, p_t, device):
     """Levels of the denoising loss (B,): half from p(t), the rest high, from 80 down to 0.318."""
     first = common.random_times(B // 2, p_t, device)
     position = 0.7 * torch.rand(B - B // 2, device=device)
-    low, high = T_MIN ** (1 / RHO), T_MAX ** (1 / RHO)
+    low = T_MIN ** (1 / RHO)
+    high = T_MAX ** (1 / RHO)
     rest = (high + position * (low - high)) ** RHO
     return torch.cat([first, rest])
 
@@ -206,12 +206,14 @@ def augment(x, brightness, saturation, contrast, shift, hole):
     cut = (pixel - hole[:, :, None] + side // 2) // side == 0  # (B,2,H)
     cut_rows, cut_columns = cut.split(1, 1)  # (B,1,H) each
     cut = cut_rows.mT & cut_columns  # (B,H,H)
-    return (rows @ x @ columns.mT) * ~cut[:, None]
+    x = rows @ x @ columns.mT
+    return x * ~cut[:, None]
 
 
 def random_augment(x):
     """`augment` with DiffAugment's draws."""
-    B, size = len(x), x.shape[-1]
+    B = len(x)
+    size = x.shape[-1]
     reach = int(0.125 * size + 0.5)
     side = int(0.2 * size + 0.5)
     brightness, saturation, contrast = torch.rand(3, B, device=x.device)
@@ -237,7 +239,8 @@ class ConvCritic(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList()
         for scale in range(3):
-            halvings = max(int(math.log2(size)) - 2 - scale, 0)  # down to 4 pixels
+            halvings = int(math.log2(size)) - 2 - scale  # down to 4 pixels
+            halvings = max(halvings, 0)
             widths = [width * min(2**i, 4) for i in range(halvings + 1)]
             first = spectral_norm(nn.Conv2d(3, width, 3, padding=1))
             layers = [first, nn.LeakyReLU(0.2)]
@@ -246,7 +249,10 @@ class ConvCritic(nn.Module):
 
     def forward(self, x):
         x = random_augment(x)
-        logits = [head(F.avg_pool2d(x, 2**scale)) for scale, head in enumerate(self.heads)]
+        logits = []
+        for scale, head in enumerate(self.heads):
+            small = F.avg_pool2d(x, 2**scale)
+            logits.append(head(small))
         return torch.cat(logits, 1)
 
 
@@ -304,7 +310,8 @@ class Projector(nn.Module):
         x = ((x + 1) / 2 - mean) / std
         x = F.interpolate(x, (224, 224), mode="bilinear")
         taps = self.features[0](x)
-        outputs, coarse = [], 0.0
+        outputs = []
+        coarse = 0.0
         for i in (3, 2, 1, 0):
             tap = self.reassemble[i](taps[i])
             mixed = coarse + self.channels[i](tap)
@@ -420,10 +427,10 @@ def make_parser():
                "(default: one is trained first)")
     train.flag("--teacher-steps", only=dict(teacher=False), type=positive, metavar="K",
                help="optimizer steps of the teacher that is trained first")
-    train.flag("--N", type=number(int, 2), metavar="N",
-               help="noise levels of the grid (CTM 18 or 40)")
-    train.flag("--max-steps", type=positive, metavar="M", help="solver steps from t to u: k with "
-               "probability ~ k, k = 1 .. M (CTM 17 of N = 18, 20 of 40; global N - 1; local 1)")
+    train.flag("--N", type=number(int, 2), help="noise levels of the grid (CTM 18 or 40)")
+    train.flag("--max-steps", type=positive, metavar="M",
+               help="solver steps from t to u: k with probability ~ k, k = 1 .. M (CTM 17 of "
+               "N = 18, 20 of N = 40; global N - 1; local 1)")
     train.flag("--matching", choices=("soft", "local", "global"),
                help="u, where the target's jump begins: anywhere from s to t (soft, CTM), one step "
                "below t (local), at s (global: the solver's result is the target)")
@@ -432,7 +439,7 @@ def make_parser():
                "denoiser (heun, the paper's); one jump of its average (jump, the code's)")
     train.flag("--dist", choices=("l1", "l2", "huber", "lpips"),
                help="distance of estimate and target at t_min (CTM lpips)")
-    train.flag("--mu", type=number(float, 0, 1), metavar="MU",
+    train.flag("--mu", type=number(float, 0, 1),
                help="decay of the target network (CTM 0.999)")
     train.flag("--s-init", choices=("published", "zero"),
                help="how the embedding of s starts: at random (CTM), or adding nothing")
@@ -452,7 +459,8 @@ def make_parser():
     draw = parser.group("sampling, further flags", ckpt=True)
     draw.flag("--sigmas", nargs="+", type=common.noise_level, metavar="T",
               help="noise levels t, EDM's sigma, largest first, a jump from each (default 80)")
-    draw.flag("--steps", only=dict(sigmas=False, edit=False), type=positive, metavar="n",
+    draw.flag("--steps", only=dict(sigmas=False, edit=False),
+              type=positive, metavar="n",
               help="jumps between n + 1 levels of a Karras grid, instead of --sigmas")
     draw.flag("--gamma", only=dict(heun=False, edit=False),
               type=number(float, 0, 1), metavar="G",
@@ -501,7 +509,8 @@ def train(args, run, stop):
     critic = critic_optimizer = None
     if args.disc != "none":
         common.seed_everything(common.INIT, args.seed, 1)
-        critic = CRITICS[args.disc](size).to(run.device).eval()
+        critic = CRITICS[args.disc](size)
+        critic.to(run.device).eval()
         critic_optimizer = torch.optim.RAdam(
             critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True)
         critic_gradients = common.flatten_gradients(critic.heads)
@@ -516,7 +525,9 @@ def train(args, run, stop):
     log = common.start_run(args, run, net, step, skipped)
 
     times = common.karras_times(args.N).to(run.device)
-    D = D or (lambda x, t, y: g(target, x, t, t, y))  # from scratch the model's own
+    if D is None:
+        def D(x, t, y):  # from scratch
+            return g(target, x, t, t, y)
 
     def solve(x, i, k, y):
         if args.solver == "jump":
@@ -532,7 +543,8 @@ def train(args, run, stop):
         # ------------------------------------------------------------------------ one training step
         rng = np.random.default_rng((common.SOLVER, args.seed, step))
         steps = np.arange(1, args.max_steps + 1)
-        k = int(rng.choice(steps, p=steps / steps.sum()))  # P(k) ~ k
+        p = steps / steps.sum()  # P(k) ~ k
+        k = int(rng.choice(steps, p=p))
         adversarial = critic is not None and step >= args.disc_start
         critics_turn = adversarial and (step - args.disc_start) % 2 == 1
         if adversarial:
@@ -562,7 +574,8 @@ def train(args, run, stop):
             t = dsm_times(len(x0), args.p_t, run.device)
             noise = torch.randn_like(x0)
             dsm_losses = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
-            loss, dsm = losses.mean(), dsm_losses.mean()
+            loss = losses.mean()
+            dsm = dsm_losses.mean()
             gan = -critic(x_est).mean() if adversarial else None
             weights = add_gradients(net, loss, dsm, gan, disc_weight, share)
             totals.add(share, loss=loss, loss_dsm=dsm, lambda_dsm=weights[0])
@@ -588,7 +601,8 @@ def train(args, run, stop):
         last = stopping or step == args.total_steps
         values = dict(loss_disc=loss)
         if not critics_turn:
-            values = dict(grad_norm=grad_norm, k=k, loss_bins=totals.loss_bins())
+            values = dict(grad_norm=grad_norm, k=k)
+            values["loss_bins"] = totals.loss_bins()
             for name in TERMS if adversarial else TERMS[:3]:
                 values[name] = totals[name]
         log.step(step, finite, last, player=critics_turn, **values)
