@@ -1,8 +1,8 @@
 """Consistency trajectory models: one network that jumps from any noise level t to any s <= t.
 
-It is distilled from a diffusion model, or trained from scratch, and draws in one step or in many.
-Paper: Kim et al. 2023 (CTM, arXiv 2310.02279); where it and the authors' code (sony/ctm) disagree,
-the code, whose results were published: see the end of this file.
+Distilled from a diffusion model, or trained from scratch, it draws in one step or in many. Kim et
+al. 2023, arXiv 2310.02279; where the paper and the authors' code (sony/ctm) disagree, the code,
+whose results were published: see the end of this file.
 
     python ctm.py                                      digits: a teacher, then the student, minutes
     python ctm.py --teacher none --out-dir out/scratch
@@ -12,7 +12,6 @@ the code, whose results were published: see the end of this file.
 
 The same command again resumes a run, exactly, on any number of processes. `--ckpt` takes what this
 script writes, and the released ImageNet-64 model.
-
 Result: of digits drawn in one, two and four steps 98.2, 99.2 and 99.3% are read as the label asked
 for, after 8 minutes on 2 cores. Published: ImageNet-64, FID 1.92 in one step, 1.73 in two.
 """
@@ -47,18 +46,9 @@ def G(net, x, t, s, y=None):
     return keep * x + (1 - keep) * g(net, x, t, s, y)
 
 
-def step_probabilities(M):
-    """P(k) ~ k for k = 1 .. M solver steps: (M,) float64. Source: heun_step_strategy "weighted"."""
-    return np.arange(1, M + 1) / (M * (M + 1) / 2)
-
-
 def draw_indices(B, N, k, device):
-    """Indices i of t and j of s, two (B,), on an ascending grid of N levels; that of u is i - k.
-
-    t is any level that leaves room for k steps, s any from t_min to u, both ends included.
-    """
-    above = torch.randint(N - k, (B,), device=device)
-    i = k + above
+    """Indices i of t and j of s, (B,) each, in an ascending grid of N levels; 0 <= j <= i - k."""
+    i = k + torch.randint(N - k, (B,), device=device)
     position = torch.rand(B, device=device)  # the largest, just below 1, does not round up
     j = (position * (i - k + 1)).long()
     return i, j
@@ -67,26 +57,17 @@ def draw_indices(B, N, k, device):
 def heun_solve(D, times, x, i, k, y):
     """k Heun steps of the PF-ODE, times[i] to times[i - k]. D: (x, t, y) -> denoised (B,C,H,W)."""
     D_y = partial(D, y=y)
-    for done in range(k):
-        x = common.heun_step(D_y, x, times[i - done], times[i - done - 1])
+    for n in range(k):
+        x = common.heun_step(D_y, x, times[i - n], times[i - n - 1])
     return x
 
 
-def denoiser(net, x, t, y):
-    """The model's own, g(x, t, t)."""
-    return g(net, x, t, t, y)
-
-
-def jump_solve(target, times, x, i, k, y):
-    """The same in one jump of the target network: what stands in for a teacher."""
-    return G(target, x, times[i], times[i - k], y)
-
-
-def estimate(net, target, x_t, t, s, t_min, y):
+def estimate(net, target, x_t, t, s, y):
     """Where the trajectory through (x_t, t) ends: to s by the net, on to t_min by the target.
 
-    The target's weights are frozen. Gradient flows through its input: so the first jump learns.
+    The target is frozen; gradient flows through its input, so the first jump learns.
     """
+    t_min = torch.full_like(s, T_MIN)
     x_s = G(net, x_t, t, s, y)
     return G(target, x_s, s, t_min, y)
 
@@ -102,58 +83,51 @@ def loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist):
              jump is nothing and the solver's x_u is the inner target itself.
     """
     t, u, s = times[i], times[i - k], times[j]
-    t_min = times[0].expand(len(x0))
     x_t = x0 + bcast(t, x0) * noise
-    x_est = estimate(net, target, x_t, t, s, t_min, y)
+    x_est = estimate(net, target, x_t, t, s, y)
     with torch.no_grad():
         x_u = solve(x_t, i, k, y)
-        x_target = estimate(net, target, x_u, u, s, t_min, y)
+        x_target = estimate(net, target, x_u, u, s, y)
     return dist(x_est, x_target), x_est
 
 
 def dsm_times(B, p_t, device):
     """Levels of the denoising loss (B,): half from p(t), the rest high, from 80 down to 0.318."""
     first = common.random_times(B // 2, p_t, device)
-    low, high = T_MIN ** (1 / RHO), T_MAX ** (1 / RHO)
     position = 0.7 * torch.rand(B - B // 2, device=device)
+    low = T_MIN ** (1 / RHO)
+    high = T_MAX ** (1 / RHO)
     rest = (high + position * (low - high)) ** RHO
     return torch.cat([first, rest])
-
-
-def adaptive_weight(gradient, other):
-    """The factor that makes a loss as strong as the CTM loss, by their gradients in one layer."""
-    ratio = gradient.norm() / (other.norm() + 1e-4)
-    return ratio.clamp(0, 1e4)
-
-
-def last_layer(net):
-    """That layer's weight: the second convolution of the last residual block."""
-    return net.output_blocks[-1][0].out_layers[3].weight
 
 
 def add_gradients(net, ctm, dsm, gan, disc_weight, share):
     """p.grad += share * d/dp (ctm + lambda_dsm dsm + disc_weight lambda_gan gan), for all p.
 
-    ctm, dsm, gan are numbers; gan may be None. Returns: lambda_dsm, lambda_gan (0 without gan).
+    Args:    ctm, dsm, gan: numbers; gan may be None.
+    Returns: [lambda_dsm, lambda_gan], adaptive: they make the terms as strong as the CTM loss, by
+             the gradients of the last residual block's second convolution.
     """
     parameters = list(net.parameters())
-    last = [p is last_layer(net) for p in parameters].index(True)
+    last_layer = net.output_blocks[-1][0].out_layers[3].weight
+    last = [p is last_layer for p in parameters].index(True)
     # The CTM and the adversarial loss share a graph: both see x_est.
     total = torch.autograd.grad(ctm, parameters, retain_graph=gan is not None)
-    strength = total[last]
-    gradient = torch.autograd.grad(dsm, parameters)
-    lambda_dsm = adaptive_weight(strength, gradient[last])
-    term = torch._foreach_mul(gradient, lambda_dsm)
-    total = torch._foreach_add(total, term)
-    lambda_gan = torch.zeros(())
-    if gan is not None:
-        gradient = torch.autograd.grad(gan, parameters)
-        lambda_gan = adaptive_weight(strength, gradient[last]).clamp(0.01, 10)
-        term = torch._foreach_mul(gradient, disc_weight * lambda_gan)
+    strength = total[last].norm()
+    weights = []
+    terms = (dsm, 1.0, 0, 1e4), (gan, disc_weight, 0.01, 10)
+    for loss, factor, low, high in terms:
+        if loss is None:
+            continue
+        gradient = torch.autograd.grad(loss, parameters)
+        ratio = strength / (gradient[last].norm() + 1e-4)
+        weight = ratio.clamp(low, high)
+        weights.append(weight)
+        term = torch._foreach_mul(gradient, factor * weight)
         total = torch._foreach_add(total, term)
     gradients = [p.grad for p in parameters]
     torch._foreach_add_(gradients, total, alpha=share)
-    return lambda_dsm, lambda_gan
+    return weights
 
 
 def hinge_loss(critic, real, fake):
@@ -170,16 +144,15 @@ def hinge_loss(critic, real, fake):
 def gamma_sample(jump, x_T, levels, gamma, noise=torch.randn_like):
     """Draw with a CTM: from each level jump to below the next one, and add noise up to it.
 
-    Args:    jump: (x (B,C,H,W), t (B,), s (B,)) -> G(x, t, s).  x_T: (B,C,H,W), levels[0] * unit
-             noise.  levels: largest first, one jump from each, the last to t_min.  gamma: 0
-             deterministic, 1 multistep consistency sampling.  noise: x -> unit noise like x.
-    Returns: (B,C,H,W). NFE = len(levels).
+    Args:    jump: (x, t (B,), s (B,)) -> G(x, t, s).  x_T: (B,C,H,W), levels[0] * unit noise.
+             levels: largest first, the last jump goes to t_min.  gamma: 0 deterministic, 1
+             multistep consistency sampling.  noise: x -> unit noise like x.
     """
-    x, t_min = x_T, T_MIN
-    for t, t_next in zip(levels, (*levels[1:], t_min)):
-        s = math.sqrt(1 - gamma**2) * (t_next - t_min) + t_min
+    x = x_T
+    for t, t_next in zip(levels, (*levels[1:], T_MIN)):
+        s = math.sqrt(1 - gamma**2) * (t_next - T_MIN) + T_MIN
         x = jump(x, common.levels_like(x, t), common.levels_like(x, s))
-        if gamma > 0 and t_next > t_min:
+        if gamma > 0 and t_next > T_MIN:
             deviation = math.sqrt(t_next**2 - s**2)
             x = x + deviation * noise(x)
     return x
@@ -203,8 +176,9 @@ def sample(net, levels, gamma, y, noise, shape):
 @torch.no_grad()
 def sample_heun(net, N, y, noise, shape):
     """Draw images (B,C,H,W) with EDM's sampler on the denoiser g(x, t, t), in 2 N - 1 calls."""
+    def D(x, t):
+        return g(net, x, t, t, y)
     x_T = common.initial_noise(net, noise, shape, T_MAX)
-    D = partial(denoiser, net, y=y)
     x = common.heun_sample(D, x_T, N)
     return x.clamp(-1, 1)
 
@@ -214,27 +188,26 @@ def sample_heun(net, N, y, noise, shape):
 # --------------------------------------------------------------------------------------------------
 
 def augment(x, brightness, saturation, contrast, shift, hole):
-    """DiffAugment with these draws: colour, translation, a square hole. Gradients flow through.
+    """DiffAugment (arXiv 2006.10738) with these draws: colour, translation, a square hole.
 
     Args:    x: (B,C,H,H).  brightness, added, saturation, contrast, factors around the mean: (B,).
              shift: (B,2) int, rows and columns by which it moves up and left.  hole: its centre.
-    Source:  Zhao et al. 2020, arXiv 2006.10738.
     """
     size = x.shape[-1]
+    pixel = torch.arange(size, device=x.device)
     x = x + bcast(brightness, x)
     grey = x.mean(1, keepdim=True)
     x = grey.lerp(x, bcast(saturation, x))
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean.lerp(x, bcast(contrast, x))
-    pixel = torch.arange(size, device=x.device)
-    source = pixel[:, None] + shift[:, :, None, None]
-    moved = (source == pixel).to(x)  # (B,2,H,H): output, input pixel
-    rows, columns = moved.unsqueeze(2).unbind(1)  # (B,1,H,H) each
+    moved = pixel[:, None] + shift[:, :, None, None] == pixel  # (B,2,H,H): output, input pixel
+    rows, columns = moved.to(x).split(1, 1)  # (B,1,H,H) each
     side = int(0.2 * size + 0.5)
     cut = (pixel - hole[:, :, None] + side // 2) // side == 0  # (B,2,H)
-    cut_rows, cut_columns = cut.unsqueeze(2).unbind(1)  # (B,1,H) each
-    cut = cut_rows[..., None] & cut_columns[:, :, None]  # (B,1,H,H)
-    return (rows @ x @ columns.mT) * ~cut
+    cut_rows, cut_columns = cut.split(1, 1)  # (B,1,H) each
+    cut = cut_rows.mT & cut_columns  # (B,H,H)
+    x = rows @ x @ columns.mT
+    return x * ~cut[:, None]
 
 
 def random_augment(x):
@@ -250,17 +223,14 @@ def random_augment(x):
     return augment(x, *colours, shift, hole)
 
 
-def down(c_in, c_out):
-    """Half the size. Batch statistics are the micro-batch's, always: there are none to share."""
-    conv = spectral_norm(nn.Conv2d(c_in, c_out, 4, 2, 1))
-    norm = nn.BatchNorm2d(c_out, track_running_stats=False)
-    return nn.Sequential(conv, norm, nn.LeakyReLU(0.2))
-
-
-def downs(widths):
-    """A `down` between each two of these widths."""
-    pairs = zip(widths, widths[1:])
-    return [down(c_in, c_out) for c_in, c_out in pairs]
+def make_head(layers, widths, **last):
+    """These layers, one that halves the size between each two widths, and a last convolution."""
+    for c_in, c_out in zip(widths, widths[1:]):
+        conv = spectral_norm(nn.Conv2d(c_in, c_out, 4, 2, 1))
+        norm = nn.BatchNorm2d(c_out, track_running_stats=False)  # the micro-batch's, always
+        layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
+    last = spectral_norm(nn.Conv2d(widths[-1], 1, **last))
+    return nn.Sequential(*layers, last, nn.Flatten())
 
 
 class ConvCritic(nn.Module):
@@ -273,62 +243,58 @@ class ConvCritic(nn.Module):
             halvings = max(halvings, 0)
             widths = [width * min(2**i, 4) for i in range(halvings + 1)]
             first = spectral_norm(nn.Conv2d(3, width, 3, padding=1))
-            layers = [first, nn.LeakyReLU(0.2), *downs(widths)]
-            last = spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
-            self.heads.append(nn.Sequential(*layers, last))
+            layers = [first, nn.LeakyReLU(0.2)]
+            head = make_head(layers, widths, kernel_size=3, padding=1)
+            self.heads.append(head)
 
     def forward(self, x):
         x = random_augment(x)
         logits = []
         for scale, head in enumerate(self.heads):
             small = F.avg_pool2d(x, 2**scale)
-            logits.append(head(small).flatten(1))
+            logits.append(head(small))
         return torch.cat(logits, 1)
 
 
 class Projector(nn.Module):
     """Features of a frozen network, mixed by frozen random convolutions across channels and scales.
 
-    Args:    name: of the network in timm.  pretrained: False leaves it random, without a download.
-    Returns: of images: 4 tensors, (B,64,112,112) (B,64,56,56) (B,128,28,28) (B,256,14,14).
-    Raises:  UserError in one line if timm is missing or the weights cannot be had.
+    Returns: of images (B,64,112,112) (B,64,56,56) (B,128,28,28) (B,256,14,14).
     Source:  Sauer et al. 2021, arXiv 2111.01007; taps, sizes, random layers: those of CTM's code.
     """
-    TAPS = {  # places, widths
-        "tf_efficientnet_lite0": ((1, 2, 3, 4), (24, 40, 112, 320)),
-        "deit_base_distilled_patch16_224": ((2, 5, 8, 11), (96, 192, 384, 768)),
+    TAPS = {  # by the name of the network in timm
+        "tf_efficientnet_lite0": (1, 2, 3, 4),
+        "deit_base_distilled_patch16_224": (2, 5, 8, 11),
     }
 
     def __init__(self, name, pretrained=True):
         super().__init__()
         timm = common.import_optional("timm", "--disc projected needs timm")
-        taps, widths = self.TAPS[name]
         settings = timm.get_pretrained_cfg(name)
-        with common.explain(f"--disc projected: put {settings.url} into {torch.hub.get_dir()}"
-                            "/checkpoints, or choose another --disc; could not get the weights of "
-                            f"{name} otherwise"):
+        with common.explain(f"--disc projected: put the weights of {name} ({settings.url}) into "
+                            f"{torch.hub.get_dir()}/checkpoints, or choose another --disc"):
             # Without hf_hub_id from torch.hub, which reads files put there, and fails at once.
             features = timm.create_model(
-                name, pretrained=pretrained, features_only=True, out_indices=taps,
+                name, pretrained=pretrained, features_only=True, out_indices=self.TAPS[name],
                 pretrained_cfg_overlay=dict(hf_hub_id=None))
-        features.eval().requires_grad_(False)
-        self.features = (features,)  # in a tuple: no part of the state that is saved
-        for key in ("mean", "std"):
-            value = torch.tensor(getattr(settings, key))
-            self.register_buffer(key, value.view(3, 1, 1), persistent=False)
-        self.reassemble = nn.ModuleList(nn.Identity() for _ in range(4))
+        self.features = (features.eval(),)  # in a tuple: no part of the state that is saved
+        features.requires_grad_(False)
+        moments = torch.tensor([settings.mean, settings.std])
+        self.register_buffer("moments", moments.view(2, 3, 1, 1), persistent=False)
+        widths = features.feature_info.channels()
+        self.reassemble = nn.ModuleList(nn.Identity() for _ in widths)
         if name.startswith("deit"):  # its taps are all (B,768,14,14)
+            widths = [96, 192, 384, 768]
             resample = [
                 nn.ConvTranspose2d(96, 96, 4, 4),
                 nn.ConvTranspose2d(192, 192, 2, 2),
                 nn.Identity(),
                 nn.Conv2d(768, 768, 3, 2, 1),
             ]
-            for i, layer in enumerate(resample):
-                narrow = nn.Conv2d(768, widths[i], 1)
-                self.reassemble[i] = nn.Sequential(narrow, layer)
-        mixed = (64, 128, 256, 512)
-        coarser = (64, 64, 128, 256)
+            narrow = [nn.Conv2d(768, width, 1) for width in widths]
+            self.reassemble = nn.ModuleList(map(nn.Sequential, narrow, resample))
+        mixed = 64, 128, 256, 512
+        coarser = 64, 64, 128, 256
         channels = [nn.Conv2d(a, b, 1) for a, b in zip(widths, mixed)]
         scales = [nn.Conv2d(a, b, 1) for a, b in zip(mixed, coarser)]
         self.channels = nn.ModuleList(channels)
@@ -340,10 +306,12 @@ class Projector(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, x):
-        x = ((x + 1) / 2 - self.mean) / self.std
+        mean, std = self.moments
+        x = ((x + 1) / 2 - mean) / std
         x = F.interpolate(x, (224, 224), mode="bilinear")
         taps = self.features[0](x)
-        outputs, coarse = [], 0.0
+        outputs = []
+        coarse = 0.0
         for i in (3, 2, 1, 0):
             tap = self.reassemble[i](taps[i])
             mixed = coarse + self.channels[i](tap)
@@ -360,18 +328,16 @@ class ProjectedCritic(nn.Module):
         self.projectors = nn.ModuleList(Projector(name, pretrained) for name in Projector.TAPS)
         self.heads = nn.ModuleList()
         widths = (64, 64, 128, 256, 512)  # a head's last map is 7x7
-        for _ in self.projectors:
-            for scale in range(4):
-                middle = downs(widths[scale:])
-                last = spectral_norm(nn.Conv2d(512, 1, 4, bias=False))
-                self.heads.append(nn.Sequential(*middle, last))
+        for scale in (0, 1, 2, 3) * len(self.projectors):
+            head = make_head([], widths[scale:], kernel_size=4, bias=False)
+            self.heads.append(head)
 
     def forward(self, x):
-        maps = []
+        views = []
         for projector in self.projectors:
-            maps += projector(random_augment(x))
-        logits = [head(part) for head, part in zip(self.heads, maps)]
-        return torch.cat([part.flatten(1) for part in logits], 1)
+            views += projector(random_augment(x))
+        logits = [head(view) for head, view in zip(self.heads, views)]
+        return torch.cat(logits, 1)
 
 
 CRITICS = {"conv": ConvCritic, "projected": ProjectedCritic}
@@ -394,8 +360,7 @@ def renew_norms(critic):
 CTM = dict(
     matching="soft", solver="heun", dist="lpips", mu=0.999, s_init="published",
     p_t=[-1.2, 1.2], dropout=0.0, ema_decay=0.999,
-    disc="none", disc_weight=1.0, disc_lr=2e-3,
-)
+    disc="none", disc_weight=1.0, disc_lr=2e-3)
 STUDENTS = {
     "glyphs": dict(
         batch_size=32, total_steps=1300, lr=1e-3, ema_decay=0.997, disc_start=800,
@@ -404,14 +369,12 @@ STUDENTS = {
         batch_size=128, total_steps=100_000, lr=2e-4, disc_start=50_000,
         max_steps=8, dist="huber"),
     "cifar10": dict(
-        batch_size=256, total_steps=100_000, lr=4e-4, disc="projected", disc_start=50_000,
+        batch_size=256, total_steps=100_000, lr=4e-4, disc_start=50_000, disc="projected",
         max_steps=17, mu=0.9999, dropout=0.13),
     "imagenet64": dict(
-        batch_size=2048, total_steps=30_000, lr=8e-6, disc="projected", disc_start=10_000,
+        batch_size=2048, total_steps=30_000, lr=8e-6, disc_start=10_000, disc="projected",
         max_steps=20),
 }
-SCRATCH = dict(solver="jump")  # --teacher none: the code's; the paper takes Heun steps of g
-SCRATCH_STUDENTS = {"glyphs": dict(total_steps=2400, lr=2e-3, mu=0.9)}
 
 
 def recipe(flags):
@@ -420,7 +383,9 @@ def recipe(flags):
     student = STUDENTS.get(name, STUDENTS["imagenet64"])
     settings = common.DATASETS[name] | CTM | student
     if flags.get("teacher") == "none":
-        settings |= SCRATCH | SCRATCH_STUDENTS.get(name, {})
+        settings["solver"] = "jump"  # the code's; the paper takes Heun steps of g
+        if name == "glyphs":
+            settings |= dict(total_steps=2400, lr=2e-3, mu=0.9)
     if flags.get("matching") == "local":
         settings["max_steps"] = 1
     if flags.get("matching") == "global":  # the solver alone has to get from t to s
@@ -433,8 +398,7 @@ def check(args):
     if args.solver == "jump" and args.teacher != "none":
         raise UserError("--solver jump applies to --teacher none only: a teacher's step is heun")
     if args.solver == "jump" and args.matching == "global":
-        raise UserError("--matching global needs --solver heun: the model's own jump would be its "
-                        "own target")
+        raise UserError("--matching global needs --solver heun: a jump would be its own target")
     if args.matching == "local" and args.max_steps > 1:
         raise UserError("--max-steps does not apply with --matching local: that is one solver step")
     if args.max_steps >= args.N:
@@ -454,41 +418,36 @@ def check(args):
 
 def make_parser():
     parser = common.Parser(__doc__)
-    built = (None, "none", "ideal")  # teachers that leave the student's network to be chosen
-    chosen = dict(teacher=built)
+    chosen = dict(teacher=(None, "none", "ideal"))  # not by a --teacher FILE
     common.add_shared_flags(parser, chosen)
 
     train = parser.group("algorithm", ckpt=False)
-    train.flag("--teacher", metavar="FILE", help="a teacher written by cd.py --stage teacher, "
-               "released EDM weights, ideal: the exact denoiser of the training images, or none: "
-               "from scratch (default: one is trained first)")
+    train.flag("--teacher", metavar="FILE", help="written by cd.py --stage teacher, released EDM "
+               "weights, ideal: the exact denoiser of the training images, or none: from scratch "
+               "(default: one is trained first)")
     train.flag("--teacher-steps", only=dict(teacher=False), type=positive, metavar="K",
                help="optimizer steps of the teacher that is trained first")
-    train.flag("--N", type=number(int, 2), metavar="N",
-               help="noise levels of the grid (CTM 18 or 40)")
-    train.flag("--max-steps", type=positive, metavar="M", help="most solver steps from t to "
-               "u; k of them with probability ~ k, k = 1 .. M (CTM 17 of N = 18, 20 of N = 40; "
-               "global N - 1; local 1)")
+    train.flag("--N", type=number(int, 2), help="noise levels of the grid (CTM 18 or 40)")
+    train.flag("--max-steps", type=positive, metavar="M",
+               help="solver steps from t to u: k with probability ~ k, k = 1 .. M (CTM 17 of "
+               "N = 18, 20 of N = 40; global N - 1; local 1)")
     train.flag("--matching", choices=("soft", "local", "global"),
-               help="where the target's jump begins: at any u from t down to s (soft, CTM), one "
-               "step below t (local), at s (global: the solver's result is the target)")
+               help="u, where the target's jump begins: anywhere from s to t (soft, CTM), one step "
+               "below t (local), at s (global: the solver's result is the target)")
     train.flag("--solver", choices=("heun", "jump"),
                help="from t to u: Heun steps of the teacher or, from scratch, of the model's own "
-               "denoiser (heun, the paper's), or one jump of the model's average (jump, the "
-               "code's, from scratch only)")
+               "denoiser (heun, the paper's); one jump of its average (jump, the code's)")
     train.flag("--dist", choices=("l1", "l2", "huber", "lpips"),
                help="distance of estimate and target at t_min (CTM lpips)")
-    train.flag("--mu", type=common.probability, metavar="MU",
+    train.flag("--mu", type=common.probability,
                help="decay of the target network (CTM 0.999)")
     train.flag("--s-init", choices=("published", "zero"),
-               help="how the embedding of s starts: at random (CTM), or so that it adds nothing "
-               "and the student is its teacher")
+               help="how the embedding of s starts: at random (CTM), or adding nothing")
     train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
-               help="of half the denoising loss: ln t ~ Normal(MEAN, STD^2) (CTM -1.2 1.2); the "
-               "other half is at high noise levels")
+               help="of half the denoising loss: ln t ~ Normal(MEAN, STD^2) (CTM -1.2 1.2)")
     train.flag("--disc", choices=("none", *CRITICS),
-               help="critic of the adversarial loss: conv, multi-scale, for small images; "
-               "projected (CTM), on EfficientNet and DeiT features, needs timm")
+               help="critic of the adversarial loss: conv, for small images; projected (CTM), on "
+               "EfficientNet and DeiT features, needs timm")
     played = dict(disc=tuple(CRITICS))
     train.flag("--disc-start", only=played, type=common.count, metavar="K",
                help="step from which generator and critic take turns, one step each")
@@ -500,15 +459,15 @@ def make_parser():
     draw = parser.group("sampling, further flags", ckpt=True)
     draw.flag("--sigmas", nargs="+", type=common.noise_level, metavar="T",
               help="noise levels t, EDM's sigma, largest first, a jump from each (default 80)")
-    draw.flag("--steps", only=dict(sigmas=False, edit=False), type=positive, metavar="n",
+    draw.flag("--steps", only=dict(sigmas=False, edit=False),
+              type=positive, metavar="n",
               help="jumps between n + 1 levels of a Karras grid, instead of --sigmas")
     draw.flag("--gamma", only=dict(heun=False, edit=False),
               type=common.probability, metavar="G",
-              help="noise put back after each jump but the last: 0 none (default; CTM), 1 all, as "
-              "in consistency models")
+              help="noise put back between jumps: 0 none (default, CTM), 1 all, as in CM")
     draw.flag("--heun", only=dict(sigmas=False, steps=False, edit=False),
               type=number(int, 2), metavar="N",
-              help="EDM's sampler instead, on the model's denoiser: N Heun steps, 2 N - 1 calls")
+              help="N Heun steps on the model's denoiser instead, 2 N - 1 calls")
     common.add_zero_shot_flags(parser)
     return parser
 
@@ -520,23 +479,11 @@ def make_parser():
 TERMS = "loss", "loss_dsm", "lambda_dsm", "loss_gan", "lambda_gan"  # of a generator's step
 
 
-def new_student(args, run, model_args, teacher):
-    """The network to train, placed: the teacher's weights for all but the embedding of s."""
-    common.seed_everything(common.INIT, args.seed)
-    net = common.make_net(model_args)
-    for block in net.modules():
-        if isinstance(block, common.ResBlock) and args.s_init == "published":
-            block.emb_layers_s[1].reset_parameters()
-    if teacher is not None:
-        net.load_state_dict(net.state_dict() | teacher.state_dict())
-    return common.place(net, run)
-
-
 def train(args, run, stop):
     """Train, or go on with the run found in --out-dir. Returns whether it came to its end."""
     with common.main_process_first(run):  # now, not after days of the teacher's training
         dist = common.make_distance(args.dist, run.device)
-        if args.teacher is None and args.disc == "projected":
+        if args.disc == "projected":
             ProjectedCritic(64)  # whether its networks can be had
     if args.teacher is None:
         common.train_first_teacher(args, run, stop, "ctm")
@@ -546,23 +493,28 @@ def train(args, run, stop):
     D, classes = common.teacher_denoiser(args, run, teacher, dataset)
 
     model_args = settings | dict(classes=classes, dropout=args.dropout, cond=True)
-    net = new_student(args, run, model_args, teacher)
+    common.seed_everything(common.INIT, args.seed)
+    net = common.make_net(model_args)
+    if args.s_init == "published":
+        for block in net.modules():
+            if isinstance(block, common.ResBlock):
+                block.emb_layers_s[1].reset_parameters()
+    if teacher is not None:
+        net.load_state_dict(net.state_dict() | teacher.state_dict())
+    net = common.place(net, run)
     target = copy.deepcopy(net).requires_grad_(False)  # it drops out too, by masks of its own
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
     gradients = common.flatten_gradients(net)
-    totals = common.Totals(run, *TERMS, "loss_disc")
     critic = critic_optimizer = None
-    disc_weight = 0.0
     if args.disc != "none":
-        disc_weight = args.disc_weight
         common.seed_everything(common.INIT, args.seed, 1)
-        with common.main_process_first(run):
-            critic = CRITICS[args.disc](size)
+        critic = CRITICS[args.disc](size)
         critic.to(run.device).eval()
         critic_optimizer = torch.optim.RAdam(
             critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True)
         critic_gradients = common.flatten_gradients(critic.heads)
+    totals = common.Totals(run, *TERMS, "loss_disc")
     parts = dict(net=net, target=target, ema=ema, optimizer=optimizer, critic=critic,
                  critic_optimizer=critic_optimizer)
     step, skipped = common.resume(args, run, "ctm", model_args, parts)
@@ -573,19 +525,26 @@ def train(args, run, stop):
     log = common.start_run(args, run, net, step, skipped)
 
     times = common.karras_times(args.N).to(run.device)
-    if D is None:  # from scratch
-        D = partial(denoiser, target)
-    solve = partial(heun_solve, D, times)
-    if args.solver == "jump":
-        solve = partial(jump_solve, target, times)
+    if D is None:
+        def D(x, t, y):  # from scratch
+            return g(target, x, t, t, y)
+
+    def solve(x, i, k, y):
+        if args.solver == "jump":
+            return G(target, x, times[i], times[i - k], y)
+        return heun_solve(D, times, x, i, k, y)
+
     draws = [partial(sample, ema, step_levels(n), 0.0) for n in (1, 2, 4)]
     loader = common.batches(args, run, dataset, step)
+    share = args.micro_batch / args.batch_size
+    disc_weight = getattr(args, "disc_weight", 0.0)
     stopping = False
     while step < args.total_steps and not stopping:
         # ------------------------------------------------------------------------ one training step
         rng = np.random.default_rng((common.SOLVER, args.seed, step))
-        p = step_probabilities(args.max_steps)
-        k = 1 + int(rng.choice(args.max_steps, p=p))
+        steps = np.arange(1, args.max_steps + 1)
+        p = steps / steps.sum()  # P(k) ~ k
+        k = int(rng.choice(steps, p=p))
         adversarial = critic is not None and step >= args.disc_start
         critics_turn = adversarial and (step - args.disc_start) % 2 == 1
         if adversarial:
@@ -600,15 +559,13 @@ def train(args, run, stop):
             x0, y = common.to_device(next(loader), run.device, args.flip)
             y = y if classes else None
             noise = torch.randn_like(x0)
-            share = len(x0) / args.batch_size
             i, j = draw_indices(len(x0), args.N, k, run.device)
             if args.matching == "global":
                 j = i - k  # s = u
             if critics_turn:
                 x_t = x0 + bcast(times[i], x0) * noise
-                t_min = times[0].expand(len(x0))
                 with torch.no_grad():
-                    fake = estimate(net, target, x_t, times[i], times[j], t_min, y)
+                    fake = estimate(net, target, x_t, times[i], times[j], y)
                 loss_disc = hinge_loss(critic, x0, fake)
                 (share * loss_disc).backward()
                 totals.add(share, loss_disc=loss_disc)
@@ -616,14 +573,14 @@ def train(args, run, stop):
             losses, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
             t = dsm_times(len(x0), args.p_t, run.device)
             noise = torch.randn_like(x0)
+            dsm_losses = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
             loss = losses.mean()
-            dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
-            dsm = dsm.mean()
+            dsm = dsm_losses.mean()
             gan = -critic(x_est).mean() if adversarial else None
-            lambda_dsm, lambda_gan = add_gradients(net, loss, dsm, gan, disc_weight, share)
-            totals.add(share, loss=loss, loss_dsm=dsm, lambda_dsm=lambda_dsm)
+            weights = add_gradients(net, loss, dsm, gan, disc_weight, share)
+            totals.add(share, loss=loss, loss_dsm=dsm, lambda_dsm=weights[0])
             if adversarial:
-                totals.add(share, loss_gan=gan, lambda_gan=lambda_gan)
+                totals.add(share, loss_gan=gan, lambda_gan=weights[1])
             totals.bin(times[i], losses)
         stopping = common.sum_over_ranks(run, stop, player_gradients, totals)
         grad_norm = torch.linalg.vector_norm(player_gradients).item()
@@ -667,18 +624,16 @@ def use_checkpoint(args, run):
     if args.steps:
         levels = step_levels(args.steps)
     if args.gamma is not None and len(levels) == 1:
-        raise UserError("--gamma says what happens between jumps: name several with --steps or "
+        raise UserError("--gamma says what happens between jumps: name several, by --steps or "
                         "--sigmas")
     net, trained = common.sampling_net(args, run, ("ctm",))
     if not net.cond:
-        raise UserError(f"{args.ckpt} holds no CTM: its network has no input s. cd.py takes "
-                        "consistency models and teachers")
+        raise UserError(f"{args.ckpt} holds no CTM: its network has no input s; cd.py takes it")
 
     def consistency_function(y):
         def f(x, t):
             t_min = torch.full_like(t, T_MIN)
-            x0 = G(net, x, t, t_min, y)
-            return x0.clamp(-1, 1)
+            return G(net, x, t, t_min, y).clamp(-1, 1)
         return f
 
     if args.edit:
@@ -705,15 +660,15 @@ if __name__ == "__main__":
 # Where this differs from the paper and from the official code
 #   inner target      the net, without gradient; outer jumps by the average: code, the paper is open
 #   order of draws    t, then u, then s at or below u: code. The paper draws s before u
-#   critic's loss     hinge on x_est(x_t, t, s), a switch at --disc-start: code. The paper has the
-#                     logistic form, s = 0 and a warm-up
-#   critic's copies   one critic, gradients summed, projections seeded and saved, spectral norms
-#                     renewed once a step. The code has one a GPU, and new projections when resumed
+#   critic's loss     hinge on x_est(x_t, t, s) from --disc-start on: code. The paper's is logistic,
+#                     with s = 0 and a warm-up
+#   critic's copies   one, projections saved, spectral norms renewed once a step. The code: one a
+#                     GPU, new projections when resumed
 #   gamma-sampling    sqrt(1 - gamma^2) (t - t_min) + t_min: code; the noise restores t exactly
 #   from scratch      one jump of the average for the solver: code. The paper: --solver heun
 #   adaptive weights  by the last residual block: code on ImageNet; CIFAR-10: its output convolution
 #   learning rate     ImageNet-64 8e-6: the paper; the published command without critic has 4e-4
 #   accumulation      micro-batches are averaged; the code sums them
 #   dropout           another mask in each call, the average drops out too: code
-#   critic's images   shrunk to 224 pixels too if they have 256 or more: DeiT takes no others
+#   critic's images   shrunk to 224 pixels too: DeiT takes no others
 #   critic's logits   batch statistics of a micro-batch: code, but without its unused running ones

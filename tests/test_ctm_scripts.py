@@ -22,24 +22,24 @@ from test_scripts import assert_same, records
 from util import ROOT, SMALL, assert_mistake, fill, last, run_script, torchrun
 
 MACHINE = ["--device", "cpu", "--precision", "fp32"]
-NET = SMALL[:SMALL.index("--precision")]
+NET = "--net glyphs base=32 mult=1,1 blocks=1 image_size=8".split()
 PLAIN = [*MACHINE, *"--batch-size 12 --micro-batch 4 --log-every 1 --sample-every 0 "
          "--save-every 0 --flip --lr 0.03 --mu 0.9 --ema-decay 0.8".split()]
 BOTH = [*PLAIN, *NET, *"--teacher-steps 4 --total-steps 2".split()]
 GAME = [*PLAIN, *"--teacher teacher.pt --total-steps 8 --lr 0.2 --dropout 0.3 --dist l2 "
         "--disc conv --disc-start 2 --disc-weight 0.7 --disc-lr 0.05".split()]
 CRITICS = [4, 6, 8]  # whose steps these are, counted from 1
-VARIANTS = {  # three steps each
+VARIANTS = {  # two steps each
     "published": ["--teacher", "teacher.pt", "--lr", 0],
-    "zero": ["--teacher", "teacher.pt", "--lr", 0, "--s-init", "zero", "--sample-every", 3],
+    "zero": ["--teacher", "teacher.pt", "--lr", 0, "--s-init", "zero", "--sample-every", 2],
     "local": ["--teacher", "teacher.pt", "--matching", "local"],
     "global": "--teacher teacher.pt --matching global --disc conv --disc-start 0".split(),
     "many steps": "--teacher teacher.pt --N 9 --max-steps 8 --dist l1 --s-init zero".split(),
     "scratch": [*NET, "--teacher", "none", "--no-class-cond", "--lr", 0.1],
     "scratch with Heun": [*NET, "--teacher", "none", "--solver", "heun", "--lr", 0.1],
 }
-IDEAL = [*MACHINE, *"--teacher ideal --dataset four.npz --no-flip --batch-size 12 "
-         "--total-steps 160 --lr 4e-3 --ema-decay 0.95 --log-every 50 --sample-every 0 "
+IDEAL = [*MACHINE, *"--teacher ideal --dataset four.npz --no-flip --batch-size 16 "
+         "--total-steps 200 --lr 4e-3 --ema-decay 0.97 --log-every 50 --sample-every 0 "
          "--out-dir ideal --net glyphs base=32 mult=1 blocks=1 image_size=8".split()]
 
 STOPS = {"teacher/teacher": 2, "generator": 2, "critic": 3}  # the step after which they stop
@@ -56,7 +56,7 @@ def save_and_keep(path, state):
         save_checkpoint(path.with_name(f"{{state['step']}}.pt"), state)
 common.Log.write, common.save_checkpoint = write_and_stop, save_and_keep
 """
-glyphs = functools.cache(lambda: common.load_dataset("glyphs", None, 16))
+glyphs = functools.cache(lambda: common.load_dataset("glyphs", None, 8))
 
 
 def noise_of(images, seed):
@@ -97,9 +97,9 @@ def trained(tmp_path_factory):
         for part in ("stopped", "resumed"):
             commands[where, part] = [*flags, "--out-dir", where]
     for name, flags in VARIANTS.items():
-        commands[name] = [*PLAIN, "--total-steps", 3, *flags, "--out-dir", name]
+        commands[name] = [*PLAIN, "--total-steps", 2, *flags, "--out-dir", name]
     for teacher in ("moved.pt", "changed.pt"):
-        commands[teacher] = [*PLAIN, *"--total-steps 3 --matching local --out-dir local".split(),
+        commands[teacher] = [*PLAIN, *"--total-steps 2 --matching local --out-dir local".split(),
                              "--teacher", teacher]
     return folder, run_each(folder, commands, WATCH)
 
@@ -121,12 +121,11 @@ def ended(done, name, code=0):
 def test_one_command_leaves_a_teacher_and_a_student(trained):
     folder = ended(trained, "both") / "both"
     teacher, student = last(folder / "teacher"), last(folder)
-    assert (teacher["script"], teacher["step"], teacher["args"]["stage"]) == ("cd", 4, "teacher")
-    recipe = [teacher["args"][key] for key in ("batch_size", "micro_batch", "lr")]
-    assert recipe == [32, 4, 2e-3]
-    for key, value in dict(script="ctm", step=2, images=24, skipped=0).items():
-        assert student[key] == value
     args = student["args"]
+    assert teacher.items() >= dict(script="cd", step=4).items()
+    assert teacher["args"].items() >= dict(
+        stage="teacher", batch_size=32, micro_batch=4, lr=2e-3).items()
+    assert [student[key] for key in ("script", "step", "images", "skipped")] == ["ctm", 2, 24, 0]
     assert args["teacher"] == "both/teacher/last.pt"
     assert not args.keys() & {"net", "class_cond"} and args.get("teacher_steps") is None
     digest = hashlib.sha256((folder / "teacher" / "last.pt").read_bytes()).hexdigest()
@@ -134,7 +133,7 @@ def test_one_command_leaves_a_teacher_and_a_student(trained):
     assert {**student["model_args"], "null": False} == teacher["model_args"] | dict(cond=True)
     for part in (folder, folder / "teacher"):
         assert_same(torch.load(part / "ema.pt", weights_only=True), last(part)["ema"])
-        assert Image.open(part / "samples" / f"{last(part)['step']:06d}.png").height == 3 * 128
+        assert Image.open(part / "samples" / f"{last(part)['step']:06d}.png").height == 6 * 64
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -195,7 +194,7 @@ def by_hand(args, model_args, origin):
     optimizers = dict(optimizer=torch.optim.RAdam(net.parameters(), args.lr))
     if args.disc == "conv":
         common.seed_everything(common.INIT, args.seed, 1)
-        critic, disc_start = ctm.ConvCritic(16).eval(), args.disc_start
+        critic, disc_start = ctm.ConvCritic(8).eval(), args.disc_start
         optimizers["critic_optimizer"] = torch.optim.RAdam(
             critic.parameters(), args.disc_lr, betas=(0.5, 0.9))
     last_layer = net.get_parameter(
@@ -338,7 +337,7 @@ def test_variants_by_hand(trained, name):
     assert_by_hand(folder, {last(folder)["step"]: last(folder)}, teacher)
     assert last(folder)["model_args"]["classes"] == (0 if name == "scratch" else 10)
     losses = {record["loss"] for record in records(folder)}
-    assert len(losses) == 2 + (name != "global")  # whose second step is the critic's
+    assert len(losses) == 1 + (name != "global")  # whose second step is the critic's
 
 
 @pytest.mark.parametrize("name", ["published", "zero"])
@@ -356,26 +355,26 @@ def test_the_student_begins_as_its_recipe_says(trained, name):
 @torch.no_grad()
 def test_begun_at_zero_it_jumps_as_its_teachers_euler_steps(trained):
     """In one step, two and four: the grids of samples, side by side."""
-    path = ended(trained, "zero") / "zero" / "samples" / "000003.png"
-    picture = np.asarray(Image.open(path))[::3, ::3].astype(int)
-    assert picture.shape == (128, 3 * 160 + 2 * 4, 3)
+    path = ended(trained, "zero") / "zero" / "samples" / "000002.png"
+    picture = np.asarray(Image.open(path))[::6, ::6].astype(int)
+    assert picture.shape == (64, 3 * 80 + 2 * 4, 3)
     D = common.net_denoiser(common.load_network(trained[0] / "teacher.pt", ("cd",))[0])
     grids = [80], [80, 2.51522], [80, 17.5278, 2.51522, 0.169753]  # CTM's
     for block, levels in enumerate(grids):
-        x = 80 * noise_of(80, 0)(torch.zeros(80, 3, 16, 16))
+        x = 80 * noise_of(80, 0)(torch.zeros(80, 3, 8, 8))
         for t, s in zip(levels, [*levels[1:], 0.002]):
             denoised = D(x, torch.full((80,), float(t)), torch.arange(80) % 10)
             x = x + (s - t) / t * (x - denoised)
-        wanted = common.to_uint8(x.clamp(-1, 1)).reshape(8, 10, 16, 16, 3)
-        wanted = wanted.permute(0, 2, 1, 3, 4).reshape(128, 160, 3).numpy().astype(int)
-        found = picture[:, 164 * block:164 * block + 160]
+        wanted = common.to_uint8(x.clamp(-1, 1)).reshape(8, 10, 8, 8, 3)
+        wanted = wanted.permute(0, 2, 1, 3, 4).reshape(64, 80, 3).numpy().astype(int)
+        found = picture[:, 84 * block:84 * block + 80]
         assert np.abs(found - wanted).max() <= 1 and wanted.std() > 20
 
 
 def test_a_changed_teacher_is_noticed(trained):
     """And the same one elsewhere is no other."""
     ended(trained, "moved.pt")
-    assert "resumed at step 3" in trained[1]["moved.pt"].stdout
+    assert "resumed at step 2" in trained[1]["moved.pt"].stdout
     ended(trained, "changed.pt", 2)
     assert "--teacher-digest" in trained[1]["changed.pt"].stderr.splitlines()[-1]
 
@@ -393,8 +392,8 @@ def test_ideal_teacher_on_a_handful_of_images(trained):
     led_to = (solved[:, None] - data).abs().mean((2, 3, 4)).argmin(1)
     difference = data[2 * y] - data[2 * y + 1]
     clear = (difference * x_T / 80).sum((1, 2, 3)).abs() > 6  # far from the border between the two
-    assert clear.sum() > 40 and nearest.median() < 0.3 and len(set(which.tolist())) == 4
-    assert (which // 2 == y).float().mean() > 0.85
+    assert clear.sum() > 40 and nearest.median() < 0.2 and len(set(which.tolist())) == 4
+    assert (which // 2 == y).float().mean() > 0.95
     assert (which == led_to)[clear].float().mean() > 0.85
 
 
@@ -474,7 +473,7 @@ PICTURES = {
 def drawn(tmp_path_factory):
     """All that is sampled."""
     folder = tmp_path_factory.mktemp("drawn")
-    save_net(folder / "ctm.pt")
+    save_net(folder / "ctm.pt", net=SMALL[1:5])
     save_net(folder / "glyphs.pt", net=["glyphs"], plain=True)
     grey = common.glyphs(2, 0)[0] // 2 + 64  # far from black and white, where bytes are cut off
     for name, image in zip("ab", grey):
@@ -564,8 +563,7 @@ def test_edits_keep_what_is_known(drawn):
     assert change[:, ~hole].max() <= 1 and change[:, hole].max() > 50
     assert np.abs(found[0] - found[1])[hole].max() > 5  # several ways to fill it
 
-    def patches(x):
-        return x.reshape(len(x), 4, 4, 4, 4, 3).mean((2, 4))
+    patches = lambda x: x.reshape(len(x), 4, 4, 4, 4, 3).mean((2, 4))
     found, whole = images(drawn, "superres"), np.stack([a, a, b, b])
     uncut = patches((found > 0) & (found < 255)) == 1  # nothing cut off at black or white
     difference = patches(found - whole)
@@ -718,7 +716,7 @@ def test_the_teacher_is_cds(trained):
     folder = ended(trained, "both")
     run_script("--ckpt", "both/teacher/last.pt", *MACHINE, "--sample", 2, "--N", 3, "--save",
                "two.npz", script="cd.py", cwd=folder, code=0)
-    assert np.load(folder / "two.npz")["arr_0"].shape == (2, 16, 16, 3)
+    assert np.load(folder / "two.npz")["arr_0"].shape == (2, 8, 8, 3)
 
 
 def test_help(tmp_path):
