@@ -10,14 +10,18 @@ import argparse
 import copy
 import functools
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -234,7 +238,7 @@ def search(args):
         raise common.UserError(f"{args.ckpt} holds a teacher, which draws on the grid of --N")
     if args.w > trained["args"].get("w_max", 0.0):
         raise common.UserError(f"--w {args.w}: {args.ckpt} was not trained for it")
-    name, data_dir = common.dataset_of(args, trained)
+    name, data_dir = evaluate.dataset_of(args, trained)
     with common.main_process_first(run):
         dataset = common.load_dataset(name, data_dir, net.image_size)
         distance = feature_distance(dataset, run.device)
@@ -259,6 +263,31 @@ def search(args):
 
 def as_flag(sigmas):
     return "--sigmas " + " ".join(f"{t:.6g}" for t in sigmas)
+
+
+# ---- tensorboard
+
+def show_in_tensorboard(args):
+    """Write a run's log.jsonl and samples/*.png into its tensorboard/, anew each time."""
+    common.import_optional("tensorboard", "TensorBoard's files need the package tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+    folder = Path(args.dir)
+    with common.explain(f"{folder} holds no run"):
+        records = [json.loads(line) for line in open(folder / "log.jsonl")]
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    with SummaryWriter(folder / "tensorboard") as events:
+        for record in records:
+            step = record.pop("step")
+            for key, value in record.items():
+                parts = value if isinstance(value, list) else [value]
+                for i, part in enumerate(parts):
+                    if part is not None:
+                        tag = f"{key}/{i}" if isinstance(value, list) else key
+                        events.add_scalar(tag, part, step)
+        for path in sorted(folder.glob("samples/*.png")):
+            picture = np.asarray(Image.open(path))
+            events.add_image("samples", picture, int(path.stem[:6]), dataformats="HWC")
+    print(f"{len(records)} lines of {folder}/log.jsonl: tensorboard --logdir {folder}")
 
 
 # ---- guided
@@ -514,6 +543,9 @@ def make_parser():
     add_quality(commands)
     add_search(commands)
     add_guided(commands)
+    command = commands.add_parser("tensorboard", help="a run's log and pictures for TensorBoard")
+    command.add_argument("dir", help="the run's --out-dir")
+    command.set_defaults(run=show_in_tensorboard)
     command = commands.add_parser("speed", help="how fast the steps are, in all variants")
     command.add_argument("--step", nargs="+", choices=PASSES, default=list(PASSES))
     nets = ["glyphs", "cifar-small"] + ["imagenet64"] * torch.cuda.is_available()

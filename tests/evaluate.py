@@ -249,13 +249,26 @@ def holds_images(path):
     return any(f"{key}.npy" in names for key in common.IMAGE_KEYS)
 
 
+def dataset_of(args, trained):
+    """`--dataset` and `--data-dir`, by default those the checkpoint was trained on."""
+    settings = trained.get("args", {})
+    name = args.dataset or settings.get("dataset")
+    if name is None:
+        raise UserError(f"{args.ckpt} does not say what it was trained on; name --dataset")
+    if args.data_dir and name not in common.NAMED:
+        raise UserError("--data-dir says where a named data set lies; give a path of your own as "
+                        "--dataset")
+    same = name == settings.get("dataset")
+    return name, args.data_dir or (settings.get("data_dir") if same else None)
+
+
 def reference_features(args, run, inception, size, trained):
     """What `--dataset` is compared by: statistics, if it is an .npz of them; images, if it has any.
 
     Returns: as `data_features`, of REFERENCE_IMAGES images drawn at random; features are None where
              there are statistics alone. Beside it name, and `holds`, what it is in words.
     """
-    name, data_dir = common.dataset_of(args, trained)
+    name, data_dir = dataset_of(args, trained)
     statistics = load_statistics(Path(name), inception.widths[0])
     if statistics and not holds_images(name):
         reference = types.SimpleNamespace(features=None)

@@ -176,7 +176,7 @@ def budgets(K, teacher_steps, A):
 def merged(module, flags):
     """The settings that these flags make for a script and that apply, as `common.parse_flags`."""
     parser = module.make_parser()
-    settings = parser.defaults | common.SHARED_DEFAULTS | module.recipe(flags) | flags
+    settings = parser.defaults | module.recipe(flags) | flags
     return {key: value for key, value in settings.items() if not parser.why_not(key, settings)}
 
 

@@ -22,7 +22,7 @@ STOP = types.SimpleNamespace(number=0)
 
 def settings(folder, **changes):
     return argparse.Namespace(**dict(
-        out_dir=str(folder), overwrite=False, tensorboard=False, total_steps=20, batch_size=8,
+        out_dir=str(folder), overwrite=False, total_steps=20, batch_size=8,
         micro_batch=4, log_every=1, lr=0.1, seed=3, p_t=[-1.1, 2.0], dist="l2") | changes)
 
 
@@ -62,7 +62,7 @@ def test_ranks_sum_gradients_and_totals_and_stop_together(monkeypatch, stopped):
         gradients, totals = torch.full((3,), 1.0 + r), common.Totals(RUN, "loss", "kl")
         fill_totals(totals, torch.tensor([0.5, 5.0]), torch.tensor([1.0, 2.0]) + r)
         ranks.append((gradients, totals))
-        sums.append([gradients.clone(), totals.numbers.clone()])
+        sums.append([gradients.clone(), totals.buffer.clone()])
     sums[1][1][-1] = float(stopped)  # the other rank got a signal
     calls = iter(sums[1])
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(next(calls)))
@@ -95,7 +95,8 @@ def test_micro_batches_are_shared_out_in_turn():
     args = settings("x", batch_size=10, micro_batch=2)
     assert [list(common.micro_batches(args, rank(r, 2))) for r in range(2)] == [[0, 2, 4], [1, 3]]
     assert [step for step in range(7) if common.due(3, step)] == [0, 3, 6]
-    assert not any(common.due(0, step) for step in range(7))
+    assert [step for step in range(7) if common.due(3, step, step == 5)] == [0, 3, 5, 6]
+    assert not any(common.due(0, step, last) for step in range(7) for last in (False, True))
 
 
 # ---- resuming and saving
@@ -178,9 +179,9 @@ def test_no_run_half_a_run_and_overwrite(saved, tmp_path):
     folder, parts = saved
     assert common.resume(settings(tmp_path), RUN, "ct", MODEL_ARGS, parts) == (0, 0)
     (tmp_path / "ema.pt").write_bytes(b"")
-    with pytest.raises(common.UserError, match="holds an ema.pt without its last.pt"):
+    with pytest.raises(common.UserError, match="holds an ema.pt without last.pt"):
         common.resume(settings(tmp_path), RUN, "ct", MODEL_ARGS, parts)
-    for path in ("last.pt", "samples/1.png", "tensorboard/events.1", "samples/mine.txt"):
+    for path in ("last.pt", "samples/1.png", "samples/mine.txt"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes((folder / "last.pt").read_bytes())
     args = settings(tmp_path, overwrite=True)
@@ -285,7 +286,7 @@ def test_more_processes_than_micro_batches_are_noted(tmp_path, capsys):
     common.start_run(settings(tmp_path), rank(0, 3), torch.nn.Linear(2, 2), 4, 0).close()
     out = capsys.readouterr().out
     assert "note: 3 processes share 2 micro-batches" in out and "resumed at step 4" in out
-    assert "p_t=-1.1,2.0" in out and "tensorboard=false" in out
+    assert "p_t=-1.1,2.0" in out and "overwrite=false" in out
 
 
 # ---- seeds and samples

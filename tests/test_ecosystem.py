@@ -1,5 +1,4 @@
 """What others read and call: diffusers, TensorBoard, ADM's evaluator, a user's own code."""
-import argparse
 import ast
 import importlib.util
 import inspect
@@ -221,129 +220,15 @@ def assert_shown(out_dir, grids):
 
 
 @needs_tensorboard
-def test_a_killed_run_goes_on_in_tensorboard(tmp_path, monkeypatch):
-    """Events are in the file at once; resumed from step 4, what came after is shown no more."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
-    write_record = RecordWriter.write  # by a thread of its own, which is late here
-
-    def late(self, data):
-        time.sleep(0.02)
-        write_record(self, data)
-    monkeypatch.setattr(RecordWriter, "write", late)
-    (tmp_path / "samples").mkdir()
-    rng = np.random.default_rng(0)
-    args = argparse.Namespace(out_dir=tmp_path, tensorboard=True, total_steps=9, batch_size=4,
-                              log_every=1, lr=1e-3)
-    run = types.SimpleNamespace(main=True, device=torch.device("cpu"))
-
-    def write(log, step):
-        grad_norm = math.inf if step == 2 else 1.5  # what is not finite is left out
-        log.step(step, True, False, loss=rng.random(), loss_bins=[rng.random(), math.nan],
-                 grad_norm=grad_norm, mu=None)
-        if step % 2:
-            images = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-            log.grid(step, [images] * 2, 2, "_x" * (step == 3))
-    grids = {1: "000001.png", 3: "000003_x.png", 5: "000005.png"}
-    log = common.Log(args, run, 0, 0)
-    for step in range(1, 7):
-        write(log, step)
-        assert_shown(tmp_path, {k: name for k, name in grids.items() if k <= step})
-    log.close()
-    log = common.Log(args, run, 4, 0)
-    write(log, 5)
-    assert_shown(tmp_path, grids)
-    log.close()
-
-
-PLAIN = [*SMALL, "--dataset", "few.npz", "--batch-size", 4, "--micro-batch", 2, "--log-every", 1,
-         "--out-dir", "run"]
-SAY_CLOSED = """
-from torch.utils.tensorboard import SummaryWriter
-close = SummaryWriter.close
-def say_closed(self):
-    close(self)
-    print("events closed")
-monkeypatch.setattr(SummaryWriter, "close", say_closed)
-"""
-
-
-@needs_tensorboard
-def test_tensorboard_of_ct(few):
-    """Two processes; then the same without the flag, which is free to change; then anew."""
-    folder = few / "run" / "tensorboard"
-    run_script(*PLAIN, "--total-steps", 3, "--sample-every", 2, "--tensorboard",
-               launcher=torchrun(2), cwd=few, code=0)
-    assert_shown(few / "run", {2: "000002.png", 3: "000003.png"})
-    assert len(list(folder.iterdir())) == 1  # rank 0 alone writes
-    run_script(*PLAIN, "--total-steps", 3, cwd=few, code=0)
-    done = run_script(*PLAIN, "--total-steps", 1, "--overwrite", "--tensorboard", cwd=few, code=0,
-                      prelude=SAY_CLOSED)
-    assert done.stdout.splitlines()[-1] == "events closed" and len(list(folder.iterdir())) == 1
-    assert_shown(few / "run", {1: "000001.png"})
-
-
-@needs_tensorboard
-@pytest.mark.parametrize("script, flags, folders", [
-    ("cd.py", "--teacher-steps 1 --total-steps 2 --N 3",
-     {"teacher": {1: "000001.png"}, ".": {2: "000002.png"}}),
-    ("ctm.py", "--teacher none --total-steps 2", {".": {2: "000002.png"}}),
-    ("guided_distill.py", "--teacher ideal --w-max 0 --start-N 2 --stage1-steps 1 --round-steps 1 "
-     "--last-steps 1", {".": {1: "000001_stage1.png", 2: "000002_N0001.png"}})])
-def test_every_script_writes_for_tensorboard(few, script, flags, folders):
-    run_script(*PLAIN, "--micro-batch", 4, *flags.split(), "--tensorboard", script=script,
-               cwd=few, code=0)
-    for folder, grids in folders.items():
-        assert_shown(few / "run" / folder, grids)
-
-
-def test_tensorboard_is_missing(tmp_path):
-    done = run_script("--tensorboard", "--out-dir", "run", cwd=tmp_path, code=2,
-                      prelude="sys.modules['tensorboard'] = None")
-    line, = done.stderr.splitlines()
-    assert line.startswith("ct.py: error: --tensorboard needs") and "pip install" in line
-    assert not (tmp_path / "run").exists()
-
-
-# ---- a user's own code
-
-def test_the_readme_shows_the_loss_as_it_stands():
-    assert inspect.getsource(ct.loss_fn) in (ROOT / "README.md").read_text()
-
-
-def test_the_readmes_own_code_runs(tmp_path, monkeypatch):
-    """As it stands: it trains a step of a network of its own, and draws with it."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("\n## Use it in your own code\n")[1].split("\n## ")[0]
-    fenced = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    lines = fenced[1].splitlines() if fenced else [
-        line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
-    assert sum(bool(line) for line in lines) == 10
-    (tmp_path / "own.py").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    names = runpy.run_path("own.py")
-    net, x0, loss, images = (names[name] for name in ("net", "x0", "loss", "images"))
-    assert isinstance(net, torch.nn.Module) and not isinstance(net, common.UNet)
-    assert loss.shape == (len(x0),) and (loss > 0).all()
-    for p in net.parameters():
-        assert p.grad.abs().sum() > 0 and names["optimizer"].state[p]["step"] == 1
-    assert images.shape[1:] == x0.shape[1:] and images.abs().max() <= 1 and images.std() > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["own.py"]
-
-
-def test_importing_the_scripts_changes_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", f"""
-import os, random, signal, sys, warnings
-import numpy as np, torch, torch.distributed
-sys.path.insert(0, {str(ROOT)!r})
-def state():
-    backend, numbers = torch.backends.cudnn, (signal.SIGINT, signal.SIGTERM)
-    return (sys.excepthook, [signal.getsignal(n) for n in numbers], sys.argv[:], dict(os.environ),
-            os.listdir(), random.getstate(), np.random.get_state()[1].tolist(),
-            torch.get_rng_state().tolist(), torch.initial_seed(), torch.get_num_threads(),
-            torch.get_default_dtype(), torch.is_grad_enabled(), backend.benchmark,
-            backend.allow_tf32, torch.distributed.is_initialized(), warnings.filters[:])
-before = state()
-import ct, cd, ctm, guided_distill
-assert state() == before
-"""], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_a_run_in_tensorboard(few):
+    """Twice: what was written before is not shown again. The flag of before says where it went."""
+    flags = [*SMALL, "--dataset", "few.npz", "--batch-size", 4, "--log-every", 1, "--sample-every",
+             2, "--total-steps", 3, "--out-dir", "run"]
+    done = run_script("--tensorboard", cwd=few, code=2)
+    assert "did you mean python tests/bench.py tensorboard" in done.stderr
+    run_script(*flags, cwd=few, code=0)
+    for _ in range(2):
+        run_script("tensorboard", "run", script="tests/bench.py", cwd=few, code=0)
+        assert_shown(few / "run", {2: "000002.png", 3: "000003.png"})
+    done = run_script("tensorboard", "none", script="tests/bench.py", cwd=few, code=2)
+    assert done.stderr == "bench.py: error: none holds no run: No such file or directory\n"

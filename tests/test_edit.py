@@ -21,8 +21,8 @@ CPU = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu
                             dtype=torch.float32)
 HOLE = torch.zeros(1, 1, 16, 16)
 HOLE[..., 4:12, 4:12] = 1
-KNOWN = {"inpaint": lambda x: (1 - HOLE) * x, "colorize": common.luminance,
-         "superres": lambda x: common.patch_means(x, 4)}
+KNOWN = {"inpaint": lambda x: (1 - HOLE) * x, "colorize": cd.luminance,
+         "superres": lambda x: cd.patch_means(x, 4)}
 
 
 # ---- CM Alg. 4
@@ -32,7 +32,7 @@ def statistics(x):
 
 
 @pytest.mark.parametrize("name, known", [
-    ("colorization", common.luminance), ("superres", lambda x: common.patch_means(x, 8))])
+    ("colorization", cd.luminance), ("superres", lambda x: cd.patch_means(x, 8))])
 def test_vectors(name, known):
     """The reference is given its first noisy input; ours makes it of the image and unit noise."""
     y, later, seen = img(SHAPE, 0.7, 0.8), numbered_noise(), []
@@ -43,7 +43,7 @@ def test_vectors(name, known):
         seen.append(t.tolist())
         return toy_c(x, t).clamp(-1, 1)
     taus = common.karras_times(40).flip(0)[[0, 10, 22]].tolist()
-    x = common.edit(f, y, known, taus, lambda x: next(draws))
+    x = cd.edit(f, y, known, taus, lambda x: next(draws))
     for actual, key in ((x, "out"), (known(y), "reference")):
         wanted = VECTORS["editing"][f"{name}_{key}"]
         wanted = [wanted["mean"], wanted["abs_mean"], wanted["std"], *wanted["first8"]]
@@ -63,7 +63,7 @@ def transform(task):
     """A, its inverse and the mask Omega, 1 where the model draws, as the paper writes them."""
     if task == "inpaint":
         return (lambda x: x), (lambda x: x), HOLE.double()
-    Q = orthogonal(common.LUMINANCE if task == "colorize" else np.ones(16))
+    Q = orthogonal(cd.LUMINANCE if task == "colorize" else np.ones(16))
     omega = torch.ones(len(Q), dtype=torch.float64)
     omega[0] = 0
     if task == "colorize":
@@ -95,7 +95,7 @@ def test_a_projection_does_what_the_papers_linear_map_and_mask_do(task):
     A, A_inverse, _ = transform(task)
     close(A_inverse(A(y)), y, 0, 1e-12)
     taus = [80.0, 7.0, 0.4, 0.02]
-    ours = common.edit(toy_c, y, KNOWN[task], taus, numbered_noise())
+    ours = cd.edit(toy_c, y, KNOWN[task], taus, numbered_noise())
     close(ours, edit_by_the_paper(toy_c, y, task, taus, numbered_noise()), 0, 1e-12)
     assert (ours - y).abs().max() > 0.1
 
@@ -112,7 +112,7 @@ def test_what_is_known_holds_after_every_step(task):
     def noise(x):
         noised.append(x)
         return source(x)
-    x = common.edit(wild, y, known, common.GRID, noise)
+    x = cd.edit(wild, y, known, cd.GRID, noise)
     steps = [*noised[1:], x]  # noise is added to what the step before left
     assert len(drawn) == len(steps) == 39
     for x, f_x in zip(steps, drawn):
@@ -127,7 +127,7 @@ def test_projections_are_orthogonal(factor):
     """In float32, where 1 / 41 is rounded so that an interpolation by 41 puts the first pixel of a
     patch into the patch before. Without a factor: luminance."""
     def project(x):
-        return common.patch_means(x, factor) if factor else common.luminance(x)
+        return cd.patch_means(x, factor) if factor else cd.luminance(x)
     size = 2 * factor if factor else 16
     x, z = gauss((1, 3, size, size), 1), gauss((1, 3, size, size), 2)
     close(project(project(x)), project(x), 0, 1e-6)
@@ -137,9 +137,9 @@ def test_projections_are_orthogonal(factor):
 
 def test_projections_keep_what_they_are_named_after():
     x = img(SHAPE)
-    weights = torch.tensor(common.LUMINANCE).view(1, 3, 1, 1)
-    close((weights * common.luminance(x)).sum(1), (weights * x).sum(1), 0, 1e-6)
-    means = common.patch_means(x, 4)
+    weights = torch.tensor(cd.LUMINANCE).view(1, 3, 1, 1)
+    close((weights * cd.luminance(x)).sum(1), (weights * x).sum(1), 0, 1e-6)
+    means = cd.patch_means(x, 4)
     close(F.avg_pool2d(means, 4), F.avg_pool2d(x, 4), 0, 1e-6)
     close(means[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), means)
 
@@ -148,11 +148,11 @@ def test_levels_are_the_papers():
     """All of N = 40 but t_min, where f(x, t) = x; strokes at its indices 16 and 20; EDM's 18 levels
     for denoising."""
     times = common.karras_times(40).flip(0)
-    close(common.GRID, times[:39])
-    assert all(common.TASKS[task] is common.GRID for task in KNOWN)
-    close(common.TASKS["stroke"], times[[16, 20]], 0, 5e-3)
-    close(common.TASKS["denoise"], common.karras_times(18)[5:6])
-    assert common.TASKS["interpolate"] == [80]
+    close(cd.GRID, times[:39])
+    assert all(cd.TASKS[task] is cd.GRID for task in KNOWN)
+    close(cd.TASKS["stroke"], times[[16, 20]], 0, 5e-3)
+    close(cd.TASKS["denoise"], common.karras_times(18)[5:6])
+    assert cd.TASKS["interpolate"] == [80]
 
 
 # ---- with the exact consistency function of a few images the answers are known
@@ -216,10 +216,10 @@ def desk(tmp_path, monkeypatch):
 
 
 def edit(net, task, save="out.npz", **flags):
-    """common.edit_images as the command line calls it. Returns results (rows, each, H, W, 3)."""
+    """cd.edit_images as the command line calls it. Returns results (rows, each, H, W, 3)."""
     settings = cd.make_parser().defaults | common.SAMPLING_DEFAULTS | dict(edit=task, save=save)
     args = argparse.Namespace(**settings | dict(ckpt="it") | flags)
-    common.edit_images(args, CPU, net, lambda y: cd.consistency_function(net, y, args.w))
+    cd.edit_images(args, CPU, net, lambda y: cd.consistency_function(net, y, args.w))
     if save.endswith(".npz"):
         images = np.load(save)["arr_0"]
         return images.reshape(len(flags.get("image", range(4))), -1, *images.shape[1:])
@@ -241,7 +241,7 @@ def test_edits_of_images_of_the_set_return_them(desk, task):
     net, known = exact(), KNOWN[task]
     flags = dict(factor=4) if task == "superres" else {}
     assert_found(edit(net, task, image=FILES, sample=2, **flags), toys())
-    close([t[0] for _, t in net.seen], common.GRID, 1e-5)
+    close([t[0] for _, t in net.seen], cd.GRID, 1e-5)
     y = known(as_x(toys())).repeat_interleave(2, 0)
     close((net.seen[0][0] - y).std(), 80, 0.03)
     shares = [(known(x) - y).std().item() ** 2 / t[0].item() ** 2 for x, t in net.seen[1:-5]]
@@ -403,7 +403,7 @@ def test_slerp():
     z2 = torch.stack([other[0], 0.9 * z1[1] + 0.1 * other[1], -0.8 * z1[2] + 0.2 * other[2]])
     length = z1.flatten(1).norm(dim=1)
     z2 = z2 * common.bcast(length / z2.flatten(1).norm(dim=1), z2)
-    frames = torch.stack([common.slerp(z1, z2, torch.full((3,), a / 8)) for a in range(9)])
+    frames = torch.stack([cd.slerp(z1, z2, torch.full((3,), a / 8)) for a in range(9)])
     close(frames[[0, 8]], torch.stack([z1, z2]), 0, 1e-5)
     flat = frames.flatten(2)
     close(flat.norm(dim=2), length.expand(9, 3), 1e-4)
@@ -411,7 +411,7 @@ def test_slerp():
     psi = F.cosine_similarity(z1.flatten(1), z2.flatten(1)).arccos()
     close(steps, (psi / 8).expand(8, 3), 1e-2)
     assert psi[1] < 0.5 < 1 < psi[0] < 2 < psi[2]
-    mixed = common.slerp(z1, z2, torch.tensor([0.0, 0.5, 1.0]))
+    mixed = cd.slerp(z1, z2, torch.tensor([0.0, 0.5, 1.0]))
     close(mixed, torch.stack([frames[0, 0], frames[4, 1], frames[8, 2]]), 0, 1e-5)
 
 
@@ -512,7 +512,7 @@ def edited(folder):
 def test_command_line(folder, edited, name):
     words, columns, rows = EDITS[name]
     task = words.split()[0]
-    calls = len(common.TASKS[task])
+    calls = len(cd.TASKS[task])
     if "--sigmas" in words:
         calls = len(words.split("--sigmas ")[1].split())
     for kind in ("png", "npz"):
@@ -547,7 +547,7 @@ def test_known_parts_hold_to_rounding(folder, edited, name, known, rounding):
     if isinstance(known, int):
         difference, whole = patches(off, known), patches(whole, known) == 1
     elif known is None:
-        weights = np.array(common.LUMINANCE) / np.linalg.norm(common.LUMINANCE)
+        weights = np.array(cd.LUMINANCE) / np.linalg.norm(cd.LUMINANCE)
         difference = np.einsum("c,nchw->nhw", weights, off)[:, None]
     else:
         difference, whole = known * off, np.ones_like(whole)

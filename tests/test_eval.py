@@ -429,7 +429,7 @@ def test_the_hash_tells_references_apart(evaluation):
 def test_the_reference_is_the_training_data_unless_named(dataset, data_dir, wanted):
     trained = dict(args=dict(dataset="imagenet64", data_dir="there"))
     args = types.SimpleNamespace(dataset=dataset, data_dir=data_dir, ckpt="x.pt")
-    assert common.dataset_of(args, trained) == wanted
+    assert evaluate.dataset_of(args, trained) == wanted
 
 
 DRIVER = f"""
