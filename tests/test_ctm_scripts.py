@@ -21,26 +21,28 @@ from test_released import random_weights
 from test_scripts import assert_same, records
 from util import ROOT, SMALL, assert_mistake, fill, last, run_script, torchrun
 
-MACHINE = ["--device", "cpu", "--precision", "fp32"]
-NET = "--net glyphs base=32 mult=1,1 blocks=1 image_size=8".split()
-PLAIN = [*MACHINE, *"--batch-size 12 --micro-batch 4 --log-every 1 --sample-every 0 "
-         "--save-every 0 --flip --lr 0.03 --mu 0.9 --ema-decay 0.8".split()]
-BOTH = [*PLAIN, *NET, *"--teacher-steps 4 --total-steps 2".split()]
-GAME = [*PLAIN, *"--teacher teacher.pt --total-steps 8 --lr 0.2 --dropout 0.3 --dist l2 "
-        "--disc conv --disc-start 2 --disc-weight 0.7 --disc-lr 0.05".split()]
+MACHINE = "--device cpu --precision fp32 "
+NET = "--net glyphs base=32 mult=1,1 blocks=1 image_size=8 "
+PLAIN = MACHINE + ("--batch-size 12 --micro-batch 4 --log-every 1 --sample-every 0 --save-every 0 "
+                   "--flip --lr 0.03 --mu 0.9 --ema-decay 0.8 ")
+BOTH = PLAIN + NET + "--teacher-steps 4 --total-steps 2 "
+TEACHER = "--teacher teacher.pt "
+GAME = PLAIN + TEACHER + ("--total-steps 8 --lr 0.2 --dropout 0.3 --dist l2 --disc conv "
+                          "--disc-start 2 --disc-weight 0.7 --disc-lr 0.05 ")
 CRITICS = [4, 6, 8]  # whose steps these are, counted from 1
-VARIANTS = {  # two steps each
-    "published": ["--teacher", "teacher.pt", "--lr", 0],
-    "zero": ["--teacher", "teacher.pt", "--lr", 0, "--s-init", "zero", "--sample-every", 2],
-    "local": ["--teacher", "teacher.pt", "--matching", "local"],
-    "global": "--teacher teacher.pt --matching global --disc conv --disc-start 0".split(),
-    "many steps": "--teacher teacher.pt --N 9 --max-steps 8 --dist l1 --s-init zero".split(),
-    "scratch": [*NET, "--teacher", "none", "--no-class-cond", "--lr", 0.1],
-    "scratch with Heun": [*NET, "--teacher", "none", "--solver", "heun", "--lr", 0.1],
+VARIANTS = {
+    "published": TEACHER + "--lr 0",
+    "zero": TEACHER + "--lr 0 --s-init zero --sample-every 2",
+    "local": TEACHER + "--matching local",
+    "global": TEACHER + "--matching global --disc conv --disc-start 0",
+    "many-steps": TEACHER + "--N 9 --max-steps 8 --dist l1 --s-init zero",
+    "scratch": NET + "--teacher none --no-class-cond --lr 0.1",
+    "scratch-heun": NET + "--teacher none --solver heun --lr 0.1",
 }
-IDEAL = [*MACHINE, *"--teacher ideal --dataset four.npz --no-flip --batch-size 16 "
-         "--total-steps 200 --lr 4e-3 --ema-decay 0.97 --log-every 50 --sample-every 0 "
-         "--out-dir ideal --net glyphs base=32 mult=1 blocks=1 image_size=8".split()]
+IDEAL = MACHINE + (
+    "--teacher ideal --dataset four.npz --no-flip --batch-size 16 --total-steps 200 --lr 4e-3 "
+    "--ema-decay 0.97 --log-every 50 --sample-every 0 --out-dir ideal "
+    "--net glyphs base=32 mult=1 blocks=1 image_size=8")
 
 STOPS = {"teacher/teacher": 2, "generator": 2, "critic": 3}  # the step after which they stop
 WATCH = f"""
@@ -63,7 +65,7 @@ def noise_of(images, seed):
     return common.SeededNoise(torch.arange(images), seed)
 
 
-def save_net(path, script="ctm", stage=None, net=NET[1:], offset=0.0, plain=False):
+def save_net(path, script="ctm", stage=None, net=NET.split()[1:], offset=0.0, plain=False):
     """A checkpoint that draws something without having been trained, or its weights alone."""
     model_args = common.net_settings(net) | dict(classes=10, dropout=0.0, cond=script == "ctm")
     state = fill(common.UNet(**model_args), offset).state_dict()
@@ -87,25 +89,23 @@ def trained(tmp_path_factory):
     shutil.copy(folder / "teacher.pt", folder / "moved.pt")
     save_net(folder / "changed.pt", "cd", "teacher", offset=0.01)
     np.savez(folder / "four.npz", arr_0=four_images(), arr_1=np.array([0, 0, 1, 1]))
-    commands = {"both": [*BOTH, "--sample-every", 4, "--out-dir", "both"],
-                "game": [*GAME, "--sample-every", 4, "--save-every", 1, "--out-dir", "game"],
-                "other flags": [*BOTH, "--mu", 0.5, "--out-dir", "both"],
-                "named": [*PLAIN, *"--total-steps 2 --teacher both/teacher/last.pt".split(),
-                          "--out-dir", "both"],
+    commands = {"both": BOTH + "--sample-every 4 --out-dir both",
+                "game": GAME + "--sample-every 4 --save-every 1 --out-dir game",
+                "other flags": BOTH + "--mu 0.5 --out-dir both",
+                "named": PLAIN + "--total-steps 2 --teacher both/teacher/last.pt --out-dir both",
                 "ideal": IDEAL}
-    for where, flags in (("teacher", BOTH), ("generator", GAME), ("critic", GAME)):
+    for where, flags in dict(teacher=BOTH, generator=GAME, critic=GAME).items():
         for part in ("stopped", "resumed"):
-            commands[where, part] = [*flags, "--out-dir", where]
+            commands[where, part] = flags + f"--out-dir {where}"
     for name, flags in VARIANTS.items():
-        commands[name] = [*PLAIN, "--total-steps", 2, *flags, "--out-dir", name]
+        commands[name] = PLAIN + f"{flags} --total-steps 2 --out-dir {name}"
     for teacher in ("moved.pt", "changed.pt"):
-        commands[teacher] = [*PLAIN, *"--total-steps 2 --matching local --out-dir local".split(),
-                             "--teacher", teacher]
+        commands[teacher] = commands["local"] + f" --teacher {teacher}"
     return folder, run_each(folder, commands, WATCH)
 
 
 def run_each(folder, commands, prelude=None):
-    return {name: run_script(*flags, script="ctm.py", cwd=folder, prelude=prelude)
+    return {name: run_script(*flags.split(), script="ctm.py", cwd=folder, prelude=prelude)
             for name, flags in commands.items()}
 
 
@@ -438,7 +438,7 @@ import common
 {WATCH}
 sys.argv[0] = {str(ROOT / 'ctm.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')""")
-    flags = [*GAME, "--sample-every", 4, "--out-dir", "critic"]
+    flags = (GAME + "--sample-every 4 --out-dir critic").split()
     run_script(*flags, script=tmp_path / "watched.py", cwd=tmp_path, launcher=torchrun(2), code=1)
     folder = tmp_path / "critic"
     assert_same(last(folder), torch.load(whole / "4.pt", weights_only=True), 2e-6)
@@ -452,7 +452,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')""")
 
 # ---- sampling
 
-DRAW = [*MACHINE, *"--ckpt ctm.pt --sample 4 --labels 3 7 --seed 5".split()]
+DRAW = "--ckpt ctm.pt --sample 4 --labels 3 7 --seed 5 "
 SAMPLES = {  # flags: levels, gamma
     "": ([80], 0),
     "--sigmas 80 1.6": ([80, 1.6], 0),
@@ -481,17 +481,22 @@ def drawn(tmp_path_factory):
     torch.save(random_weights(imagenet64(), cheap=True), folder / "released.pt")
     commands = {}
     for flags in (*SAMPLES, "--heun 5", "--sample 7 --steps 2"):
-        commands[flags] = [*DRAW, *flags.split()]
+        commands[flags] = DRAW + flags
     for name, flags in PICTURES.items():
-        commands[name] = [*MACHINE, "--ckpt", "ctm.pt", *flags.split()]
+        commands[name] = "--ckpt ctm.pt " + flags
     for name in ("glyphs", "released"):
-        commands[name] = [*MACHINE, "--ckpt", f"{name}.pt", "--sample", 1]
-    commands = {name: [*flags, "--save", f"of {name}.npz"] for name, flags in commands.items()}
+        commands[name] = f"--ckpt {name}.pt --sample 1"
+    commands = {name: MACHINE + f"{flags} --save {file_of(name)}"
+                for name, flags in commands.items()}
     return folder, run_each(folder, commands)
 
 
+def file_of(name):
+    return "of" + name.replace(" ", "_") + ".npz"
+
+
 def images(drawn, name):
-    return np.load(ended(drawn, name) / f"of {name}.npz")["arr_0"].astype(int)
+    return np.load(ended(drawn, name) / file_of(name))["arr_0"].astype(int)
 
 
 def network(drawn):
@@ -525,7 +530,7 @@ def test_samples_by_hand(drawn, flags):
     assert np.abs(images(drawn, flags) - wanted).max() <= 1 and wanted.std() > 20
     said = f"4 samples, {len(SAMPLES[flags][0])} network call(s) each"
     assert said in drawn[1][flags].stdout
-    assert np.load(drawn[0] / f"of {flags}.npz")["arr_1"].tolist() == [3, 7, 3, 7]
+    assert np.load(drawn[0] / file_of(flags))["arr_1"].tolist() == [3, 7, 3, 7]
 
 
 def test_gamma_and_levels_tell(drawn):
@@ -701,8 +706,7 @@ def mistaken(trained, tmp_path_factory):
 
 @pytest.mark.parametrize("flags, message", MISTAKES)
 def test_mistakes_end_in_one_line(mistaken, flags, message):
-    start_of, *more = flags.split()
-    flags = dict(GAME=GAME, PLAIN=PLAIN).get(start_of, [start_of]) + more
+    flags = flags.replace("GAME ", GAME).replace("PLAIN ", PLAIN).split()
     prelude = "sys.modules['timm'] = None" if "projected" in flags else None
     assert_mistake(flags, message, "ctm.py", mistaken, prelude)
 
@@ -714,8 +718,8 @@ def test_what_cd_says_to_a_trajectory_model(mistaken, flags, message):
 
 def test_the_teacher_is_cds(trained):
     folder = ended(trained, "both")
-    run_script("--ckpt", "both/teacher/last.pt", *MACHINE, "--sample", 2, "--N", 3, "--save",
-               "two.npz", script="cd.py", cwd=folder, code=0)
+    flags = MACHINE + "--ckpt both/teacher/last.pt --sample 2 --N 3 --save two.npz"
+    run_script(*flags.split(), script="cd.py", cwd=folder, code=0)
     assert np.load(folder / "two.npz")["arr_0"].shape == (2, 8, 8, 3)
 
 
