@@ -509,9 +509,9 @@ def use_checkpoint(args, run):
     w_max = settings.get("w_max", 0.0)
     if teacher:
         w_max = 0.0 if net.null_y is None else math.inf
-        common.refuse(args, ["sigmas", "edit"], "to a teacher, which draws on the grid of --N")
+        common.refuse(args, ["sigmas", "edit"], f"to {args.ckpt}, a teacher with a grid --N")
     else:
-        common.refuse(args, ["churn", "N"], "to a consistency model")
+        common.refuse(args, ["churn", "N"], f"to {args.ckpt}, a consistency model")
     if args.w > w_max:
         able = f"weights up to {w_max}" if w_max else "no guidance"
         raise UserError(f"--w {args.w}: {args.ckpt} was trained for {able}")

@@ -22,7 +22,6 @@ import importlib
 import io
 import json
 import math
-import operator
 import os
 import pickle
 import shutil
@@ -297,11 +296,11 @@ class LPIPS(nn.Module):
             y = F.interpolate(y, size=(224, 224), mode="bilinear")
         return self.model(x, y).flatten()  # (B,1,1,1) -> (B,)
 
-DISTANCES = {"l1": l1, "l2": l2, "norm": norm, "huber": pseudo_huber}
-
 def make_distance(name, device):
-    """One of DISTANCES, or lpips, whose weights are sought only here."""
-    return LPIPS().to(device) if name == "lpips" else DISTANCES[name]
+    """The distance called l1, l2, norm, huber or lpips. LPIPS' weights are sought only here."""
+    if name == "lpips":
+        return LPIPS().to(device)
+    return {"l1": l1, "l2": l2, "norm": norm, "huber": pseudo_huber}[name]
 
 def edm_loss(net, x0, noise, t, y, cond=None):
     """The denoising loss of each image (B,), weighted by lambda(t) = 1/t^2 + 1/sigma_data^2.
@@ -864,7 +863,10 @@ def load_files(source, size):
             pairs = json.loads(index)["labels"]
             if pairs is not None:
                 label_of = dict(pairs)
-                labels = [operator.index(label_of[name]) for name in names]
+                labels = [label_of[name] for name in names]
+                wrong = [label for label in labels if type(label) is not int]
+                if wrong:
+                    raise ValueError(f"label {wrong[0]!r}")
     elif source.is_dir() and any(classes):
         if "" in classes:
             raise UserError(f"{source}/{names[classes.index('')]} has no label: other images lie "
@@ -1372,14 +1374,16 @@ def load_network(path, scripts):
         weights = {str(name): value.float() for name, value in state.items()
                    if isinstance(value, Tensor)}
         settings = settings_of_weights(path, weights, scripts)
-        state = dict(script=None, args={}, model_args=settings, ema=weights)
+        state = dict(script=None, args={}, model_args=settings)
     elif state.get("script") not in scripts:
         writer = f"{state['script']}.py" if state.get("script") else "another tool"
         wanted = " or ".join(f"{script}.py" for script in scripts)
         raise UserError(f"{path} was written by {writer}; what is wanted is written by {wanted}")
+    else:
+        weights = state["ema"]
     with explain(f"{path} holds no network of this version"):
         net = UNet(**state["model_args"])
-        net.load_state_dict(state["ema"])
+        net.load_state_dict(weights)
     return net.requires_grad_(False).eval(), state
 
 # --------------------------------------------------------------------------------------------------
@@ -1445,10 +1449,14 @@ class Log:
         record |= self.values
         record |= dict(images_per_s=speed, skipped=self.skipped,
                        peak_gb=peak_memory_gb(self.run.device))
-        text = json.dumps(record)
-        append_record(self.path, json.loads(text, parse_constant=lambda word: None))  # for NaN
+        self.write(record)
         shown = {key: f"{record[key]:.4g}" for key in ("loss", "N") if record.get(key) is not None}
         self.bar.set_postfix(**shown, **{"img/s": f"{speed:.0f}"})
+
+    def write(self, record):
+        text = json.dumps(record)
+        record = json.loads(text, parse_constant=lambda word: None)  # JSON knows no NaN
+        append_record(self.path, record)
 
     def close(self):
         if self.run.main:

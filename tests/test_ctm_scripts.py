@@ -632,7 +632,7 @@ def test_plain_weights_of_a_known_network_draw_as_they_should(drawn):
 # ---- mistakes
 
 JUMP = "--solver jump applies to --teacher none only"
-FURTHER = "trajectory.pt: this network has a further input"
+FURTHER = "trajectory.pt has one more input"
 MISTAKES = [
     ("--teacher teacher.pt --teacher-steps 5", "--teacher-steps does not apply with --teacher"),
     ("--teacher none --teacher-steps 5", "--teacher-steps does not apply with --teacher none"),
@@ -650,7 +650,7 @@ MISTAKES = [
     ("--dataset cifar10 --disc none --disc-lr 1", "--disc-lr does not apply with --disc none"),
     ("--disc conv --disc-start 9 --total-steps 9", "--disc-start 9: with --total-steps 9 the"),
     ("--disc projected --disc-start 1", "--disc projected needs timm"),
-    ("--p-t 1 2 3", "--p-t 1.0 2.0 3.0: name a mean"),
+    ("--p-t 1 2 3", "--p-t 1.0 2.0 3.0: name MEAN STD"),
     ("--p-t uniform", "--p-t uniform: the denoising loss draws"),
     ("--teacher student/last.pt --out-dir student", "--out-dir student holds the --teacher"),
     ("--teacher student.pt", "--teacher student.pt holds a student"),

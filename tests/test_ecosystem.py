@@ -1,16 +1,9 @@
 """What others read and call: diffusers, TensorBoard, ADM's evaluator, a user's own code."""
 import ast
 import importlib.util
-import inspect
 import json
 import math
-import re
-import runpy
 import struct
-import subprocess
-import sys
-import time
-import types
 import zipfile
 from io import BytesIO
 
@@ -21,7 +14,7 @@ from PIL import Image
 
 import common
 import ct
-from util import ROOT, SMALL, fill, run_script, torchrun
+from util import SMALL, fill, run_script
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None,
                                        reason="tensorboard is not installed")

@@ -321,7 +321,7 @@ MISTAKES = {
     "another number of labels": ("--teacher run/last.pt --dataset one.npy", "knows 10 classes"),
     "one number for the mapping": ("--mapping 8", "--mapping"),
     "a stage that shrinks": ("--q 0.5", "--q"),
-    "p(t) of one number": ("--p-t 1.0", "--p-t 1.0: name a mean"),
+    "p(t) of one number": ("--p-t 1.0", "--p-t 1.0: name MEAN STD"),
 }
 
 

@@ -22,7 +22,7 @@ def parser():
     train.flag("--digest", only=dict(teacher=True), help="of it")
     drawing = parser.group("drawing", ckpt=True)
     drawing.flag("--sigmas", type=common.noise_level, nargs="+", help="noise levels t")
-    common.add_shared_flags(parser, total_steps=dict(ckpt=False, stage="student"))
+    common.add_shared_flags(parser, dict(stage="student"))
     return parser
 
 
@@ -57,7 +57,8 @@ def refusal(monkeypatch, words, check=None):
     ("--ckpt x.pt --recipe ct", "--recipe does not apply with --ckpt x.pt"),
     ("--sigmas 80", "--sigmas does not apply without --ckpt"),
     ("--labels 3", "--labels does not apply without --ckpt"),
-    ("--stage teacher --total-steps 3", "--total-steps does not apply with --stage teacher"),
+    ("--stage teacher --net x", "--net does not apply with --stage teacher"),
+    ("--times 1 2", "unrecognized arguments: --times 1 2 (did you mean --p-t?)"),
     ("--ckpt x.pt --eval 10 --save x.png", "--save does not apply with --eval 10"),
     ("--ckpt x.pt --dataset glyphs", "--dataset does not apply without --eval"),
     ("--ckpt x.pt --inception f", "--inception does not apply without --eval"),
@@ -95,7 +96,7 @@ def test_settings_that_do_not_apply_are_dropped(monkeypatch):
     assert {"recipe", "stage", "teacher", "teacher_steps", "seed", "device"} <= args.keys()
     args = vars(parse(monkeypatch, "--teacher x.pt --stage teacher"))
     assert "teacher_steps" not in args and {"digest", "s0", "w"} <= args.keys()
-    assert not args.keys() & {"mu", "total_steps"}
+    assert not args.keys() & {"mu", "net"}
 
 
 def test_settings_with_a_checkpoint(monkeypatch):
@@ -142,7 +143,7 @@ def test_p_t(words, fits):
     times = common.karras_times(10)
     if fits:
         return common.check_p_t(words, times)
-    with pytest.raises(common.UserError, match=f"--p-t {words[0]}.*: name a mean"):
+    with pytest.raises(common.UserError, match=f"--p-t {words[0]}.*: name MEAN STD"):
         common.check_p_t(words, times)
 
 
@@ -167,5 +168,5 @@ def test_net_settings():
     for text, message in wrong.items():
         with pytest.raises(common.UserError, match=message):
             common.net_settings(text.split())
-    with pytest.raises(common.UserError, match="--net: image size 18"):
+    with pytest.raises(common.UserError, match="--net: image_size=18"):
         common.make_net(common.net_settings(["glyphs", "image_size=18"]))

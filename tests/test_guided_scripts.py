@@ -607,7 +607,7 @@ MISTAKES = [
     ("--ckpt N0002.pt --sigmas 80", "unrecognized arguments: --sigmas"),
     ("--sigmas 80", "unrecognized arguments: --sigmas"),
     ("--total-steps 80",
-     "--total-steps does not apply with --stage distill: name --stage1-steps"),
+     "--total-steps does not apply to rounds: name --stage1-steps"),
     ("--N 4", "--N does not apply"),
     ("--start-N 12", "--start-N 12 --end-N 1: steps are halved"),
     ("--end-N 6", "--end-N 6: steps are halved"),
@@ -616,9 +616,8 @@ MISTAKES = [
     ("--w-max 0 --stage1-steps 5", "--stage1-steps does not apply without --w-max"),
     ("--sampler encoder --w-max 2", "--sampler encoder goes with --w-max 0"),
     ("--sampler encoder --sample-every 5", "with --w-max 0 and --sample-every 0"),
-    ("--stage teacher --w-max 2", "--w-max does not apply with --stage teacher"),
-    ("--label-dropout 0.1", "--label-dropout does not apply with --stage distill"),
-    ("--teacher plain.pt", "plain.pt was trained without --label-dropout"),
+    ("--stage teacher --w-max 2", "--stage teacher (did you mean python cd.py --stage?)"),
+    ("--teacher plain.pt", "plain.pt, trained without --label-dropout, cannot guide"),
     ("--dataset images", "needs labels"),
     ("--no-class-cond", "needs labels, and there are none; so does --w-max"),
     ("--teacher nowhere.pt", "nowhere.pt: No such file"),
@@ -662,7 +661,7 @@ def test_mistakes_end_in_one_line(workplace, flags, message):
 
 def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
-    for flag in ("stage teacher teacher-steps label-dropout sampler w-min w-max start-N end-N "
+    for flag in ("teacher teacher-steps sampler w-min w-max start-N end-N "
                  "stage1-steps round-steps last-steps weighting w N edit image strength mask "
                  "encoder from-labels ckpt sample").split():
         assert f"\n  --{flag}" in done.stdout

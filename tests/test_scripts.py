@@ -402,19 +402,19 @@ MISTAKES = {
     "unknown net": ("--net resnet", "--net resnet"),
     "unknown key of net": ("--net glyphs depth=3", "--net depth=3"),
     "bad value of net": ("--net glyphs mult=a", "--net mult=a"),
-    "net that does not fit": ("--net glyphs image_size=18", "--net: image size 18"),
+    "net that does not fit": ("--net glyphs image_size=18", "--net: image_size=18"),
     "no labels": (f"--dataset images {TINY_NET} --class-cond", "has no labels"),
     "label out of range": ("--ckpt run/last.pt --labels 10", "labels 0 to 9"),
     "sigmas upside down": ("--ckpt run/last.pt --sigmas 1 80", "--sigmas"),
     "unknown picture": ("--ckpt run/last.pt --sample 1 --save x.jpg", "--save x.jpg"),
     "no interval at the start": ("--recipe ct --dist l2 --s0 1", "--s0 1 leaves no interval"),
-    "p(t) outside the grid": ("--p-t 50 0.1", "--p-t 50.0 0.1: name a mean"),
+    "p(t) outside the grid": ("--p-t 50 0.1", "--p-t 50.0 0.1: name MEAN STD"),
     "p(t) in words": ("--p-t abc", "--p-t"),
-    "p(t) of one number": ("--p-t 1.0", "--p-t 1.0: name a mean"),
+    "p(t) of one number": ("--p-t 1.0", "--p-t 1.0: name MEAN STD"),
     "another network than the run's": (" ".join(map(str, RUN + MU)) + " --net glyphs base=32 "
                                        "mult=1,1 blocks=2 --out-dir run", "blocks 1 there, 2 now"),
     "weights without their run": (f"{TINY_NET} --out-dir half",
-                                  "holds an ema.pt without its last.pt"),
+                                  "holds an ema.pt without last.pt"),
     "s1 below s0": ("--s0 10 --s1 5", "--s1 5 is below --s0 10"),
 }
 
