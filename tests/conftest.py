@@ -1,4 +1,7 @@
-"""Makes the scripts importable, and lpips too where torchvision was built for another torch."""
+"""Makes the scripts importable, and lpips too where torchvision was built for another torch.
+
+Under xdist the files that take longest go first, so that its processes end together.
+"""
 import sys
 from pathlib import Path
 
@@ -18,3 +21,14 @@ except RuntimeError:  # a CUDA build beside torch's CPU build misses its operato
     import torchvision  # noqa: F401
 except ImportError:
     pass
+
+LONG = ("scripts", "guided_scripts", "ctm_scripts", "ctm", "eval", "ect", "cd_scripts", "bench")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
