@@ -371,3 +371,9 @@ def test_labels_to_draw():
         draw(argparse.Namespace(labels=[3]), net, 3, "cpu")
     with pytest.raises(common.UserError, match="--labels 0: this network has no labels"):
         draw(argparse.Namespace(labels=[0]), types.SimpleNamespace(classes=0), 3, "cpu")
+
+
+def test_pixels_are_rounded_and_clipped():
+    levels = torch.tensor([-3.0, 0.4, 0.6, 127.4, 254.6, 300.0])
+    pixels = common.to_uint8((levels / 127.5 - 1).view(1, 1, 1, 6))  # (1,C,H,W) -> (1,H,W,C)
+    assert pixels.shape == (1, 1, 6, 1) and pixels.flatten().tolist() == [0, 0, 1, 127, 255, 255]
