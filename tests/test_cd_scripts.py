@@ -3,6 +3,7 @@ import argparse
 import copy
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -202,6 +203,25 @@ def test_the_loops_by_hand(trained):
             assert_same(target.state_dict(), state["target"], 2e-5)
         teacher = common.UNet(**state["model_args"]).requires_grad_(False).eval()
         teacher.load_state_dict(state["ema"])
+
+
+def test_guidance_weights_are_uniform(trained, tmp_path, monkeypatch):
+    """From 0 to --w-max, one for each image."""
+    args = argparse.Namespace(**last(trained)["args"])
+    args.teacher, args.out_dir = str(trained / "teacher" / "last.pt"), str(tmp_path / "run")
+    args.total_steps, args.batch_size, args.micro_batch = 1, 256, 256
+    here = types.SimpleNamespace(rank=0, world=1, main=True, restarted=False, compile=False,
+                                 device=torch.device("cpu"), dtype=torch.float32)
+    seen = []
+
+    def see(net, target, D, x0, noise, t_n, t_n1, y, w, *rest):
+        seen.append(w)
+        return net.out[2].bias.sum() * x0.mean((1, 2, 3))
+    monkeypatch.setattr(cd, "loss_fn", see)
+    monkeypatch.setattr(common, "ranks_differ", False)
+    assert cd.train(args, here, types.SimpleNamespace(number=0))
+    w = seen[0].sort().values / args.w_max
+    assert w.shape == (256,) and (w - (torch.arange(256) + 0.5) / 256).abs().max() < 0.1
 
 
 def test_a_changed_teacher_is_noticed(trained, tmp_path):
