@@ -170,11 +170,18 @@ def check_edit(args, net, factor):
         raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
 
 
+def known_part(task, hole, factor):
+    """x -> the part of x that the image of the task tells, a projection; None if it tells none."""
+    parts = dict(
+        inpaint=lambda x: (1 - hole) * x,
+        colorize=luminance,
+        superres=partial(patch_means, factor=factor))
+    return parts.get(task)
+
+
 def edit_images(args, run, net, f):
     """`--edit`. A row of the picture: what the model is given, the results, the original, if any.
-
-    f: y (b,) or None -> the consistency function (x, t) -> (b,C,H,W) for these labels.
-    """
+    f: y (b,) or None -> the consistency function (x, t) -> (b,C,H,W) for these labels."""
     task, size = args.edit, net.image_size
     factor = args.factor or max(2, size // 32)
     check_edit(args, net, factor)
@@ -183,25 +190,23 @@ def edit_images(args, run, net, f):
     each = args.sample or each
     labels = args.labels or range(min(net.classes, 8) or 4)
     rows = len(args.image or labels)
-    given = originals = known = None
-    if args.image:
-        read = [common.read_image(name, size, factor if task == "superres" else None)
-                for name in args.image]
+    read = [common.read_image(name, size, factor if task == "superres" else None)
+            for name in args.image or ()]
+    before = after = None  # what a picture shows beside the results
+    if read:
         originals = torch.stack([image for image, _ in read]).to(run.device)
-        given = originals
-    if task == "inpaint":
-        hole = common.read_mask(args.mask, size).to(run.device)
-        def known(x):
-            return (1 - hole) * x
-    elif task == "colorize":
-        known = luminance
-    elif task == "superres":
-        known = partial(patch_means, factor=factor)
-    elif task == "denoise" and not args.noisy:
-        noise = SeededNoise(torch.arange(rows), args.seed)
-        given = originals + sigmas[0] * noise(originals)
+        before = originals
+    hole = common.read_mask(args.mask, size).to(run.device)
+    known = known_part(task, hole, factor)
     if known:
-        given = grey(originals) if task == "colorize" else known(originals)
+        before = grey(originals) if task == "colorize" else known(originals)
+    if task == "denoise" and not args.noisy:
+        noise = SeededNoise(torch.arange(rows), args.seed)
+        before = originals + sigmas[0] * noise(originals)
+    if known or (task == "denoise" and not args.noisy):
+        wholes = [image if whole else torch.ones_like(image)
+                  for image, whole in read]
+        after = torch.stack(wholes)
 
     @torch.no_grad()
     def draw(y, noise, shape):
@@ -216,15 +221,11 @@ def edit_images(args, run, net, f):
         z = noise(zeros)
         if known:
             return edit(f(y), originals[row], known, sigmas, noise)
-        x = originals[row] + sigmas[0] * z if task == "stroke" else given[row]
+        x = originals[row] + sigmas[0] * z if task == "stroke" else before[row]
         return multistep_sample(f(y), x, sigmas, noise)
 
-    after = None
-    if known or (task == "denoise" and not args.noisy):
-        wholes = [image if whole else torch.ones_like(image) for image, whole in read]
-        after = torch.stack(wholes)
-    how = f"{len(sigmas)} network call(s)"
-    common.draw_edits(args, run, net, draw, rows, each, how, given, after)
+    summary = f"{len(sigmas)} network call(s)"
+    common.draw_edits(args, run, net, draw, rows, each, summary, before, after)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,11 +245,12 @@ TEACHERS = {
     "bedroom256": LSUN_TEACHER | dict(total_steps=600_000),
     "cat256": LSUN_TEACHER | dict(total_steps=300_000),
 }
-CD = dict(stage="distill", objective="discrete", solver="heun", dist="lpips", p_t=["uniform"],
-          weighting="one", mu=0.0, dropout=0.0, w_max=0.0, stop_gradient=True)
+CD = dict(stage="distill", objective="discrete", solver="heun", dist="lpips",
+          p_t=["uniform"], weighting="one", mu=0.0, dropout=0.0, w_max=0.0,
+          stop_gradient=True)
 OURS = dict(dist="huber", weighting="inverse")
-LSUN = dict(batch_size=2048, total_steps=600_000, lr=1e-5, mu=0.95, ema_decay=0.999943,
-            sigmas=[80.0, 4.36556])
+LSUN = dict(batch_size=2048, total_steps=600_000, lr=1e-5, ema_decay=0.999943,
+            mu=0.95, sigmas=[80.0, 4.36556])
 STUDENTS = {
     "glyphs": dict(batch_size=32, total_steps=3000, lr=1e-3, ema_decay=0.997,
                    sigmas=[80.0, 1.6], **OURS),
@@ -368,7 +370,7 @@ def train_first_teacher(args, run, stop, script, label_dropout):
         if writer != script:  # now, not after days of the teacher's training
             raise UserError(f"--out-dir {out_dir} holds a run of {writer}.py: choose another")
     settings = teacher_recipe(vars(args))
-    for key in (*common.RUN_FLAGS, "net", "flip"):
+    for key in common.RUN_FLAGS:
         settings[key] = getattr(args, key)
     settings["out_dir"] = str(out_dir / "teacher")
     settings["label_dropout"] = label_dropout
@@ -448,7 +450,7 @@ def train(args, run, stop):
             x0, y = common.to_device(next(loader), run.device, args.flip)
             y = y if classes else None
             w = w_max * torch.rand(len(x0), device=run.device) if w_max else None
-            if objective == "discrete":
+            if objective == "discrete":  # CM Alg. 2, line 3
                 n = torch.multinomial(p, len(x0), replacement=True)
                 t_n = times[n]
                 t = times[n + 1]
@@ -472,22 +474,21 @@ def train(args, run, stop):
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
         if finite:
-            optimizer.step()
+            optimizer.step()  # CM Alg. 2, line 7
             if target is not net:
-                common.ema_update(target, net, mu)
+                common.ema_update(target, net, mu)  # line 8
             common.ema_update(ema, net, args.ema_decay)
         step += 1
         # ------------------------------------------------------------------------------------------
-        # log.jsonl: step; images so far; loss, and loss_bins, its mean where t (t_n1) is below 0.1,
-        # 1, 10, and above; grad_norm; lr; images_per_s; peak_gb; skipped, the steps left out as
-        # their loss or gradient was not finite.
+        # log.jsonl: loss_bins is the mean loss where t (t_n1) is below 0.1, 1, 10, and above;
+        # skipped counts the steps left out as their loss or gradient was not finite.
         last = stopping or step == args.total_steps
         log.step(step, finite, last, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm)
         if common.due(args.save_every, step) or last:
             common.save_run(args, run, "cd", step, log.skipped, model_args, parts)
         if common.due(args.sample_every, step, step == args.total_steps):
-            common.sample_grid(args, run, log, step, draws, classes, (3, size, size))
+            common.sample_grid(args, run, step, draws, classes, (3, size, size))
     log.close()
     return step == args.total_steps
 
@@ -556,4 +557,3 @@ if __name__ == "__main__":
 #   dropout           one mask for both branches on every device; openai's code replays the CPU's
 #   pseudo-Huber      one norm an image, as in iCT; a common reimplementation: one an element
 #   precision         bf16 where the device has it, the rest fp32. CM: fp32 on CIFAR-10, else fp16
-#   glyphs, path      smaller nets, batches and N than any paper's: minutes, not days

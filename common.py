@@ -670,6 +670,9 @@ def explain(what):
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or first_line(error)
+        name = str(getattr(error, "filename", None) or "")
+        if name not in what:
+            reason += f": {name}"
         raise UserError(f"{what}: {reason}") from error
 
 def import_optional(name, need):
@@ -682,7 +685,8 @@ def import_optional(name, need):
 
 def import_beside(name, need):
     """Import cd.py, or evaluate.py of tests/. Raises UserError that begins with `need`."""
-    sys.path.insert(0, str(Path(__file__).parent / "tests"))
+    if name == "evaluate":
+        sys.path.insert(0, str(Path(__file__).parent / "tests"))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -1029,12 +1033,16 @@ def index_batches(n, seed, step, total_steps, batch_size, micro_batch, rank=0, w
 
 def leave_group(worker):
     """Ctrl-C and torchrun's SIGTERM go to a process group, but the step still needs its images."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 def make_loader(dataset, batches, workers, device):
     """The batches that the iterator of indices `batches` asks for, decoded ahead by `workers`."""
     if workers is None:
-        share = os.cpu_count() // environ("LOCAL_WORLD_SIZE", 1) - 1
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # fewer, in a container or under SLURM
+            cores = len(os.sched_getaffinity(0))
+        share = cores // environ("LOCAL_WORLD_SIZE", 1) - 1
         workers = min(max(share, 1), 8) if isinstance(dataset, FileImages) else 0
     ahead = dict(prefetch_factor=4, worker_init_fn=leave_group) if workers else {}
     return iter(torch.utils.data.DataLoader(
@@ -1239,7 +1247,7 @@ def finish(run, stop=None):
 # A run has parts: its networks and optimizers, or None, by their key in the checkpoint.
 # --------------------------------------------------------------------------------------------------
 
-RENAMED = {"times": "p_t", "extra": "cond"}  # settings of checkpoints written before
+RENAMED = {"times": "p_t", "extra": "cond"}  # settings of older checkpoints
 
 def load_checkpoint(path):
     """Read a checkpoint. Raises UserError if it is missing, damaged, or could run code."""
@@ -1254,9 +1262,10 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint, or is damaged: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
-    for part in {"args", "model_args"} & set(state):
-        settings = state[part].items()
-        state[part] = {RENAMED.get(key, key): value for key, value in settings}
+    for part in ("args", "model_args"):
+        if isinstance(state.get(part), dict):
+            settings = state[part].items()
+            state[part] = {RENAMED.get(key, key): value for key, value in settings}
     return state
 
 def file_sha(path):
@@ -1270,6 +1279,8 @@ FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sampl
 def settings_of_run(args, model_args):
     """What a resumed run must share with the one before, as written on the command line."""
     flags = {flag_name(key): value for key, value in args.items() if key not in FREE_FLAGS}
+    if args.get("teacher") in ("ideal", "none"):  # of a file the digest counts
+        flags["--teacher"] = args["teacher"]
     return {key: show_value(value) for key, value in (flags | model_args).items()}
 
 def check_resumable(args, state, script, model_args):
@@ -1280,7 +1291,7 @@ def check_resumable(args, state, script, model_args):
     old = settings_of_run(state["args"], state["model_args"])
     new = settings_of_run(vars(args), model_args)
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
-               for key in sorted({"--teacher-digest", *new})  # what else old has does not apply
+               for key in sorted({"--teacher", "--teacher-digest", *new})  # others do not apply
                if old.get(key, "none") != new.get(key, "none")]
     if changed:
         raise UserError(f"--out-dir {args.out_dir} holds a run with other settings "
@@ -1312,10 +1323,12 @@ def resume(args, run, script, model_args, parts):
         torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
         if steps.sum() != 0:  # the largest is not the smallest
             raise UserError(f"--out-dir {out_dir} is not the same folder on all nodes")
+    if state["step"] == 0:
+        return 0, 0
     for key, part in parts.items():
-        if key in state and isinstance(part, torch.optim.Optimizer):
+        if isinstance(part, torch.optim.Optimizer):
             load_optimizer(part, state[key])
-        elif key in state and part is not None:
+        elif part is not None:
             part.load_state_dict(state[key])
     return state["step"], state["skipped"]
 
@@ -1379,9 +1392,9 @@ def load_network(path, scripts):
         writer = f"{state['script']}.py" if state.get("script") else "another tool"
         wanted = " or ".join(f"{script}.py" for script in scripts)
         raise UserError(f"{path} was written by {writer}; what is wanted is written by {wanted}")
-    else:
-        weights = state["ema"]
     with explain(f"{path} holds no network of this version"):
+        if state["script"]:
+            weights = state["ema"]
         net = UNet(**state["model_args"])
         net.load_state_dict(weights)
     return net.requires_grad_(False).eval(), state
@@ -1424,9 +1437,9 @@ class Log:
     def step(self, step, finite, last, player=0, **values):
         """Count a step, and write a line of the log every --log-every steps.
 
-        finite: was its loss, and was it taken? Ten in a row that were not end the run with exit
-        code 1. last: of this process. player: whose step it was, where several take turns. values:
-        those not passed keep the last ones.
+        finite: whether loss and gradient were, and so the step was taken; ten in a row that were
+        not end the run with exit code 1. last: of this process. player: whose step it was, where
+        several take turns. values: those not passed keep the last ones.
         """
         self.values |= values
         self.bad_in_a_row[player] = 0 if finite else self.bad_in_a_row.get(player, 0) + 1
@@ -1487,7 +1500,10 @@ def peak_memory_gb(device):
     """The most memory this process has held: the GPU's where there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1e9 if sys.platform == "darwin" else 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -1582,7 +1598,7 @@ def draw_many(run, draw, n, y, shape, seed, batch=64):
         torch.distributed.all_reduce(images)
     return images.cpu().numpy()
 
-def sample_grid(args, run, log, step, draws, classes, shape, name="", columns=None):
+def sample_grid(args, run, step, draws, classes, shape, name="", columns=None):
     """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`,
     see `draw_many`. classes: a column each, at most 10; 0: no labels, 8 columns."""
     columns = columns or min(classes, 10) or 8
@@ -1745,13 +1761,14 @@ class Parser(argparse.ArgumentParser):
 MOVED = {  # flags of before
     "--times": ["--p-t"],
     "--stage": ["python cd.py --stage"],
+    "--label-dropout": ["python cd.py --stage teacher --label-dropout"],
     "--search-times": ["python tests/bench.py search-times"],
     "--tensorboard": ["python tests/bench.py tensorboard"],
 }
-# What every run has; and what sampling does not share with training.
-RUN_FLAGS = ("dataset", "data_dir", "class_cond", "workers", "overwrite", "seed", "log_every",
-             "sample_every", "save_every", "device", "precision", "compile")
-SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)
+# What the teacher that a script trains first shares with its student.
+RUN_FLAGS = ("dataset", "data_dir", "class_cond", "flip", "net", "workers", "overwrite", "seed",
+             "log_every", "sample_every", "save_every", "device", "precision", "compile")
+SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)  # others than in training
 
 def add_shared_flags(parser, net_only):
     """The flags that mean the same in all four scripts. net_only: when a net is to be chosen."""
@@ -1992,7 +2009,7 @@ def check_images(args, net, key="labels"):
         raise UserError(f"this network draws classes: say with {flag_name(key)} which each --image "
                         "is, one for all or one for each")
 
-def draw_edits(args, run, net, draw, rows, each, how, before=None, after=None):
+def draw_edits(args, run, net, draw, rows, each, summary, before=None, after=None):
     """`--edit`: draw and save `each` results in each of `rows` rows: result i is of row i // each.
 
     draw: see `draw_many`. before, after: (rows,C,H,W), shown at the ends of a .png's rows, or None.
@@ -2015,5 +2032,5 @@ def draw_edits(args, run, net, draw, rows, each, how, before=None, after=None):
         picture = torch.cat(blocks, 1)  # (rows,columns,H,W,3)
         images, columns = picture.flatten(0, 1).numpy(), picture.shape[1]
     save_samples(path, images, y, columns)
-    print(f"{args.edit}: {rows} row(s), {each} result(s) each, {how}, EMA weights of {args.ckpt}: "
-          f"{args.save}")
+    print(f"{args.edit}: {rows} row(s), {each} result(s) each, {summary}, EMA weights of "
+          f"{args.ckpt}: {args.save}")

@@ -190,7 +190,7 @@ def sample_heun(net, N, y, noise, shape):
 def augment(x, brightness, saturation, contrast, shift, hole):
     """DiffAugment (arXiv 2006.10738) with these draws: colour, translation, a square hole.
 
-    Args:    x: (B,C,H,H).  brightness, added, saturation, contrast, factors around the mean: (B,).
+    Args:    x: (B,C,H,H).  brightness: (B,), added.  saturation, contrast: (B,), factors.
              shift: (B,2) int, rows and columns by which it moves up and left.  hole: its centre.
     """
     size = x.shape[-1]
@@ -519,15 +519,17 @@ def train(args, run, stop):
                  critic_optimizer=critic_optimizer)
     step, skipped = common.resume(args, run, "ctm", model_args, parts)
     common.compile_in_place(run, net, target, teacher)
-    if run.compile:  # two gradients go through the graph of x_est
+    if run.compile and critic is not None:  # two gradients go through the graph of x_est
         from torch._functorch import config
         config.donated_buffer = False
     log = common.start_run(args, run, net, step, skipped)
 
     times = common.karras_times(args.N).to(run.device)
-    if D is None:
-        def D(x, t, y):  # from scratch
-            return g(target, x, t, t, y)
+
+    def own_denoiser(x, t, y):  # from scratch
+        return g(target, x, t, t, y)
+
+    D = D or own_denoiser
 
     def solve(x, i, k, y):
         if args.solver == "jump":
@@ -544,7 +546,7 @@ def train(args, run, stop):
         rng = np.random.default_rng((common.SOLVER, args.seed, step))
         steps = np.arange(1, args.max_steps + 1)
         p = steps / steps.sum()  # P(k) ~ k
-        k = int(rng.choice(steps, p=p))
+        k = int(rng.choice(steps, p=p))  # u lies k levels below t, one k for the whole batch
         adversarial = critic is not None and step >= args.disc_start
         critics_turn = adversarial and (step - args.disc_start) % 2 == 1
         if adversarial:
@@ -572,8 +574,8 @@ def train(args, run, stop):
                 continue
             losses, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
             t = dsm_times(len(x0), args.p_t, run.device)
-            noise = torch.randn_like(x0)
-            dsm_losses = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
+            dsm_noise = torch.randn_like(x0)
+            dsm_losses = common.edm_loss(net, x0, dsm_noise, t, y, common.c_noise(t))
             loss = losses.mean()
             dsm = dsm_losses.mean()
             gan = -critic(x_est).mean() if adversarial else None
@@ -609,7 +611,7 @@ def train(args, run, stop):
         if common.due(args.save_every, step) or last:
             common.save_run(args, run, "ctm", step, log.skipped, model_args, parts)
         if common.due(args.sample_every, step, step == args.total_steps):
-            common.sample_grid(args, run, log, step, draws, classes, (3, size, size))
+            common.sample_grid(args, run, step, draws, classes, (3, size, size))
     log.close()
     return step == args.total_steps
 

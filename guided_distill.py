@@ -52,7 +52,8 @@ def alpha_sigma(phi, x):
 def times_of(i, N, sampler):
     """tau, tau_mid, tau_end (B,): the student's jump from i in 1 .. N; its teacher's by tau_mid.
 
-    S jumps two intervals, its teacher one and one, from i = 1 both but one. GD Alg. 2 and variant.
+    S: the student jumps two intervals, its teacher one at a time; from i = 1 one is left for both.
+    Source: GD Alg. 2, and its stochastic variant.
     """
     if sampler == "D":
         return i / N, (i - 0.5) / N, (i - 1) / N
@@ -315,7 +316,7 @@ class LatentModel:
                 y = null.expand(len(z), *null.shape)
             text, labels = (None, y) if self.classes else (y, None)
             features = w_features(w, w_dim) if w_dim else None
-            k = (self.index(tau) - 1).to(z.device)
+            k = (self.index(tau) - 1).to(z.device)  # the timestep
             dtype = self.run.dtype
             with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
                 out = net(z, k, text, class_labels=labels, timestep_cond=features).sample.float()
@@ -428,6 +429,31 @@ def recipe(flags):
     return settings | dict(total_steps=sum(steps for _, steps in rounds))
 
 
+def check(args):
+    """Raises UserError for values that do not fit each other."""
+    rounds = plan(vars(args))
+    if args.total_steps != sum(steps for _, steps in rounds):
+        raise UserError("--total-steps does not apply to rounds: name --stage1-steps, "
+                        "--round-steps and --last-steps")
+    if args.teacher == "none":
+        raise UserError("--teacher none: what is distilled here is a teacher")
+    latent = is_latent(args.teacher)
+    if args.sampler == "encoder" and (args.w_max or args.sample_every or latent):
+        raise UserError("--sampler encoder goes with --w-max 0 and --sample-every 0: guided it is "
+                        "ill-conditioned, and it draws nothing; and with a teacher of images")
+    if latent and args.dataset in common.DATASETS:
+        raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see the "
+                        "README)")
+    if latent:
+        common.refuse(args, ["flip", "dropout"], "with --teacher diffusers:PATH")
+    powers = math.log2(args.start_N).is_integer() and math.log2(args.end_N).is_integer()
+    if not powers or not any(N for N, _ in rounds):
+        raise UserError(f"--start-N {args.start_N} --end-N {args.end_N}: steps are halved, so name "
+                        "two powers of two, and at least one round")
+    if args.w_max and args.w_min > args.w_max:
+        raise UserError(f"--w-min {args.w_min} is above --w-max {args.w_max}")
+
+
 # --------------------------------------------------------------------------------------------------
 # Flags
 # --------------------------------------------------------------------------------------------------
@@ -476,31 +502,6 @@ def make_parser():
     edits.flag("--from-labels", only=dict(edit="style"), type=common.count, nargs="+",
                help="the class each --image is; --labels: what it becomes")
     return parser
-
-
-def check(args):
-    """Raises UserError for values that do not fit each other."""
-    rounds = plan(vars(args))
-    if args.total_steps != sum(steps for _, steps in rounds):
-        raise UserError("--total-steps does not apply to rounds: name --stage1-steps, "
-                        "--round-steps and --last-steps")
-    if args.teacher == "none":
-        raise UserError("--teacher none: what is distilled here is a teacher")
-    latent = is_latent(args.teacher)
-    if args.sampler == "encoder" and (args.w_max or args.sample_every or latent):
-        raise UserError("--sampler encoder goes with --w-max 0 and --sample-every 0: guided it is "
-                        "ill-conditioned, and it draws nothing; and with a teacher of images")
-    if latent and args.dataset in common.DATASETS:
-        raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see the "
-                        "README)")
-    if latent:
-        common.refuse(args, ["flip", "dropout"], "with --teacher diffusers:PATH")
-    powers = math.log2(args.start_N).is_integer() and math.log2(args.end_N).is_integer()
-    if not powers or not any(N for N, _ in rounds):
-        raise UserError(f"--start-N {args.start_N} --end-N {args.end_N}: steps are halved, so name "
-                        "two powers of two, and at least one round")
-    if args.w_max and args.w_min > args.w_max:
-        raise UserError(f"--w-min {args.w_min} is above --w-max {args.w_max}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,21 +580,21 @@ def train(args, run, stop):
     v_before = task.v(before)
     v_ema = task.v(ema)
     weight = WEIGHTS[args.weighting]
-    weights = [0.0]  # of guidance, in grids of samples
+    shown_weights = [0.0]  # of guidance, in grids of samples
     if args.w_max:
         span = args.w_max - args.w_min
-        weights = [args.w_min + share * span for share in (0, 0.25, 1)]
+        shown_weights = [args.w_min + share * span for share in (0, 0.25, 1)]
     rounds = plan(vars(args))
     loader = common.batches(args, run, task.dataset, step)
     stopping = False
     while step < args.total_steps and not stopping:
-        N, k, steps = round_of(step, rounds)
-        if k == 0:  # from the raw weights of the last one, whose net is the teacher
+        N, done, steps = round_of(step, rounds)
+        if done == 0:  # from the raw weights of the last one, whose net is the teacher: GD Alg. 2
             before.load_state_dict(net.state_dict())
             ema.load_state_dict(net.state_dict())
             optimizer.state.clear()
         # ------------------------------------------------------------------------ one training step
-        lr = args.lr * (1 - k / steps)  # PD: to 0 within each round
+        lr = args.lr * (1 - done / steps)  # PD: to 0 within each round
         if args.sampler == "S" and N == 1:
             lr = 0.0  # it is its teacher already; Adam would make a step of a rounded gradient of 0
         optimizer.param_groups[0]["lr"] = lr
@@ -605,12 +606,12 @@ def train(args, run, stop):
             w = None
             if args.w_max:
                 w = args.w_min + span * torch.rand(len(x0), device=run.device)
-            if N == 0:  # stage 1
+            if N == 0:  # stage 1: GD Alg. 1
                 tau = torch.rand(len(x0), dtype=torch.float64)
                 if task.latent:  # the next that the teacher knows
                     tau = (tau * task.times).ceil().clamp(min=1) / task.times
-                target = common.guide(task.v_teacher, y, w)
-            else:
+                target = common.guide(task.v_teacher, y, w)  # v is affine in x: guides like x
+            else:  # stage 2: GD Alg. 2
                 i = torch.randint(1, N + 1, (len(x0),)).double()
                 tau, tau_mid, tau_end = times_of(i, N, args.sampler)
                 teacher = conditioned(v_before, y, w)
@@ -633,7 +634,7 @@ def train(args, run, stop):
         # log.jsonl: loss_bins is the mean loss where tan phi is below 0.1, 1, 10 and above;
         # grad_norm is that before it is clipped; N is 0 in stage 1
         last = stopping or step == args.total_steps
-        ended = k + 1 == steps
+        ended = done + 1 == steps
         name = f"N{N:04d}" if N else "stage1"
         log.step(step, finite, last, N=N, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm, lr=lr)
@@ -644,10 +645,10 @@ def train(args, run, stop):
                             N=N)
         if common.due(args.sample_every, step, ended):
             draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
-                     for w in weights]
-            common.sample_grid(args, run, log, step, draws, name=f"_{name}", **task.grid)
+                     for w in shown_weights]
+            common.sample_grid(args, run, step, draws, name=f"_{name}", **task.grid)
     log.close()
-    return step == args.total_steps and not stopping
+    return step == args.total_steps
 
 
 def save_student(args, path, step, N, task, ema):
@@ -732,10 +733,10 @@ def open_latent_student(args, run, checkpoint):
 def choose(args, student):
     """Set student.N, sampler and w, to draw with. Raises UserError for what it was not made for."""
     for key in ("N", "sampler"):
-        own = getattr(student, key)
-        given = getattr(args, key)
-        if own and given not in (None, own):
-            raise UserError(f"--{key} {given}: {args.ckpt} was trained for {key} {own}")
+        trained = getattr(student, key)
+        wanted = getattr(args, key)
+        if trained and wanted not in (None, trained):
+            raise UserError(f"--{key} {wanted}: {args.ckpt} was trained for {key} {trained}")
     if args.sampler == "encoder":
         raise UserError("--sampler encoder applies to training only")
     student.N = student.N or args.N or 64
@@ -822,8 +823,8 @@ def edit_images(args, run, student):
         after = paste if task == "inpaint" else None
         return sample(v, student.angle, student.N, student.sampler, z, noise, start, after)
 
-    how = f"{start} of {student.N} steps, w = {student.w:g}"
-    common.draw_edits(args, run, net, draw_edit, len(x0), each, how, before=x0)
+    summary = f"{start} of {student.N} steps, w = {student.w:g}"
+    common.draw_edits(args, run, net, draw_edit, len(x0), each, summary, before=x0)
 
 
 if __name__ == "__main__":

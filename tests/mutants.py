@@ -168,7 +168,7 @@ MUTANTS = {
         ("added = ((up - phi).sin() * (up + phi).sin()).sqrt()", "added = (up - phi).sin()",
          "guided"),
         ("z = ddim(v, angle, z, tau, tau_end)", "z = ddim(v, angle, z, tau, tau_mid)", "guided"),
-        ("lr = args.lr * (1 - k", "lr = args.lr * (1 - 0 * k", "guided_scripts"),
+        ("lr = args.lr * (1 - done", "lr = args.lr * (1 - 0 * done", "guided_scripts"),
         ("            before.load_state_dict(net.state_dict())\n", "", "guided_scripts"),
         ("            optimizer.state.clear()\n", "", "guided_scripts"),
         ("gradients *= min(1.0, 1.0 /", "gradients *= max(1.0, 1.0 /", "guided_scripts"),

@@ -345,7 +345,7 @@ def test_grid_of_samples(tmp_path, classes, columns):
     args = settings(tmp_path, micro_batch=64)
     log = common.start_run(args, RUN, torch.nn.Linear(2, 2), 0, 0)
     for step in (1, 2):
-        common.sample_grid(args, RUN, log, step, [draw, draw], classes, (3, 16, 16), name="_x")
+        common.sample_grid(args, RUN, step, [draw, draw], classes, (3, 16, 16), name="_x")
     log.close()
     pictures = [np.asarray(Image.open(tmp_path / "samples" / f"00000{s}_x.png")) for s in (1, 2)]
     assert np.array_equal(*pictures)
