@@ -12,7 +12,7 @@ from PIL import Image
 import cd
 import common
 from test_scripts import STOP_AT_3, assert_same, records
-from util import assert_mistake, last, run_script, torchrun
+from util import assert_mistake, last, run_script
 
 MACHINE = ["--precision", "fp32", "--device", "cpu"]
 NET = ["--net", "glyphs", "image_size=8", "base=32", "mult=1,1", "blocks=1"]
@@ -134,7 +134,7 @@ common.ideal_denoiser = watched"""
 
 
 def test_two_processes_equal_one(trained, tmp_path):
-    run(*RUN, "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), code=0)
+    run(*RUN, "--out-dir", "run", cwd=tmp_path, ranks=2, code=0)
     for part in ("teacher", "."):
         assert_same(last(tmp_path / "run" / part), last(trained / part), 2e-6)
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 import common
 import ct
-from util import ROOT, SMALL, fill, run_script, torchrun
+from util import ROOT, SMALL, fill, run_script
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None,
                                        reason="tensorboard is not installed")
@@ -272,7 +272,7 @@ def test_tensorboard_of_ct(few):
     """Two processes; then the same without the flag, which is free to change; then anew."""
     folder = few / "run" / "tensorboard"
     run_script(*PLAIN, "--total-steps", 3, "--sample-every", 2, "--tensorboard",
-               launcher=torchrun(2), cwd=few, code=0)
+               ranks=2, cwd=few, code=0)
     assert_shown(few / "run", {2: "000002.png", 3: "000003.png"})
     assert len(list(folder.iterdir())) == 1  # rank 0 alone writes
     run_script(*PLAIN, "--total-steps", 3, cwd=few, code=0)

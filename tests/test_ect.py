@@ -12,8 +12,7 @@ import torch
 import common
 import ct
 from test_scripts import STOP_AT_3, assert_same, records
-from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, img, last, run_script,
-                  torchrun)
+from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, img, last, run_script)
 
 IN_STUDENT = STOP_AT_3.replace(' == 2', ' == 2 and "teacher" not in str(self.path)')
 
@@ -292,7 +291,7 @@ def test_stopped_and_resumed_is_the_same_run(trained, tmp_path, where, part):
 
 def test_two_processes_equal_one_from_a_teacher_that_is_there(trained, tmp_path):
     run_script(*TUNE, "--teacher", trained / "teacher" / "last.pt", "--out-dir", "run",
-               cwd=tmp_path, launcher=torchrun(2), code=0)
+               cwd=tmp_path, ranks=2, code=0)
     assert_same(last(tmp_path / "run"), last(trained), 2e-6)
 
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 import common
 import ct
-from util import ROOT, SMALL, assert_mistake, close, free_port, last, run_script, torchrun
+from util import (ROOT, SMALL, assert_mistake, close, free_port, last, run_ranks, run_script,
+                  start_script, torchrun)
 
 RUN = [*SMALL, *"--batch-size 8 --micro-batch 4 --total-steps 6 --dropout 0.3 --flip --log-every 1 "
        "--sample-every 0 --save-every 0".split()]
@@ -121,7 +122,7 @@ def test_two_processes_equal_one(trained, tmp_path):
     assert_same(last(tmp_path / "two"), last(trained), 1e-6)
     run_script(*RUN, *MU, "--out-dir", "mixed", cwd=tmp_path, prelude=STOP_AT_3,
                code=128 + signal.SIGTERM)
-    run_script(*RUN, *MU, "--out-dir", "mixed", cwd=tmp_path, launcher=torchrun(2), code=0)
+    run_script(*RUN, *MU, "--out-dir", "mixed", cwd=tmp_path, ranks=2, code=0)
     assert_same(last(tmp_path / "mixed"), last(trained), 1e-6)
     a, b = (records(folder) for folder in (tmp_path / "two", trained))
     for key in ("loss", "loss_bins", "grad_norm"):  # the log speaks of the global batch
@@ -213,20 +214,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_kill_9_leaves_a_loadable_checkpoint(tmp_path):
-    flags = [*RUN, "--total-steps", 100_000, "--save-every", 1, "--out-dir", tmp_path / "run"]
+    flags = [*RUN, "--total-steps", 100_000, "--save-every", 1, "--out-dir", "run"]
     steps = [0]
     for delay in (0.0, 0.13, 0.31):
-        command = [sys.executable, str(ROOT / "ct.py"), *map(str, flags)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env=ENVIRONMENT)
+        process = start_script([str(ROOT / "ct.py"), *map(str, flags)], tmp_path)
         deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None:  # until it has saved a step
+        while time.time() < deadline and process.is_alive():  # until it has saved a step
             saved = (tmp_path / "run" / "last.pt").exists()
             if saved and last(tmp_path / "run")["step"] > steps[-1]:
                 break
+            time.sleep(0.02)
         time.sleep(delay)
         process.kill()
-        process.wait()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         steps.append(last(tmp_path / "run")["step"])
     assert steps == sorted(set(steps)), steps  # every life resumed where the one before was killed
 
@@ -463,7 +464,7 @@ def test_an_error_of_another_rank_is_said(tmp_path):
         broken = tmp_path / "images" / f"{order[4 * rank]}.png"
         good = broken.read_bytes()
         broken.write_bytes(b"not a picture")
-        done = run_script("--dataset", "images", *RUN, cwd=tmp_path, launcher=torchrun(2))
+        done = run_script("--dataset", "images", *RUN, cwd=tmp_path, ranks=2)
         who = "rank 1: " * rank
         message = f"ct.py: error: {who}images/{broken.name} cannot be read"
         assert done.returncode and message in done.stderr, done.stderr
@@ -473,8 +474,9 @@ def test_an_error_of_another_rank_is_said(tmp_path):
 def test_nodes_that_do_not_share_the_folder(trained, tmp_path):
     (tmp_path / "1").mkdir()
     shutil.copytree(trained, tmp_path / "0" / "run")
-    codes, outputs = two_nodes("run", [tmp_path / "0", tmp_path / "1"])
-    assert all(codes) and "is not the same folder on all nodes" in outputs[0], outputs
+    command = [str(ROOT / "ct.py"), *map(str, RUN + MU), "--out-dir", "run"]
+    done = run_ranks(command, [tmp_path / "0", tmp_path / "1"], {})
+    assert done.returncode and "is not the same folder on all nodes" in done.stderr, done.stderr
 
 
 def test_mistakes_under_torchrun_are_said_once(tmp_path):
