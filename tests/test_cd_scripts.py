@@ -12,7 +12,7 @@ from PIL import Image
 import cd
 import common
 from test_scripts import STOP_AT_3, assert_same, records
-from util import assert_mistake, last, run_script
+from util import assert_mistake, glyph_set, last, run_script
 
 MACHINE = ["--precision", "fp32", "--device", "cpu"]
 NET = ["--net", "glyphs", "image_size=8", "base=32", "mult=1,1", "blocks=1"]
@@ -163,7 +163,7 @@ def student_losses(net, target, teacher, x0, y):
 
 def test_the_loops_by_hand(trained):
     """Both stages anew, from their formulas: the batch at once, RAdam, target and EMA."""
-    dataset = common.load_dataset("glyphs", None, 8)
+    dataset = glyph_set(8)
     teacher = None
     for part, batch in (("teacher", 32), (".", 8)):
         state = last(trained / part)
@@ -232,7 +232,7 @@ def test_continuous_training_by_hand(tmp_path):
     """ct.py --objective continuous: its first loss, df/dt by central differences in float64."""
     run_script(*PLAIN, "--objective", "continuous", "--teacher", "none", "--total-steps", 1,
                "--ema-decay", 0, "--out-dir", "run", script="ct.py", cwd=tmp_path, code=0)
-    dataset = common.load_dataset("glyphs", None, 8)
+    dataset = glyph_set(8)
     common.seed_everything(common.INIT, 0)
     net = common.UNet(**last(tmp_path / "run")["model_args"]).double()
     net.dtype, losses = torch.float64, []

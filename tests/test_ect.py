@@ -12,7 +12,8 @@ import torch
 import common
 import ct
 from test_scripts import STOP_AT_3, assert_same, records
-from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, img, last, run_script)
+from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, glyph_set, img, last,
+                  run_script)
 
 IN_STUDENT = STOP_AT_3.replace(' == 2', ' == 2 and "teacher" not in str(self.path)')
 
@@ -241,7 +242,7 @@ def test_one_command_leaves_a_teacher_and_a_student(trained):
 
 def test_the_loop_by_hand(trained):
     """From the teacher's average on: t, r and the loss anew, RAdam and EMA; 5 steps of 3 stages."""
-    student, dataset = last(trained), common.load_dataset("glyphs", None, 16)
+    student, dataset = last(trained), glyph_set(16)
     args = argparse.Namespace(**student["args"])
     net = common.UNet(**student["model_args"])
     net.load_state_dict(last(trained / "teacher")["ema"])

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,8 +16,8 @@ from PIL import Image
 
 import common
 import ct
-from util import (ROOT, SMALL, assert_mistake, close, free_port, last, run_ranks, run_script,
-                  start_script, torchrun)
+from util import (KEPT, ROOT, SMALL, assert_mistake, close, free_port, glyph_set, last, run_ranks,
+                  run_script, start_script, torchrun)
 
 RUN = [*SMALL, *"--batch-size 8 --micro-batch 4 --total-steps 6 --dropout 0.3 --flip --log-every 1 "
        "--sample-every 0 --save-every 0".split()]
@@ -133,7 +132,7 @@ def test_two_processes_equal_one(trained, tmp_path):
 def test_the_loop_by_hand(trained):
     """All six steps anew: the loss of 8 images, RAdam, target and EMA by formula (CM Alg. 3)."""
     args = argparse.Namespace(**last(trained)["args"])
-    dataset = common.load_dataset("glyphs", None, 16)
+    dataset = glyph_set(16)
     common.seed_everything(common.INIT, args.seed)
     net = common.UNet(**last(trained)["model_args"])
     target, ema = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
@@ -169,43 +168,44 @@ def test_the_loop_by_hand(trained):
     assert not torch.equal(state["target"]["out.2.bias"], state["ema"]["out.2.bias"])
 
 
-def two_nodes(out_dir, folders):
-    """A process on each of two nodes, started in these folders. Returns return codes, outputs."""
-    port = free_port()
-    nodes = []
-    for rank, folder in enumerate(folders):
-        start = torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
-                         port=port)
-        command = [*start, str(ROOT / "ct.py"), *map(str, RUN + MU), "--out-dir", str(out_dir)]
-        nodes.append(subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
-    return [node.returncode for node in nodes], outputs
+def wrapper(folder, code=""):
+    """A script that runs ct.py after this code, for torchrun."""
+    path = folder / "wrapper.py"
+    path.write_text(f"""
+import functools, os, runpy, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import common, util
+common.glyphs = functools.partial(util.glyphs, folder={KEPT.name!r})
+{code}
+sys.argv[0] = {str(ROOT / 'ct.py')!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    return path
 
 
 def test_two_nodes(trained, tmp_path):
-    codes, outputs = two_nodes(tmp_path / "nodes", [tmp_path, tmp_path])
-    assert codes == [0, 0], outputs
+    nodes, port = [], free_port()
+    for rank in range(2):
+        start = torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
+                         port=port)
+        command = [*start, wrapper(tmp_path), *map(str, RUN + MU), "--out-dir", "nodes"]
+        nodes.append(subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
     assert_same(last(tmp_path / "nodes"), last(trained), 1e-6)
 
 
 def test_a_killed_worker_is_restarted_and_resumes(trained, tmp_path):
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(f"""
-import os, runpy, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import common
+    script = wrapper(tmp_path, """
 seed = common.seed_everything
 def seed_or_die(*key):
     first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and key[0] == common.STEP and key[2] == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     seed(*key)
-common.seed_everything = seed_or_die
-sys.argv[0] = {str(ROOT / 'ct.py')!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-""")
-    command = [*torchrun(2, "--max-restarts=2"), str(wrapper), *map(str, RUN + MU), "--save-every",
+common.seed_everything = seed_or_die""")
+    command = [*torchrun(2, "--max-restarts=2"), script, *map(str, RUN + MU), "--save-every",
                "1", "--overwrite", "--out-dir", str(tmp_path / "run")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint(tmp_path):
     fill_up = AFTER_STEP_2.replace("ACTION", """import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))""")
     done = run_script(*RUN, "--save-every", 1, "--out-dir", tmp_path / "run", cwd=tmp_path,
-                      prelude=fill_up, process=True)
+                      prelude=fill_up, ranks=1)
     disk_full_message(done, tmp_path / "run" / "last.pt")
     assert last(tmp_path / "run")["step"] == 1 and not list((tmp_path / "run").glob(".*"))
 
@@ -479,8 +479,8 @@ def test_nodes_that_do_not_share_the_folder(trained, tmp_path):
     assert done.returncode and "is not the same folder on all nodes" in done.stderr, done.stderr
 
 
-def test_mistakes_under_torchrun_are_said_once(tmp_path):
-    done = run_script("--dataset", "nowhere", cwd=tmp_path, launcher=torchrun(2))
+def test_mistakes_of_all_ranks_are_said_once(tmp_path):
+    done = run_script("--dataset", "nowhere", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("ct.py: error: --dataset nowhere does not exist") == 1
 

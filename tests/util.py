@@ -110,6 +110,12 @@ def glyphs(n, seed, size=16, folder=KEPT.name, draw=common.glyphs):
     return images, labels
 
 
+def glyph_set(size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "glyphs", glyphs)
+        return common.load_dataset("glyphs", None, size)
+
+
 PRELUDE = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
