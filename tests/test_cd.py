@@ -11,7 +11,7 @@ import common
 import ct
 from test_ct import Bent
 from test_unet import reference_lpips
-from util import TINY, VECTORS, close, fill, full, gauss, gaussian_denoiser, img
+from util import TINY, VECTORS, close, fill, full, gauss, gaussian_denoiser, gradient, img
 
 X0, NOISE, LABELS = img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), torch.tensor([0, 3, 7, 9])
 ONE, INVERSE = common.WEIGHTS["one"], common.WEIGHTS["inverse"]
@@ -34,10 +34,6 @@ def slim(offset=0.0, **more):
 
 def frozen_D(net):
     return common.net_denoiser(net.requires_grad_(False))
-
-
-def gradient(net):
-    return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
 def column(v):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import cd
 import common
-from test_scripts import STOP_AT_3, assert_same, records
+from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
 from util import assert_mistake, glyph_set, last, run_script
 
 MACHINE = ["--precision", "fp32", "--device", "cpu"]
@@ -185,17 +185,8 @@ def test_the_loops_by_hand(trained):
                     losses.append(teacher_losses(net, args, x0, y))
                 else:
                     losses.append(student_losses(net, target, teacher, x0, y))
-            optimizer.zero_grad()
-            loss = torch.cat(losses).mean()
-            loss.backward()
-            norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
-            logged = [record["loss"], record["grad_norm"]]
-            np.testing.assert_allclose(logged, [loss.item(), norm.item()], 2e-4)
-            optimizer.step()
-            with torch.no_grad():
-                for p, p_target, p_ema in zip(*map(torch.nn.Module.parameters, (net, target, ema))):
-                    p_target.copy_(0.9 * p_target + 0.1 * p)
-                    p_ema.copy_(args.ema_decay * p_ema + (1 - args.ema_decay) * p)
+            decays = {target: 0.9, ema: args.ema_decay}
+            step_by_hand(record, net, optimizer, losses, decays)
         assert_same(net.state_dict(), state["net"], 2e-5)
         assert_same(ema.state_dict(), state["ema"], 2e-5)
         if teacher is not None:

@@ -11,9 +11,9 @@ import torch
 
 import common
 import ct
-from test_scripts import STOP_AT_3, assert_same, records
-from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, glyph_set, img, last,
-                  run_script)
+from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
+from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, glyph_set, gradient,
+                  img, last, run_script)
 
 IN_STUDENT = STOP_AT_3.replace(' == 2', ' == 2 and "teacher" not in str(self.path)')
 
@@ -122,7 +122,7 @@ def test_times_below_t_min_teach_nothing_and_spoil_nothing():
         losses = ct.loss_fn(net, net, x0[:B], noise[:B], r, t, None, common.norm,
                             ct.WEIGHTS["inverse"])
         losses.sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        grads.append(gradient(net))
     assert losses[0] > 0 and grads[1].norm() > 0
     close(grads[0], grads[1], 1e-4, 1e-4 * grads[1].abs().max().item())
 
@@ -266,15 +266,7 @@ def test_the_loop_by_hand(trained):
                 outputs.append(common.consistency(net, x, time, y))
             difference = outputs[0] - outputs[1].detach()
             losses.append(difference.square().sum((1, 2, 3)).sqrt() / (t - r))
-        optimizer.zero_grad()
-        loss = torch.cat(losses).mean()
-        loss.backward()
-        norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
-        close([record["loss"], record["grad_norm"]], [loss.item(), norm.item()], 2e-4)
-        optimizer.step()
-        with torch.no_grad():
-            for p, p_ema in zip(net.parameters(), ema.parameters()):
-                p_ema.copy_(args.ema_decay * p_ema + (1 - args.ema_decay) * p)
+        step_by_hand(record, net, optimizer, losses, {ema: args.ema_decay})
     assert_same(net.state_dict(), student["net"], 2e-5)
     assert_same(ema.state_dict(), student["ema"], 2e-5)
 
@@ -321,7 +313,6 @@ MISTAKES = {
     "another number of labels": ("--teacher run/last.pt --dataset one.npy", "knows 10 classes"),
     "one number for the mapping": ("--mapping 8", "--mapping"),
     "a stage that shrinks": ("--q 0.5", "--q"),
-    "p(t) of one number": ("--p-t 1.0", "--p-t 1.0: name a mean"),
 }
 
 

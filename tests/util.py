@@ -79,6 +79,10 @@ def full(x, t):
     return torch.full((len(x),), float(t), dtype=x.dtype)
 
 
+def gradient(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
 def gaussian_denoiser(s):
     """E[x0 | x_t] for data N(0, s^2 I): the exact D."""
     return lambda x, t: x * s**2 / (s**2 + common.bcast(t, x) ** 2)
