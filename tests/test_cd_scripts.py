@@ -12,8 +12,8 @@ from PIL import Image
 
 import cd
 import common
-from test_scripts import STOP_AT_3, assert_same, records
-from util import assert_mistake, last, run_script, torchrun
+from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
+from util import assert_mistake, glyph_set, last, run_script
 
 MACHINE = ["--precision", "fp32", "--device", "cpu"]
 NET = ["--net", "glyphs", "image_size=8", "base=32", "mult=1,1", "blocks=1"]
@@ -135,7 +135,7 @@ common.ideal_denoiser = watched"""
 
 
 def test_two_processes_equal_one(trained, tmp_path):
-    run(*RUN, "--out-dir", "run", cwd=tmp_path, launcher=torchrun(2), code=0)
+    run(*RUN, "--out-dir", "run", cwd=tmp_path, ranks=2, code=0)
     for part in ("teacher", "."):
         assert_same(last(tmp_path / "run" / part), last(trained / part), 2e-6)
 
@@ -164,7 +164,7 @@ def student_losses(net, target, teacher, x0, y):
 
 def test_the_loops_by_hand(trained):
     """Both stages anew, from their formulas: the batch at once, RAdam, target and EMA."""
-    dataset = common.load_dataset("glyphs", None, 8)
+    dataset = glyph_set(8)
     teacher = None
     for part, batch in (("teacher", 32), (".", 8)):
         state = last(trained / part)
@@ -186,17 +186,8 @@ def test_the_loops_by_hand(trained):
                     losses.append(teacher_losses(net, args, x0, y))
                 else:
                     losses.append(student_losses(net, target, teacher, x0, y))
-            optimizer.zero_grad()
-            loss = torch.cat(losses).mean()
-            loss.backward()
-            norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
-            logged = [record["loss"], record["grad_norm"]]
-            np.testing.assert_allclose(logged, [loss.item(), norm.item()], 2e-4)
-            optimizer.step()
-            with torch.no_grad():
-                for p, p_target, p_ema in zip(*map(torch.nn.Module.parameters, (net, target, ema))):
-                    p_target.copy_(0.9 * p_target + 0.1 * p)
-                    p_ema.copy_(args.ema_decay * p_ema + (1 - args.ema_decay) * p)
+            decays = {target: 0.9, ema: args.ema_decay}
+            step_by_hand(record, net, optimizer, losses, decays)
         assert_same(net.state_dict(), state["net"], 2e-5)
         assert_same(ema.state_dict(), state["ema"], 2e-5)
         if teacher is not None:
@@ -252,7 +243,7 @@ def test_continuous_training_by_hand(tmp_path):
     """ct.py --objective continuous: its first loss, df/dt by central differences in float64."""
     run_script(*PLAIN, "--objective", "continuous", "--teacher", "none", "--total-steps", 1,
                "--ema-decay", 0, "--out-dir", "run", script="ct.py", cwd=tmp_path, code=0)
-    dataset = common.load_dataset("glyphs", None, 8)
+    dataset = glyph_set(8)
     common.seed_everything(common.INIT, 0)
     net = common.UNet(**last(tmp_path / "run")["model_args"]).double()
     net.dtype, losses = torch.float64, []

@@ -8,7 +8,7 @@ import torch
 import common
 import ct
 from test_unet import reference_lpips
-from util import TINY, VECTORS, close, fill, gauss, img
+from util import TINY, VECTORS, close, fill, gauss, gradient, img
 
 SETTINGS = {"ct_imagenet64": (800_000, 2, 200), "ct_lsun256": (1_000_000, 2, 150),
             "ct_cifar10": (800_000, 2, 150)}  # K, s0, s1
@@ -94,8 +94,7 @@ def test_loss_vectors(name):
     close(losses, VECTORS["ct_loss"][name]["per_sample"], 1e-5, 2e-8)
     if name == "l2":
         losses.mean().backward()
-        norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
-        close(norm, VECTORS["ct_loss"]["l2"]["grad_norm_total"], 1e-5)
+        close(gradient(net).double().norm(), VECTORS["ct_loss"]["l2"]["grad_norm_total"], 1e-5)
         assert all(p.grad is None for p in target.parameters())
 
 
@@ -148,7 +147,7 @@ def test_no_gradient_through_a_target_that_is_the_net():
     for target in (net, frozen):
         net.zero_grad()
         ct.loss_fn(net, target, X0, NOISE, T_N, T_N1, *HUBER).sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        grads.append(gradient(net))
     assert grads[0].norm() > 0 and torch.equal(*grads)
     assert all(p.grad is None for p in frozen.parameters())
 
@@ -317,14 +316,3 @@ def test_sampler_clips_every_output_and_starts_at_the_first_level():
     assert (wild.seen[1][0].abs() <= 1 + 0.8 * 6).all()  # the clipped first output, and noise
     told = torch.cat([c_noise for _, c_noise in wild.seen])
     close(told, [250 * math.log(80)] * 2 + [250 * math.log(0.8)] * 2)
-
-
-def test_seeded_noise_does_not_depend_on_the_batch():
-    x, everything = torch.zeros(6, 3, 8, 8), torch.arange(6)
-    whole = common.SeededNoise(everything, 7)
-    part = common.SeededNoise(everything[2:4], 7)
-    for _ in range(2):
-        a, b = whole(x), part(x[:2])
-        assert torch.equal(a[2:4], b) and not torch.equal(a[0], a[1])
-    other = common.SeededNoise(everything, 8)(x)
-    assert not torch.equal(other, common.SeededNoise(everything, 7)(x))

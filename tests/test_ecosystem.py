@@ -1,9 +1,14 @@
 """What others read and call: diffusers, TensorBoard, ADM's evaluator, a user's own code."""
 import ast
 import importlib.util
+import inspect
 import json
 import math
+import re
+import runpy
 import struct
+import subprocess
+import sys
 import zipfile
 from io import BytesIO
 
@@ -14,7 +19,7 @@ from PIL import Image
 
 import common
 import ct
-from util import SMALL, fill, run_script
+from util import ROOT, SMALL, fill, run_script
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None,
                                        reason="tensorboard is not installed")
@@ -225,3 +230,48 @@ def test_a_run_in_tensorboard(few):
         assert_shown(few / "run", {2: "000002.png", 3: "000003.png"})
     done = run_script("tensorboard", "none", script="tests/bench.py", cwd=few, code=2)
     assert done.stderr == "bench.py: error: none holds no run: No such file or directory\n"
+
+
+# ---- a user's own code
+
+def test_the_readme_shows_the_loss_as_it_stands():
+    assert inspect.getsource(ct.loss_fn) in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_own_code_runs(tmp_path, monkeypatch):
+    """As it stands: it trains a step of a network of its own, and draws with it."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("\n## Use it in your own code\n")[1].split("\n## ")[0]
+    fenced = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    lines = fenced[1].splitlines() if fenced else [
+        line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
+    assert sum(bool(line) for line in lines) == 10
+    (tmp_path / "own.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path("own.py")
+    net, x0, loss, images = (names[name] for name in ("net", "x0", "loss", "images"))
+    assert isinstance(net, torch.nn.Module) and not isinstance(net, common.UNet)
+    assert loss.shape == (len(x0),) and (loss > 0).all()
+    for p in net.parameters():
+        assert p.grad.abs().sum() > 0 and names["optimizer"].state[p]["step"] == 1
+    assert images.shape[1:] == x0.shape[1:] and images.abs().max() <= 1 and images.std() > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["own.py"]
+
+
+def test_importing_the_scripts_changes_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", f"""
+import os, random, signal, sys, warnings
+import numpy as np, torch, torch.distributed
+sys.path.insert(0, {str(ROOT)!r})
+def state():
+    backend, numbers = torch.backends.cudnn, (signal.SIGINT, signal.SIGTERM)
+    return (sys.excepthook, [signal.getsignal(n) for n in numbers], sys.argv[:], dict(os.environ),
+            os.listdir(), random.getstate(), np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(), torch.initial_seed(), torch.get_num_threads(),
+            torch.get_default_dtype(), torch.is_grad_enabled(), backend.benchmark,
+            backend.allow_tf32, torch.distributed.is_initialized(), warnings.filters[:])
+before = state()
+import ct, cd, ctm, guided_distill
+assert state() == before
+"""], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -11,9 +11,9 @@ import torch
 
 import common
 import ct
-from test_scripts import STOP_AT_3, assert_same, records
-from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, img, last, run_script,
-                  torchrun)
+from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
+from util import (SMALL, TINY, VECTORS, assert_mistake, close, fill, gauss, glyph_set, gradient,
+                  img, last, run_script)
 
 IN_STUDENT = STOP_AT_3.replace(' == 2', ' == 2 and "teacher" not in str(self.path)')
 
@@ -122,7 +122,7 @@ def test_times_below_t_min_teach_nothing_and_spoil_nothing():
         losses = ct.loss_fn(net, net, x0[:B], noise[:B], r, t, None, common.norm,
                             ct.WEIGHTS["inverse"])
         losses.sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        grads.append(gradient(net))
     assert losses[0] > 0 and grads[1].norm() > 0
     close(grads[0], grads[1], 1e-4, 1e-4 * grads[1].abs().max().item())
 
@@ -242,7 +242,7 @@ def test_one_command_leaves_a_teacher_and_a_student(trained):
 
 def test_the_loop_by_hand(trained):
     """From the teacher's average on: t, r and the loss anew, RAdam and EMA; 5 steps of 3 stages."""
-    student, dataset = last(trained), common.load_dataset("glyphs", None, 16)
+    student, dataset = last(trained), glyph_set(16)
     args = argparse.Namespace(**student["args"])
     net = common.UNet(**student["model_args"])
     net.load_state_dict(last(trained / "teacher")["ema"])
@@ -266,15 +266,7 @@ def test_the_loop_by_hand(trained):
                 outputs.append(common.consistency(net, x, time, y))
             difference = outputs[0] - outputs[1].detach()
             losses.append(difference.square().sum((1, 2, 3)).sqrt() / (t - r))
-        optimizer.zero_grad()
-        loss = torch.cat(losses).mean()
-        loss.backward()
-        norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
-        close([record["loss"], record["grad_norm"]], [loss.item(), norm.item()], 2e-4)
-        optimizer.step()
-        with torch.no_grad():
-            for p, p_ema in zip(net.parameters(), ema.parameters()):
-                p_ema.copy_(args.ema_decay * p_ema + (1 - args.ema_decay) * p)
+        step_by_hand(record, net, optimizer, losses, {ema: args.ema_decay})
     assert_same(net.state_dict(), student["net"], 2e-5)
     assert_same(ema.state_dict(), student["ema"], 2e-5)
 
@@ -292,7 +284,7 @@ def test_stopped_and_resumed_is_the_same_run(trained, tmp_path, where, part):
 
 def test_two_processes_equal_one_from_a_teacher_that_is_there(trained, tmp_path):
     run_script(*TUNE, "--teacher", trained / "teacher" / "last.pt", "--out-dir", "run",
-               cwd=tmp_path, launcher=torchrun(2), code=0)
+               cwd=tmp_path, ranks=2, code=0)
     assert_same(last(tmp_path / "run"), last(trained), 2e-6)
 
 
@@ -321,7 +313,6 @@ MISTAKES = {
     "another number of labels": ("--teacher run/last.pt --dataset one.npy", "knows 10 classes"),
     "one number for the mapping": ("--mapping 8", "--mapping"),
     "a stage that shrinks": ("--q 0.5", "--q"),
-    "p(t) of one number": ("--p-t 1.0", "--p-t 1.0: name MEAN STD"),
 }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 import common
 import evaluate
 from common import UserError
-from util import ROOT, TINY, glyphs, run_script, torchrun
+from util import ROOT, TINY, glyphs, run_script
 
 CPU = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"),
                             dtype=torch.float32)
@@ -432,39 +432,31 @@ def test_the_reference_is_the_training_data_unless_named(dataset, data_dir, want
     assert evaluate.dataset_of(args, trained) == wanted
 
 
-DRIVER = f"""
-import sys, runpy
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+WITH_FAKE = f"""
+sys.path.append({str(ROOT / 'tests')!r})
 import conftest, evaluate
 from test_eval import Fake
 evaluate.Inception = Fake
-for command in (["ctm.py", *sys.argv[1:]], ["evaluate.py", "many.npz", "--reference", "data.npz"]):
-    sys.argv = command
-    try:
-        if command[0] == "evaluate.py":
-            evaluate.main()
-        runpy.run_path({str(ROOT / 'ctm.py')!r}, run_name="__main__")
-    except SystemExit as end:
-        assert end.code == 0
 """
 
 
 def test_two_processes_equal_one(command, here):
     """They share the references and the samples; 130 samples are three batches, the last of two."""
-    flags = ["--ckpt", "ctm.pt", "--eval", 130, "--dataset", "many.npz", *FP32]
     np.savez("many.npz", glyphs(150, seed=2, size=16)[0])
-    lines = [command("ctm", *flags)]
+    flags = ["--ckpt", "ctm.pt", "--eval", 130, "--dataset", "many.npz", *FP32]
+    alone = ["many.npz", "--reference", "data.npz"]
+    lines = [command("ctm", *flags), command("evaluate", *alone)]
     one = last_record()
-    lines.append(command("evaluate", "many.npz", "--reference", "data.npz"))
-    (here / "driver.py").write_text(DRIVER)
-    run = dict(text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    done = subprocess.run([*torchrun(2), "driver.py", *map(str, flags)], timeout=600, **run)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines() == lines
-    two = last_record()
+    two = dict(cwd=here, ranks=2, code=0)
+    done = run_script(*flags, script="ctm.py", prelude=WITH_FAKE, **two)
+    assert done.stdout.strip() == lines[0]
+    record = last_record()
     for key in ("FID@130", "IS", "precision", "recall"):
-        assert two.pop(key) == pytest.approx(one.pop(key), rel=1e-6)
-    assert two == one
+        assert record.pop(key) == pytest.approx(one.pop(key), rel=1e-6)
+    assert record == one
+    run_evaluate = WITH_FAKE + "sys.argv[0] = 'evaluate.py'\nevaluate.main()"
+    done = run_script(*alone, script="tests/evaluate.py", prelude=run_evaluate, **two)
+    assert done.stdout.strip() == lines[1]
 
 
 def test_what_cannot_be_written_was_printed(evaluation, here, capsys):

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,7 +16,8 @@ from PIL import Image
 
 import common
 import ct
-from util import ROOT, SMALL, assert_mistake, close, free_port, last, run_script, torchrun
+from util import (KEPT, ROOT, SMALL, assert_mistake, close, free_port, glyph_set, gradient, last,
+                  run_ranks, run_script, start_script, torchrun)
 
 RUN = [*SMALL, *"--batch-size 8 --micro-batch 4 --total-steps 6 --dropout 0.3 --flip --log-every 1 "
        "--sample-every 0 --save-every 0".split()]
@@ -121,7 +121,7 @@ def test_two_processes_equal_one(trained, tmp_path):
     assert_same(last(tmp_path / "two"), last(trained), 1e-6)
     run_script(*RUN, *MU, "--out-dir", "mixed", cwd=tmp_path, prelude=STOP_AT_3,
                code=128 + signal.SIGTERM)
-    run_script(*RUN, *MU, "--out-dir", "mixed", cwd=tmp_path, launcher=torchrun(2), code=0)
+    run_script(*RUN, *MU, "--out-dir", "mixed", cwd=tmp_path, ranks=2, code=0)
     assert_same(last(tmp_path / "mixed"), last(trained), 1e-6)
     a, b = (records(folder) for folder in (tmp_path / "two", trained))
     for key in ("loss", "loss_bins", "grad_norm"):  # the log speaks of the global batch
@@ -129,10 +129,24 @@ def test_two_processes_equal_one(trained, tmp_path):
         np.testing.assert_allclose(two, one, rtol=1e-4)  # no image in a bin: nan
 
 
+def step_by_hand(record, net, optimizer, losses, decays, rtol=2e-4):
+    """Loss and norm are those logged; step, and average the nets of `decays` (net: its decay)."""
+    optimizer.zero_grad()
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    norm = gradient(net).double().norm().item()
+    close([record["loss"], record["grad_norm"]], [loss.item(), norm], rtol, 0)
+    optimizer.step()
+    with torch.no_grad():
+        for average, decay in decays.items():
+            for p, p_average in zip(net.parameters(), average.parameters()):
+                p_average.copy_(decay * p_average + (1 - decay) * p)
+
+
 def test_the_loop_by_hand(trained):
     """All six steps anew: the loss of 8 images, RAdam, target and EMA by formula (CM Alg. 3)."""
     args = argparse.Namespace(**last(trained)["args"])
-    dataset = common.load_dataset("glyphs", None, 16)
+    dataset = glyph_set(16)
     common.seed_everything(common.INIT, args.seed)
     net = common.UNet(**last(trained)["model_args"])
     target, ema = (copy.deepcopy(net).requires_grad_(False) for _ in range(2))
@@ -150,61 +164,53 @@ def test_the_loop_by_hand(trained):
             noise = torch.randn_like(x0)
             losses.append(ct.loss_fn(net, target, x0, noise, times[n], times[n + 1], y,
                                      common.pseudo_huber, lambda t_n, t_n1: 1 / (t_n1 - t_n)))
-        optimizer.zero_grad()
-        loss = torch.cat(losses).mean()
-        loss.backward()
-        norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
         mu = 0.9 ** (10 / N)
-        close([record["loss"], record["grad_norm"]], [loss.item(), norm.item()], 1e-4)
         close(record["mu"], mu)
-        optimizer.step()
-        with torch.no_grad():
-            for average, decay in ((target, mu), (ema, args.ema_decay)):
-                for p, p_average in zip(net.parameters(), average.parameters()):
-                    p_average.copy_(decay * p_average + (1 - decay) * p)
+        step_by_hand(record, net, optimizer, losses, {target: mu, ema: args.ema_decay}, 1e-4)
     for module, key in ((net, "net"), (target, "target"), (ema, "ema")):
         assert_same(module.state_dict(), last(trained)[key], 1e-5)
     state = last(trained)
     assert not torch.equal(state["target"]["out.2.bias"], state["ema"]["out.2.bias"])
 
 
-def two_nodes(out_dir, folders):
-    """A process on each of two nodes, started in these folders. Returns return codes, outputs."""
-    port = free_port()
-    nodes = []
-    for rank, folder in enumerate(folders):
-        start = torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
-                         port=port)
-        command = [*start, str(ROOT / "ct.py"), *map(str, RUN + MU), "--out-dir", str(out_dir)]
-        nodes.append(subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
-    return [node.returncode for node in nodes], outputs
+def wrapper(folder, code=""):
+    """A script that runs ct.py after this code, for torchrun."""
+    path = folder / "wrapper.py"
+    path.write_text(f"""
+import functools, os, runpy, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import common, util
+common.glyphs = functools.partial(util.glyphs, folder={KEPT.name!r})
+{code}
+sys.argv[0] = {str(ROOT / 'ct.py')!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    return path
 
 
 def test_two_nodes(trained, tmp_path):
-    codes, outputs = two_nodes(tmp_path / "nodes", [tmp_path, tmp_path])
-    assert codes == [0, 0], outputs
+    nodes, port = [], free_port()
+    for rank in range(2):
+        start = torchrun(1, "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
+                         port=port)
+        command = [*start, wrapper(tmp_path), *map(str, RUN + MU), "--out-dir", "nodes"]
+        nodes.append(subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
     assert_same(last(tmp_path / "nodes"), last(trained), 1e-6)
 
 
 def test_a_killed_worker_is_restarted_and_resumes(trained, tmp_path):
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(f"""
-import os, runpy, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import common
+    script = wrapper(tmp_path, """
 seed = common.seed_everything
 def seed_or_die(*key):
     first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and key[0] == common.STEP and key[2] == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     seed(*key)
-common.seed_everything = seed_or_die
-sys.argv[0] = {str(ROOT / 'ct.py')!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-""")
-    command = [*torchrun(2, "--max-restarts=2"), str(wrapper), *map(str, RUN + MU), "--save-every",
+common.seed_everything = seed_or_die""")
+    command = [*torchrun(2, "--max-restarts=2"), script, *map(str, RUN + MU), "--save-every",
                "1", "--overwrite", "--out-dir", str(tmp_path / "run")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -213,20 +219,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_kill_9_leaves_a_loadable_checkpoint(tmp_path):
-    flags = [*RUN, "--total-steps", 100_000, "--save-every", 1, "--out-dir", tmp_path / "run"]
+    flags = [*RUN, "--total-steps", 100_000, "--save-every", 1, "--out-dir", "run"]
     steps = [0]
     for delay in (0.0, 0.2):
-        command = [sys.executable, str(ROOT / "ct.py"), *map(str, flags)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env=ENVIRONMENT)
+        process = start_script([str(ROOT / "ct.py"), *map(str, flags)], tmp_path)
         deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None:  # until it has saved a step
+        while time.time() < deadline and process.is_alive():  # until it has saved a step
             saved = (tmp_path / "run" / "last.pt").exists()
             if saved and last(tmp_path / "run")["step"] > steps[-1]:
                 break
+            time.sleep(0.02)
         time.sleep(delay)
         process.kill()
-        process.wait()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         steps.append(last(tmp_path / "run")["step"])
     assert steps == sorted(set(steps)), steps  # every life resumed where the one before was killed
 
@@ -242,7 +248,7 @@ def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint(tmp_path):
     fill_up = AFTER_STEP_2.replace("ACTION", """import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))""")
     done = run_script(*RUN, "--save-every", 1, "--out-dir", tmp_path / "run", cwd=tmp_path,
-                      prelude=fill_up, process=True)
+                      prelude=fill_up, ranks=1)
     disk_full_message(done, tmp_path / "run" / "last.pt")
     assert last(tmp_path / "run")["step"] == 1 and not list((tmp_path / "run").glob(".*"))
 
@@ -380,9 +386,7 @@ class Code:
 TINY_NET = " ".join(SMALL)
 MISTAKES = {
     "misspelt flag": ("--datset glyphs", "did you mean --dataset?"),
-    "bad value": ("--batch-size -3", "--batch-size"),
     "training with --ckpt": ("--ckpt run/last.pt --lr 1", "--lr does not apply with --ckpt"),
-    "sampling without --ckpt": ("--labels 3", "--labels does not apply without --ckpt"),
     "data-dir with a path": ("--dataset run --data-dir run", "--data-dir"),
     "missing data folder": ("--dataset imagenet64 --data-dir nowhere",
                             "--data-dir nowhere does not exist"),
@@ -396,21 +400,14 @@ MISTAKES = {
     "truncated checkpoint": ("--ckpt short.pt", "short.pt"),
     "pickle with code": ("--ckpt code.pt", "could run code"),
     "old-style pickle with code": ("--ckpt old.pt", "could run code"),
-    "batch that does not divide": ("--batch-size 10 --micro-batch 4",
-                                   "not a multiple of --micro-batch 4"),
     "unwritable out-dir": (f"{TINY_NET} --out-dir file/run", "--out-dir file/run: Not a directory"),
     "unknown net": ("--net resnet", "--net resnet"),
-    "unknown key of net": ("--net glyphs depth=3", "--net depth=3"),
-    "bad value of net": ("--net glyphs mult=a", "--net mult=a"),
-    "net that does not fit": ("--net glyphs image_size=18", "--net: image_size=18"),
     "no labels": (f"--dataset images {TINY_NET} --class-cond", "has no labels"),
     "label out of range": ("--ckpt run/last.pt --labels 10", "labels 0 to 9"),
     "sigmas upside down": ("--ckpt run/last.pt --sigmas 1 80", "--sigmas"),
     "unknown picture": ("--ckpt run/last.pt --sample 1 --save x.jpg", "--save x.jpg"),
     "no interval at the start": ("--recipe ct --dist l2 --s0 1", "--s0 1 leaves no interval"),
     "p(t) outside the grid": ("--p-t 50 0.1", "--p-t 50.0 0.1: name MEAN STD"),
-    "p(t) in words": ("--p-t abc", "--p-t"),
-    "p(t) of one number": ("--p-t 1.0", "--p-t 1.0: name MEAN STD"),
     "another network than the run's": (" ".join(map(str, RUN + MU)) + " --net glyphs base=32 "
                                        "mult=1,1 blocks=2 --out-dir run", "blocks 1 there, 2 now"),
     "weights without their run": (f"{TINY_NET} --out-dir half",
@@ -459,22 +456,27 @@ def test_an_error_of_another_rank_is_said(tmp_path):
     for i in range(8):
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{i}.png")
     order = np.concatenate(list(common.index_batches(8, 0, 0, 1, 8, 4)))
-    broken = tmp_path / "images" / f"{order[4]}.png"
-    broken.write_bytes(b"not a picture")
-    done = run_script("--dataset", "images", *RUN, cwd=tmp_path, launcher=torchrun(2))
-    message = f"ct.py: error: rank 1: images/{broken.name} cannot be read"
-    assert done.returncode and message in done.stderr, done.stderr
+    for rank in range(2):
+        broken = tmp_path / "images" / f"{order[4 * rank]}.png"
+        good = broken.read_bytes()
+        broken.write_bytes(b"not a picture")
+        done = run_script("--dataset", "images", *RUN, "--workers", rank, cwd=tmp_path, ranks=2)
+        who = "rank 1: " * rank
+        message = f"ct.py: error: {who}images/{broken.name} cannot be read"
+        assert done.returncode and message in done.stderr, done.stderr
+        broken.write_bytes(good)
 
 
 def test_nodes_that_do_not_share_the_folder(trained, tmp_path):
     (tmp_path / "1").mkdir()
     shutil.copytree(trained, tmp_path / "0" / "run")
-    codes, outputs = two_nodes("run", [tmp_path / "0", tmp_path / "1"])
-    assert all(codes) and "is not the same folder on all nodes" in outputs[0], outputs
+    command = [str(ROOT / "ct.py"), *map(str, RUN + MU), "--out-dir", "run"]
+    done = run_ranks(command, [tmp_path / "0", tmp_path / "1"], {})
+    assert done.returncode and "is not the same folder on all nodes" in done.stderr, done.stderr
 
 
-def test_mistakes_under_torchrun_are_said_once(tmp_path):
-    done = run_script("--dataset", "nowhere", cwd=tmp_path, launcher=torchrun(2))
+def test_mistakes_of_all_ranks_are_said_once(tmp_path):
+    done = run_script("--dataset", "nowhere", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("ct.py: error: --dataset nowhere does not exist") == 1
 

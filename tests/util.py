@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -78,6 +79,10 @@ def full(x, t):
     return torch.full((len(x),), float(t), dtype=x.dtype)
 
 
+def gradient(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
 def gaussian_denoiser(s):
     """E[x0 | x_t] for data N(0, s^2 I): the exact D."""
     return lambda x, t: x * s**2 / (s**2 + common.bcast(t, x) ** 2)
@@ -91,7 +96,30 @@ def gaussian_flow(x, t, t_next, s):
 # ---- scripts, run as a user would
 
 MODULES = ("common", "cd", "ct", "ctm", "guided_distill", "evaluate", "bench", "scoreboard")
-glyphs = functools.lru_cache(4)(common.glyphs)  # a pure function, which takes seconds
+KEPT = tempfile.TemporaryDirectory()
+
+
+@functools.lru_cache(4)
+def glyphs(n, seed, size=16, folder=KEPT.name, draw=common.glyphs):
+    """common.glyphs, a pure function that takes seconds: once for all processes of a session."""
+    path = Path(folder, f"{n} {seed} {size}.npz")
+    if path.exists():
+        with np.load(path) as kept:
+            return kept["arr_0"], kept["arr_1"]
+    images, labels = draw(n, seed, size)
+    partial = path.with_suffix(f".{os.getpid()}")
+    with open(partial, "wb") as file:
+        np.savez(file, images, labels)
+    partial.rename(path)
+    return images, labels
+
+
+def glyph_set(size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "glyphs", glyphs)
+        return common.load_dataset("glyphs", None, size)
+
+
 PRELUDE = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -101,17 +129,19 @@ monkeypatch = pytest.MonkeyPatch()
 """
 
 
-def run_script(*flags, script="ct.py", cwd, launcher=(), env=None, code=None, timeout=600,
+def run_script(*flags, script="ct.py", cwd, launcher=(), ranks=0, env=None, code=None, timeout=600,
                prelude=None, process=False):
     """Run a script as a user would. Returns its returncode, stdout and stderr; checks `code`.
 
-    It runs in this process, with modules imported anew, unless a launcher, a search path for
-    packages, or `process` asks for another. `prelude` is Python that runs before it and knows
-    `common`; what is not of this project it changes with `monkeypatch.setattr`.
+    It runs in this process, with modules imported anew, unless a launcher, a number of ranks, a
+    search path for packages, or `process` asks for others. `prelude` is Python that runs before it
+    and knows `common`; what is not of this project it changes with `monkeypatch.setattr`.
     """
     command = [str(ROOT / script), *map(str, flags)]
     env = {"OMP_NUM_THREADS": "1"} | (env or {})
-    if launcher or process or "PYTHONPATH" in env:
+    if ranks:
+        done = run_ranks(command, [cwd] * ranks, env, timeout, prelude)
+    elif launcher or process or "PYTHONPATH" in env:
         start = [*launcher] or [sys.executable]
         if prelude is not None:
             end = f"sys.argv[0] = {command[0]!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
@@ -252,6 +282,64 @@ def end_workers():
         for thing in gc.get_objects():
             if type(thing) is _MultiProcessingDataLoaderIter:
                 thing._shutdown_workers()
+
+
+# ---- processes, forked from one that has imported torch
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "PIL.Image", "tqdm", "pytest"])
+
+
+def be_script(command, cwd, env, outputs, prelude, folder):
+    """What a process does that `start_script` has made."""
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(cwd)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
+    sys.path.insert(0, str(ROOT))
+    sys.argv = command
+    importlib.import_module("common").glyphs = functools.partial(glyphs, folder=folder)
+    if prelude:
+        exec(PRELUDE + prelude, {"__name__": "prelude"})
+    code = exit_code(lambda: runpy.run_path(command[0], run_name="__main__"))
+    end_workers()
+    sys.exit(code)
+
+
+def start_script(command, cwd, outputs=(os.devnull, os.devnull), env=None, prelude=None):
+    """A process that runs a script as an interpreter of its own would."""
+    process = FORKS.Process(target=be_script, args=(command, cwd, env or {}, outputs, prelude,
+                                                   KEPT.name))
+    process.start()
+    return process
+
+
+def run_ranks(command, folders, env, timeout=600, prelude=None):
+    """Run a script by a process in each of these folders, as torchrun would, with its store."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = str(len(folders))
+    env = env | dict(WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, GROUP_WORLD_SIZE="1",
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                     TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_USE_AGENT_STORE="True")
+    with tempfile.TemporaryDirectory() as place:
+        outputs = [Path(place, name) for name in ("out", "err")]
+        processes = []
+        for rank, folder in enumerate(map(str, folders)):
+            own = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            processes.append(start_script(command, folder, outputs, env | own, prelude))
+        deadline = time.monotonic() + timeout
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+                for process in processes:  # as torchrun does, but for its patience
+                    process.join(2)
+                    process.kill()
+            time.sleep(0.02)
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        return subprocess.CompletedProcess(command, code, *(path.read_text() for path in outputs))
 
 
 def free_port():
