@@ -229,7 +229,8 @@ def test_a_run_in_tensorboard(few):
         run_script("tensorboard", "run", script="tests/bench.py", cwd=few, code=0)
         assert_shown(few / "run", {2: "000002.png", 3: "000003.png"})
     done = run_script("tensorboard", "none", script="tests/bench.py", cwd=few, code=2)
-    assert done.stderr == "bench.py: error: none holds no run: No such file or directory: none/log.jsonl\n"
+    missing = "No such file or directory: none/log.jsonl"
+    assert done.stderr == f"bench.py: error: none holds no run: {missing}\n"
 
 
 # ---- a user's own code
