@@ -1325,11 +1325,12 @@ def resume(args, run, script, model_args, parts):
             raise UserError(f"--out-dir {out_dir} is not the same folder on all nodes")
     if state["step"] == 0:
         return 0, 0
-    for key, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            load_optimizer(part, state[key])
-        elif part is not None:
-            part.load_state_dict(state[key])
+    with explain(f"{out_dir}/last.pt cannot be resumed"):
+        for key, part in parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, state[key])
+            elif part is not None:
+                part.load_state_dict(state[key])
     return state["step"], state["skipped"]
 
 def load_optimizer(optimizer, state):
@@ -1446,6 +1447,7 @@ class Log:
         self.skipped += not finite
         if self.bad_in_a_row[player] == 10:
             self.close()
+            values.pop("loss_bins", None)
             raise SystemExit(f"{Path(sys.argv[0]).name}: stopped at step {step}: the loss or its "
                              f"gradient was not finite 10 steps in a row ({values}); what "
                              f"{self.args.out_dir} holds is older. Start anew with a lower --lr")

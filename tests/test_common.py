@@ -165,6 +165,7 @@ def test_resume_loads_every_part(saved, tmp_path, old):
     ("ct", dict(p_t=["uniform"]), {}, "(--p-t -1.1,2.0 there, uniform now)"),
     ("ct", dict(mu=0.9), {}, "(--mu none there, 0.9 now)"),
     ("ct", dict(teacher_digest="abc"), {}, "(--teacher-digest none there, abc now)"),
+    ("ct", dict(teacher="ideal"), {}, "(--teacher none there, ideal now)"),
     ("ct", {}, dict(blocks=2), "(blocks 1 there, 2 now)")])
 def test_another_run_is_not_resumed(saved, script, changes, model, message):
     folder, _ = saved
@@ -371,6 +372,20 @@ def test_labels_to_draw():
         draw(argparse.Namespace(labels=[3]), net, 3, "cpu")
     with pytest.raises(common.UserError, match="--labels 0: this network has no labels"):
         draw(argparse.Namespace(labels=[0]), types.SimpleNamespace(classes=0), 3, "cpu")
+
+
+def test_checkpoints_of_others_and_halves(saved, tmp_path):
+    folder, parts = saved
+    halves = dict(args=None, model_args=None), dict(script="ct", args={}, model_args=TINY)
+    for half, message in zip(halves, ("written by another tool", "holds no network")):
+        torch.save(half, tmp_path / "half.pt")
+        with pytest.raises(common.UserError, match=message):
+            common.load_network(tmp_path / "half.pt", ("ct",))
+    state = common.load_checkpoint(folder / "last.pt")
+    del state["optimizer"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(common.UserError, match="last.pt cannot be resumed: 'optimizer'"):
+        common.resume(settings(tmp_path), RUN, "ct", MODEL_ARGS, parts)
 
 
 def test_pixels_are_rounded_and_clipped():
