@@ -973,6 +973,8 @@ def load_imagenet64(path, batches, size):
         parts.append(planes.transpose(0, 2, 3, 1))
         labels.append(map_array(batch, "labels"))
     labels = np.concatenate(labels).astype(np.int64) - 1
+    if labels.min() < 0:  # it would count from the end of the list below
+        raise UserError(f"{path}: the labels of the official batches count from 1, not from 0")
     names = path / "map_clsloc.txt"
     if names.exists():
         with explain(f"{names} is not ImageNet's list of classes"):
@@ -1511,7 +1513,7 @@ def peak_memory_gb(device):
 
 def to_uint8(x):
     """(n,C,H,W) in [-1, 1] -> (n,H,W,C) uint8, rounded, so that it inverts x/127.5 - 1."""
-    pixels = ((x + 1) * 127.5).round().clamp(0, 255)
+    pixels = ((x + 1) * 127.5).round().clamp(0, 255)  # openai's code truncates
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 def save_grid(path, blocks, columns):

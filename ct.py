@@ -323,7 +323,7 @@ def train(args, run, stop):
             common.seed_everything(common.STEP, args.seed, step, m)
             x0, y = common.to_device(next(loader), run.device, args.flip)
             y = y if classes else None
-            if grid:
+            if grid:  # CM Alg. 3, line 3
                 n = torch.multinomial(p, len(x0), replacement=True)
                 t_n = times[n]
                 t = times[n + 1]
@@ -344,9 +344,9 @@ def train(args, run, stop):
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
         if finite:
-            optimizer.step()
+            optimizer.step()  # CM Alg. 3, line 6
             if target is not net:
-                common.ema_update(target, net, mu)
+                common.ema_update(target, net, mu)  # line 7
             common.ema_update(ema, net, args.ema_decay)
         step += 1
         # ------------------------------------------------------------------------------------------

@@ -101,16 +101,20 @@ def dsm_times(B, p_t, device):
     return torch.cat([first, rest])
 
 
+def last_layer(net):
+    """Where the strength of a loss is read: the last residual block's second convolution."""
+    return net.output_blocks[-1][0].out_layers[3].weight
+
+
 def add_gradients(net, ctm, dsm, gan, disc_weight, share):
     """p.grad += share * d/dp (ctm + lambda_dsm dsm + disc_weight lambda_gan gan), for all p.
 
     Args:    ctm, dsm, gan: numbers; gan may be None.
     Returns: [lambda_dsm, lambda_gan], adaptive: they make the terms as strong as the CTM loss, by
-             the gradients of the last residual block's second convolution.
+             the gradients of the last layer.
     """
     parameters = list(net.parameters())
-    last_layer = net.output_blocks[-1][0].out_layers[3].weight
-    last = [p is last_layer for p in parameters].index(True)
+    last = [p is last_layer(net) for p in parameters].index(True)
     # The CTM and the adversarial loss share a graph: both see x_est.
     total = torch.autograd.grad(ctm, parameters, retain_graph=gan is not None)
     strength = total[last].norm()

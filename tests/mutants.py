@@ -125,6 +125,7 @@ MUTANTS = {
         ("common.ema_update(target, net, mu)", "common.ema_update(target, net, 1 - mu)", "scripts"),
     ],
     "ctm.py": [
+        ("net.output_blocks[-1][0].out_layers[3]", "net.output_blocks[-2][0].out_layers[3]", "ctm"),
         ("keep = bcast(s / t, x)", "keep = bcast(t / s, x)", "ctm"),
         ("t, y, common.c_noise(s))\n\n\ndef G", "t, y, common.c_noise(t))\n\n\ndef G", "ctm"),
         ("k + torch.randint(N - k,", "k + torch.randint(N - k - 1,", "ctm"),

@@ -31,13 +31,9 @@ class Toy(torch.nn.Module):
         self.output_blocks = torch.nn.ModuleList([torch.nn.ModuleList([block])])
 
     def forward(self, x_in, t_in, y=None, cond=None):
-        a, w = last_layer(self)
+        a, w = ctm.last_layer(self)
         s = 0 if cond is None else self.c * (cond / 1000).tanh()
         return a * x_in + common.bcast(self.b * (t_in / 1000).tanh() + s, x_in) + w
-
-
-def last_layer(net):
-    return net.output_blocks[-1][0].out_layers[3].weight
 
 
 def frozen(net):
@@ -298,7 +294,7 @@ def test_loss_vectors(run):
     close(x_est[:, 0, 0, 0].detach(), run["estimate"], 1e-4)
     close(x_target[:, 0, 0, 0], run["target"], 1e-4)
     close(losses.detach(), run["consistency_per_sample"], 1e-4, 1e-9)
-    weight = last_layer(net)
+    weight = ctm.last_layer(net)
     grad, = torch.autograd.grad(losses.mean(), weight, retain_graph=True)
     close(grad, run["grad_consistency"], 1e-4)
     critic = lambda x: 2 * x.mean(1)
@@ -518,7 +514,7 @@ LOWER_END = {"grad2_norm": 5e3, "raw": 1e-3, "gan_clip_0.01_10": 0.01}  # which 
 def test_adaptive_weight_vectors(case):
     """On losses that are linear in the toy's last layer."""
     net, n = clear(Toy()), case["grad2_norm"]
-    weight = last_layer(net)
+    weight = ctm.last_layer(net)
     strong, other = torch.tensor([3.0, 4.0]), torch.tensor([0.0, n])
     assert strong.norm() == V["adaptive_lambda"]["grad1_norm"]
     found = ctm.add_gradients(net, strong @ weight, n * weight[0], other @ weight, 1.0, 1.0)
@@ -528,8 +524,8 @@ def test_adaptive_weight_vectors(case):
 def test_last_layer_is_the_second_convolution_of_the_last_residual_block():
     with torch.device("meta"):
         net = common.UNet(**common.NETS["imagenet64"], classes=1000, cond=True)
-    assert last_layer(net) is net.get_parameter("output_blocks.15.0.out_layers.3.weight")
-    assert last_layer(net).shape == (192, 192, 3, 3)
+    assert ctm.last_layer(net) is net.get_parameter("output_blocks.15.0.out_layers.3.weight")
+    assert ctm.last_layer(net).shape == (192, 192, 3, 3)
 
 
 @pytest.mark.parametrize("with_gan", [False, True])

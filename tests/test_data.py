@@ -342,6 +342,12 @@ def test_imagenet_classes_are_renumbered_by_their_names(tmp_path):
     classes = tmp_path / "map_clsloc.txt"
     classes.write_text("n300 1 kit_fox\nn100 3 dhole\nn200 2 dingo\n")
     assert load(tmp_path, 64, "imagenet64").labels.tolist() == [2, 1, 0, 2]
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 12288), np.uint8),
+             labels=np.array([1, 2, 0, 1]))
+    with one_line_error("count from 1, not from 0"):
+        load(tmp_path, 64, "imagenet64")
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 12288), np.uint8),
+             labels=np.array([1, 2, 3, 1]))
     classes.write_text("kit_fox\n")
     with one_line_error("map_clsloc.txt is not ImageNet's list"):
         load(tmp_path, 64, "imagenet64")
