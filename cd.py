@@ -38,25 +38,26 @@ from common import (T_MAX, T_MIN, SeededNoise, UserError, bcast, c_guidance, con
 SOLVERS = {"heun": common.heun_step, "euler": common.euler_step}
 
 
-def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, solver, dist, weight):
+def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, masks, solver, dist, weight):
     """The consistency distillation loss of each image.
 
     Args:    net: f_theta.  target: f_theta^-, or the net itself.  D: the teacher, (x, t, y or None)
              -> denoised x.  x0, noise: (B,C,H,W).  t_n < t_n1: (B,) neighbours on the grid.
-             y: (B,) labels or None.  w: (B,) guidance weights or None.  solver: of SOLVERS.
-             dist: (x, y) -> (B,).  weight: (t_n, t_n1) -> (B,) or a number.
-    Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units.
+             y: (B,) labels or None.  w: (B,) guidance weights or None.  masks: of dropout, the
+             same for net and target.  solver: of SOLVERS.  dist: (x, y) -> (B,).
+             weight: (t_n, t_n1) -> (B,) or a number.
+    Returns: (B,). Gradient flows through net(x_tn1) alone.
     Source:  CM Alg. 2, lines 4 to 6.
     """
     x_tn1 = x0 + bcast(t_n1, x0) * noise
-    with torch.no_grad(), common.replay_random(x0.device):
+    with torch.no_grad():
         x_tn = solver(guide(D, y, w), x_tn1, t_n1, t_n)
-        f_target = consistency(target, x_tn, t_n, y, c_guidance(w))
-    f_net = consistency(net, x_tn1, t_n1, y, c_guidance(w))
+        f_target = consistency(target, x_tn, t_n, y, c_guidance(w), masks)
+    f_net = consistency(net, x_tn1, t_n1, y, c_guidance(w), masks)
     return weight(t_n, t_n1) * dist(f_net, f_target)
 
 
-def continuous_loss(net, D, x0, noise, t, y, w, stop_gradient):
+def continuous_loss(net, D, x0, noise, t, y, w, masks, stop_gradient):
     """The limit of `loss_fn` for N -> infinity, l2; arguments as there, t: (B,). Returns (B,).
 
     Source:  CM App. B, Theorems 3 and 5.
@@ -65,7 +66,7 @@ def continuous_loss(net, D, x0, noise, t, y, w, stop_gradient):
     with torch.no_grad():
         x_denoised = guide(D, y, w)(x_t, t)
         dx_dt = (x_t - x_denoised) / bcast(t, x_t)  # the probability-flow ODE
-    return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), stop_gradient)
+    return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), masks, stop_gradient)
 
 
 def hide_labels(y, share, null_y):
@@ -374,7 +375,10 @@ def train_first_teacher(args, run, stop, script, label_dropout):
         settings[key] = getattr(args, key)
     settings["out_dir"] = str(out_dir / "teacher")
     settings["label_dropout"] = label_dropout
-    settings["micro_batch"] = math.gcd(settings["batch_size"], args.micro_batch)
+    settings["micro_batch_limit"] = settings["micro_batch"]
+    settings["micro_batch"] = None
+    if args.micro_batch:
+        settings["micro_batch"] = math.gcd(settings["batch_size"], args.micro_batch)
     if args.teacher_steps:
         settings["total_steps"] = args.teacher_steps
     ended = train(argparse.Namespace(**settings), run, stop)
@@ -413,16 +417,14 @@ def train(args, run, stop):
     mu = args.mu if objective == "discrete" else 0.0
     target = copy.deepcopy(net).requires_grad_(False) if mu > 0 else net
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
+    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True,
+                                  capturable=run.capturable)
     gradients = common.flatten_gradients(net)
     totals = common.Totals(run, "loss")
     parts = dict(net=net, ema=ema, optimizer=optimizer)
     parts["target"] = target if mu > 0 else None
     step, skipped = common.resume(args, run, "cd", model_args, parts)
-    common.compile_in_place(run, teacher)
-    if objective != "continuous" or not args.dropout:
-        # df/dt is never compiled, and f must drop out what it drops out.
-        common.compile_in_place(run, net, target)
+    common.compile_in_place(run, net, target, teacher)
     log = common.start_run(args, run, net, step, skipped)
 
     if objective == "discrete":
@@ -439,15 +441,14 @@ def train(args, run, stop):
         draws.append(partial(draw, w=w_max or 2.0))
     elif distil:
         draws.append(partial(sample, ema, args.sigmas))
-    loader = common.batches(args, run, dataset, step)
-    stopping = False
-    while step < args.total_steps and not stopping:
+    kinds = {"a step": step}
+    for step, micro_batches, trial in common.steps(args, run, dataset, step, kinds, [optimizer]):
         # ------------------------------------------------------------------------ one training step
         gradients.zero_()
         totals.zero()
-        for m in common.micro_batches(args, run):
+        for m, batch in micro_batches:
             common.seed_everything(common.STEP, args.seed, step, m)
-            x0, y = common.to_device(next(loader), run.device, args.flip)
+            x0, y = common.to_device(batch, run.device, args.flip)
             y = y if classes else None
             w = w_max * torch.rand(len(x0), device=run.device) if w_max else None
             if objective == "discrete":  # CM Alg. 2, line 3
@@ -455,12 +456,15 @@ def train(args, run, stop):
                 t_n = times[n]
                 t = times[n + 1]
                 noise = torch.randn_like(x0)
-                losses = loss_fn(net, target, D, x0, noise, t_n, t, y, w, solver, dist, weight)
+                masks = common.dropout_masks(net, len(x0))
+                losses = loss_fn(net, target, D, x0, noise, t_n, t, y, w, masks, solver, dist,
+                                 weight)
             elif objective == "continuous":
                 t = common.random_times(len(x0), args.p_t, run.device)
                 t = t.clamp(T_MIN, T_MAX)
                 noise = torch.randn_like(x0)
-                losses = continuous_loss(net, D, x0, noise, t, y, w, args.stop_gradient)
+                masks = common.dropout_masks(net, len(x0))
+                losses = continuous_loss(net, D, x0, noise, t, y, w, masks, args.stop_gradient)
             else:
                 t = common.random_times(len(x0), args.p_t, run.device)
                 if label_dropout:
@@ -470,6 +474,8 @@ def train(args, run, stop):
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
             totals.bin(t, losses)
+        if trial:
+            continue
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
@@ -489,6 +495,8 @@ def train(args, run, stop):
             common.save_run(args, run, "cd", step, log.skipped, model_args, parts)
         if common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, step, draws, classes, (3, size, size))
+        if stopping:
+            break
     log.close()
     return step == args.total_steps
 
@@ -554,6 +562,7 @@ if __name__ == "__main__":
 #                     and the gradient is the same
 #   teacher's solver  denoised images are not clipped, as in EDM; openai's code clips them
 #   --dist            is what the flag says; openai's --loss_norm never reaches the loss
-#   dropout           one mask for both branches on every device; openai's code replays the CPU's
+#   dropout           one mask for both branches on every device, compiled or not; openai's code
+#                     replays the CPU's random numbers
 #   pseudo-Huber      one norm an image, as in iCT; a common reimplementation: one an element
 #   precision         bf16 where the device has it, the rest fp32. CM: fp32 on CIFAR-10, else fp16

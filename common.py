@@ -30,6 +30,7 @@ import sys
 import tarfile
 import time
 import types
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 T_MIN, T_MAX = 0.002, 80.0  # EDM Table 1; CM calls t_min epsilon and t_max T
 RHO, SIGMA_DATA = 7.0, 0.5
@@ -113,27 +115,27 @@ def c_guidance(w):
     """What a student is told of the guidance weight w: on this scale 4 is told from 4.1."""
     return None if w is None else 25 * w
 
-def precondition(net, x, t, y, cond, scalings):
+def precondition(net, x, t, y, cond, masks, scalings):
     assert x.ndim == 4 and t.shape == x.shape[:1], (x.shape, t.shape)
     assert t.dtype == x.dtype, (t.dtype, x.dtype)
     c_skip, c_out, c_in = (bcast(c, x) for c in scalings(t))
-    F_x = net(c_in * x, c_noise(t), y, cond)  # float32
+    F_x = net(c_in * x, c_noise(t), y, cond, masks)  # float32
     return c_skip * x + c_out * F_x
 
-def denoise(net, x, t, y=None, cond=None):
+def denoise(net, x, t, y=None, cond=None, masks=None):
     """D(x, t), an estimate of E[x0 | x_t = x], like x. Source: EDM Eq. 7.
 
     net: a UNet. x: (B,C,H,W) float32 at noise level t (B,) > 0. y: (B,) int64 labels. cond: (B,)
-    the net's second scalar, if it has one.
+    the net's second scalar, if it has one. masks: of dropout, see `dropout_masks`.
     """
-    return precondition(net, x, t, y, cond, edm_scalings)
+    return precondition(net, x, t, y, cond, masks, edm_scalings)
 
-def consistency(net, x, t, y=None, cond=None):
+def consistency(net, x, t, y=None, cond=None, masks=None):
     """f(x, t), the end at t_min of the probability-flow trajectory through (x, t).
 
     f(x, t_min) = x to the last bit. Arguments as `denoise`. Source: CM Sec. 3, App. C.
     """
-    return precondition(net, x, t, y, cond, cm_scalings)
+    return precondition(net, x, t, y, cond, masks, cm_scalings)
 
 # --------------------------------------------------------------------------------------------------
 # Solvers and samplers. D: (x (B,C,H,W), t (B,)) -> clean estimate, f: the same -> x at t_min.
@@ -203,15 +205,13 @@ def ideal_denoiser(data, labels=None, chunk=4096):
 
     data: (n,C,H,W), uint8 or float in [-1, 1], on the device to compute on. labels: (n,) int64.
     chunk: images at a time; memory is about chunk * C*H*W * 8 bytes. With y the mean is over the
-    images of that label; raises ValueError if there are none.
+    images of that label, and not a number if there are none.
     Source: EDM App. B.3. The logits -|x - x_i|^2 / 2t^2 reach 1e9 at t = 0.002, so they are taken
     in float64, without |x|^2, which all share, and summed with a running maximum.
     """
     def D(x, t, y=None):
-        if y is not None and (labels is None or not torch.isin(y, labels).all()):
-            raise ValueError("the data has no image of a label that was asked for")
-        flat = x.flatten(1).double()  # (B,D)
-        inverse_variance = t.double()[:, None] ** -2  # (B,1)
+        flat = x.flatten(1).to(data.device).double()  # (B,D)
+        inverse_variance = t.to(data.device).double()[:, None] ** -2  # (B,1)
         peak = torch.full_like(inverse_variance, -torch.inf)  # of the logits so far
         total, mean = torch.zeros_like(peak), torch.zeros_like(flat)
         for start in range(0, len(data), chunk):
@@ -220,7 +220,7 @@ def ideal_denoiser(data, labels=None, chunk=4096):
                 part = part / 127.5 - 1
             logits = (flat @ part.T - part.square().sum(1) / 2) * inverse_variance  # (B,chunk)
             if y is not None:
-                other = labels[start:start + chunk] != y[:, None]
+                other = labels[start:start + chunk] != y.to(data.device)[:, None]
                 logits = logits.masked_fill(other, -torch.inf)
             new_peak = torch.maximum(peak, logits.amax(1, keepdim=True))
             shift = new_peak.nan_to_num(neginf=0.0)  # no image of label y yet: exp(-inf - 0) = 0
@@ -228,7 +228,7 @@ def ideal_denoiser(data, labels=None, chunk=4096):
             total = total * rescale + p.sum(1, keepdim=True)
             mean = mean * rescale + p @ part
             peak = new_peak
-        return (mean / total).view_as(x).to(x.dtype)
+        return (mean / total).view_as(x).to(x)
     return D
 
 def net_denoiser(net):
@@ -250,7 +250,7 @@ def guide(D, y, w):
     return guided
 
 # --------------------------------------------------------------------------------------------------
-# What losses are made of: distances d(x, y) -> (B,), weights, shared randomness
+# What losses are made of: distances d(x, y) -> (B,), weights, dropout masks
 # --------------------------------------------------------------------------------------------------
 
 def l1(x, y):
@@ -308,7 +308,8 @@ def edm_loss(net, x0, noise, t, y, cond=None):
     x0, noise: (B,C,H,W). t: (B,). y, cond: as `denoise`. The mean over pixels; in the source, EDM
     Eq. 8 and Table 1, the sum.
     """
-    D_x = denoise(net, x0 + bcast(t, x0) * noise, t, y, cond)
+    masks = dropout_masks(net, len(x0))
+    D_x = denoise(net, x0 + bcast(t, x0) * noise, t, y, cond, masks)
     return (1 / t**2 + 1 / SIGMA_DATA**2) * l2(D_x, x0)
 
 def weight_one(t_n, t_n1):
@@ -319,19 +320,16 @@ def weight_inverse(t_n, t_n1):
 
 WEIGHTS = {"one": weight_one, "inverse": weight_inverse}  # lambda of an interval: CM, iCT
 
-@contextlib.contextmanager
-def replay_random(device):
-    """What runs after this block draws the random numbers it drew: the same dropout masks."""
-    generator = torch.random if device.type == "cpu" else torch.get_device_module(device)
-    state = generator.get_rng_state()
-    yield
-    generator.set_rng_state(state)
+def dropout_masks(net, n):
+    """What `net` keeps of the features of n images, drawn anew: see UNet.draw_masks. None for a
+    network without dropout."""
+    return net.draw_masks(n) if isinstance(net, UNet) else None
 
 # --------------------------------------------------------------------------------------------------
 # Continuous time: the limits N -> infinity of the consistency losses
 # --------------------------------------------------------------------------------------------------
 
-def consistency_jvp(net, x, t, dx_dt, y=None, cond=None):
+def consistency_jvp(net, x, t, dx_dt, y=None, cond=None, masks=None):
     """f(x, t) and df/dt along a path through (x, t) with velocity dx_dt, (B,C,H,W) each, exact.
 
     Both carry gradients to the parameters unless those are switched off. Source: CM App. B.
@@ -340,13 +338,13 @@ def consistency_jvp(net, x, t, dx_dt, y=None, cond=None):
     forward = functools.partial(net.forward, dtype=x.dtype)
 
     def f(x, t):
-        return consistency(forward, x, t, y, cond)
+        return consistency(forward, x, t, y, cond, masks)
 
     # The fused attention kernels have no forward derivative.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return torch.func.jvp(f, (x, t), (dx_dt, torch.ones_like(t)))
 
-def continuous_loss(net, x_t, t, dx_dt, y, cond, stop_gradient):
+def continuous_loss(net, x_t, t, dx_dt, y, cond, masks, stop_gradient):
     """|df/dt|^2 of each image (B,), the mean over pixels: 0 for a consistency function.
 
     stop_gradient: differentiate with respect to f but not df/dt, as if a target network supplied
@@ -357,11 +355,11 @@ def continuous_loss(net, x_t, t, dx_dt, y, cond, stop_gradient):
     1 / (t_n1 - t_n)^2 and 1 / (t_n1 - t_n).
     """
     if not stop_gradient:  # differs from openai's JAX code, which takes the norm, not its square
-        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, cond)
+        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, cond, masks)
         return df_dt.square().flatten(1).mean(1)
-    with torch.no_grad(), replay_random(x_t.device):
-        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, cond)
-    f_net = consistency(net, x_t, t, y, cond)
+    with torch.no_grad():
+        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, cond, masks)
+    f_net = consistency(net, x_t, t, y, cond, masks)
     return l2(f_net, f_net.detach() - df_dt)
 
 # --------------------------------------------------------------------------------------------------
@@ -415,21 +413,23 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in, c_out, emb_dim, dropout, scale_shift, cond, resample=None):
+    """number: its place among those of the network, and so of its mask. keep: 1 - dropout."""
+    def __init__(self, c_in, c_out, emb_dim, scale_shift, cond, number=0, keep=1.0, resample=None):
         super().__init__()
         width = 2 * c_out if scale_shift else c_out
         self.scale_shift, self.resample = scale_shift, resample
+        self.number, self.keep = number, keep
         self.in_layers = nn.Sequential(
             GroupNorm32(c_in), nn.SiLU(), Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, width))
         if cond:  # zero: a net with the second scalar begins as the net without it
             self.emb_layers_s = nn.Sequential(nn.SiLU(), zeroed(nn.Linear(emb_dim, width)))
         self.out_layers = nn.Sequential(
-            GroupNorm32(c_out), nn.SiLU(), nn.Dropout(dropout),
+            GroupNorm32(c_out), nn.SiLU(), nn.Identity(),  # where the mask comes in
             zeroed(Conv2d(c_out, c_out, 3, padding=1)))
         self.skip_connection = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, emb, emb_s):
+    def forward(self, x, emb, emb_s, mask):
         h = self.in_layers[:2](x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -438,13 +438,16 @@ class ResBlock(nn.Module):
         if emb_s is not None:
             e = e + self.emb_layers_s(emb_s)
         e = e.to(h.dtype)[:, :, None, None]  # (B,C) or (B,2C) -> (...,1,1)
+        norm, silu, _, conv = self.out_layers
         if self.scale_shift:
             scale, shift = e.chunk(2, 1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
+            h = norm(h) * (1 + scale) + shift
         else:
-            h = self.out_layers(h + e)
-        return self.skip_connection(x) + h
+            h = norm(h + e)
+        h = silu(h)
+        if mask is not None:
+            h = h * mask / self.keep
+        return self.skip_connection(x) + conv(h)
 
 class AttentionBlock(nn.Module):
     def __init__(self, channels, head_channels):
@@ -470,10 +473,14 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h)
 
 class Layers(nn.Sequential):
-    """One entry of the encoder, middle or decoder: only its residual blocks see the embeddings."""
-    def forward(self, h, emb, emb_s):
+    """One entry of the encoder, middle or decoder: its residual blocks see embeddings and masks."""
+    def forward(self, h, emb, emb_s, masks):
         for layer in self:
-            h = layer(h, emb, emb_s) if isinstance(layer, ResBlock) else layer(h)
+            if isinstance(layer, ResBlock):
+                mask = None if masks is None else masks[layer.number]
+                h = layer(h, emb, emb_s, mask)
+            else:
+                h = layer(h)
         return h
 
 class UNet(nn.Module):
@@ -501,14 +508,19 @@ class UNet(nn.Module):
         self.image_size, self.base, self.classes, self.cond = image_size, base, classes, cond
         self.null_y, self.time_scale = classes if null else None, time_scale
         self.dtype = torch.float32  # of convolutions and attention
+        self.layout = torch.contiguous_format
+        self.checkpointing = False  # recompute activations in the backward pass: less memory
+        self.dropout, self.block_shapes = dropout, []  # (C,H,W) of each residual block
         emb_dim = 4 * base
 
         def time_mlp():
             first, second = nn.Linear(base, emb_dim), nn.Linear(emb_dim, emb_dim)
             return nn.Sequential(first, nn.SiLU(), second)
 
-        def res(c_in, c_out, resample=None):
-            return ResBlock(c_in, c_out, emb_dim, dropout, scale_shift, cond, resample)
+        def res(c_in, c_out, size, resample=None):
+            number = len(self.block_shapes)
+            self.block_shapes.append((c_out, size, size))
+            return ResBlock(c_in, c_out, emb_dim, scale_shift, cond, number, 1 - dropout, resample)
 
         def attend(size, width):
             return [AttentionBlock(width, head_channels)] if size in attention else []
@@ -525,53 +537,79 @@ class UNet(nn.Module):
         skips = [width]
         for level, wide in enumerate(widths):
             for _ in range(blocks):
-                self.input_blocks.append(Layers(res(width, wide), *attend(size, wide)))
+                self.input_blocks.append(Layers(res(width, wide, size), *attend(size, wide)))
                 width = wide
                 skips.append(width)
             if level < halvings:
-                down = res(width, width, functools.partial(F.avg_pool2d, kernel_size=2))
-                self.input_blocks.append(Layers(down if resblock_updown else Downsample(width)))
-                skips.append(width)
                 size //= 2
+                half = functools.partial(F.avg_pool2d, kernel_size=2)
+                down = res(width, width, size, half) if resblock_updown else Downsample(width)
+                self.input_blocks.append(Layers(down))
+                skips.append(width)
 
-        self.middle_block = Layers(
-            res(width, width), AttentionBlock(width, head_channels), res(width, width))
+        self.middle_block = Layers(res(width, width, size), AttentionBlock(width, head_channels),
+                                   res(width, width, size))
 
         self.output_blocks = nn.ModuleList()
         for level, wide in reversed(list(enumerate(widths))):
             for i in range(blocks + 1):
-                layers = [res(width + skips.pop(), wide), *attend(size, wide)]
+                layers = [res(width + skips.pop(), wide, size), *attend(size, wide)]
                 width = wide
                 if level > 0 and i == blocks:
-                    up = res(width, width, functools.partial(F.interpolate, scale_factor=2.0))
-                    layers.append(up if resblock_updown else Upsample(width))
                     size *= 2
+                    twice = functools.partial(F.interpolate, scale_factor=2.0)
+                    up = res(width, width, size, twice) if resblock_updown else Upsample(width)
+                    layers.append(up)
                 self.output_blocks.append(Layers(*layers))
         head = zeroed(Conv2d(width, channels, 3, padding=1))
         self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), head)
 
-    def forward(self, x, c_noise, y=None, cond=None, dtype=None):
+    def draw_masks(self, n):
+        """What dropout keeps of n images: for each residual block (n,C,H,W) bool; None if all.
+
+        An argument of `forward`, so that several passes can share them, and drawn outside it, as
+        what torch.compile makes of a random number depends on the graph around it.
+        """
+        if self.dropout == 0 or not self.training:
+            return None
+        device = next(self.parameters()).device
+        masks = []
+        for shape in self.block_shapes:
+            u = torch.empty(n, *shape, device=device, memory_format=self.layout).uniform_()
+            masks.append(u >= self.dropout)
+        return masks
+
+    def forward(self, x, c_noise, y=None, cond=None, masks=None, dtype=None):
         """x (B,C,H,W) float32, c_noise (B,), y (B,) iff `classes`, cond (B,) iff `cond` -> like x.
 
-        Convolutions and attention run in `dtype`, by default self.dtype; embeddings, norms and the
-        head in float32.
+        masks: of `draw_masks`; needed in training mode with dropout. Convolutions and attention run
+        in `dtype`, by default self.dtype; embeddings, norms and the head in float32.
         """
         assert (y is not None) == (self.classes > 0), "labels do not fit the net"
         assert (cond is not None) == self.cond, "the second scalar does not fit the net"
+        drops = self.dropout > 0 and self.training
+        assert (masks is not None) == drops, "dropout masks are for training with dropout"
         emb = self.time_embed(sinusoidal_embedding(c_noise * self.time_scale, self.base))
         if y is not None:
             emb = emb + self.label_emb(y)
         emb_s = None
         if self.cond:
             emb_s = self.time_embed_s(sinusoidal_embedding(cond, self.base))
+
+        def run(block, h):
+            if self.checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, h, emb, emb_s, masks, use_reentrant=False,
+                                  preserve_rng_state=False)  # nothing random inside
+            return block(h, emb, emb_s, masks)
+
         h = x.to(dtype or self.dtype)
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb, emb_s)
+            h = run(block, h)
             skips.append(h)
-        h = self.middle_block(h, emb, emb_s)
+        h = run(self.middle_block, h)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], 1), emb, emb_s)
+            h = run(block, torch.cat([h, skips.pop()], 1))
         return self.out(h.to(x.dtype))
 
 # Settings of the named networks; `--net NAME KEY=VALUE ...` changes single ones. imagenet64 and
@@ -645,6 +683,9 @@ def one_line_errors(kind, error, trace):
     """An excepthook: a UserError, or a GPU that is full, is one line and ends in exit code 2."""
     if issubclass(kind, torch.OutOfMemoryError):
         error = f"out of memory, lower --micro-batch: {first_line(error)}"
+    elif issubclass(kind, torch._dynamo.exc.TorchDynamoException):
+        cause = getattr(error, "inner_exception", error)
+        error = f"torch.compile fails, --no-compile does without: {first_line(cause)}"
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
     rank = environ("RANK")
@@ -1045,8 +1086,15 @@ def make_loader(dataset, batches, workers, device):
         if hasattr(os, "sched_getaffinity"):  # fewer, in a container or under SLURM
             cores = len(os.sched_getaffinity(0))
         share = cores // environ("LOCAL_WORLD_SIZE", 1) - 1
-        workers = min(max(share, 1), 8) if isinstance(dataset, FileImages) else 0
-    ahead = dict(prefetch_factor=4, worker_init_fn=leave_group) if workers else {}
+        mapped = any(isinstance(part, np.memmap) for part in getattr(dataset, "parts", ()))
+        workers = int(mapped and sys.platform == "linux")  # it waits for a cold disk
+        if isinstance(dataset, FileImages):
+            workers = min(max(share, 1), 8)
+    ahead = {}
+    if workers:
+        ahead = dict(prefetch_factor=4, worker_init_fn=leave_group)
+        if sys.platform == "linux":  # Python 3.14's default would copy the arrays
+            ahead["multiprocessing_context"] = "fork"
     return iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=tuple, num_workers=workers,
         pin_memory=device.type == "cuda", **ahead))
@@ -1060,6 +1108,32 @@ def batches(args, run, dataset, step):
 def micro_batches(args, run):
     """The numbers of this rank's micro-batches in every step."""
     return range(run.rank, args.batch_size // args.micro_batch, run.world)
+
+def steps(args, run, dataset, step, kinds, optimizers):
+    """Yield (step, micro-batches (m, batch) of this rank, is it a trial?) for the steps to come.
+
+    First each of `kinds`, {name: a step like it}, is tried, whose gradients are to be discarded: it
+    is compiled, and a run whose memory will not do does not begin.
+    """
+    if step < args.total_steps:
+        # What the optimizers will hold from their first step on: two numbers a parameter.
+        sizes = [p.numel() for optimizer in optimizers if not optimizer.state
+                 for group in optimizer.param_groups for p in group["params"]]
+        ballast = torch.empty(2 * sum(sizes), device=run.device)
+        told = run.main and (run.compile or run.device.type == "cuda")
+        if told and run.compile:
+            print("compiling each network when it is first called: a minute or more", flush=True)
+        batch = dataset.__getitems__(np.arange(args.micro_batch) % len(dataset))
+        for name, like in kinds.items():
+            start = time.perf_counter()
+            yield like, [(0, batch)], True
+            if told:
+                print(f"tried {name}: {time.perf_counter() - start:.0f} s, at most "
+                      f"{peak_memory_gb(run.device):.1f} GB", flush=True)
+        del ballast
+    loader = batches(args, run, dataset, step)
+    for step in range(step, args.total_steps):
+        yield step, zip(micro_batches(args, run), loader), False
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
@@ -1091,8 +1165,14 @@ def choose_device(name, local):
         return torch.device(name)
     torch.cuda.set_device(local)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     return torch.device(name, local)
+
+def allows_tf32(args):
+    """Whether what is not in bf16, above all LPIPS and critics, may compute in TF32, in which the
+    papers' runs did: not where fp32 is asked for, a derivative taken, or FID measured."""
+    flags = vars(args)
+    continuous = flags.get("objective") == "continuous"
+    return flags["precision"] != "fp32" and not continuous and not flags.get("eval")
 
 def join_processes(device, rank, world, restarts):
     """Make the process group of what torchrun started. Returns the restarts of any node."""
@@ -1104,8 +1184,11 @@ def join_processes(device, rank, world, restarts):
         # One node keeps its store when it restarts its workers, with the dead ones' addresses.
         store = torch.distributed.PrefixStore(f"restart {restarts}", store)
     patience = datetime.timedelta(hours=2)  # of unpacking ImageNet, say
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                         rank=rank, world_size=world, timeout=patience)
+    backend = dict(backend="gloo")
+    if device.type == "cuda":
+        backend = dict(backend="nccl", device_id=device)
+    torch.distributed.init_process_group(store=store, rank=rank, world_size=world,
+                                         timeout=patience, **backend)
     sys.excepthook = one_line_errors  # torch has just wrapped it
     most = torch.tensor(restarts, device=device)  # only the failed worker's node counts it
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -1115,7 +1198,8 @@ def setup(args):
     """Join the processes that torchrun started, if it did, and choose device and precision.
 
     Returns a namespace: rank, world, main (is this rank 0?), restarted (by torchrun, after a worker
-    died), device, dtype (of convolutions and attention), compile.
+    died), device, dtype (of convolutions and attention), compile, checkpointing, and capturable: an
+    optimizer's counter of each tensor lies on the GPU; 541 on the CPU cost 12 ms a step.
     """
     rank, local = environ("RANK"), environ("LOCAL_RANK")
     world, restarts = environ("WORLD_SIZE", 1), environ("TORCHELASTIC_RESTART_COUNT")
@@ -1125,11 +1209,17 @@ def setup(args):
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        tf32 = allows_tf32(args)
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # it is so on purpose
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16)
     dtype = torch.bfloat16 if bf16 else torch.float32
     compiled = device.type == "cuda" if args.compile is None else args.compile
     return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, restarted=restarts > 0,
-                                 device=device, dtype=dtype, compile=compiled)
+                                 device=device, dtype=dtype, compile=compiled,
+                                 checkpointing=getattr(args, "gradient_checkpointing", False),
+                                 capturable=device.type == "cuda")
 
 @contextlib.contextmanager
 def main_process_first(run):
@@ -1142,10 +1232,10 @@ def main_process_first(run):
 
 def place(net, run):
     """Move a net to the device, in the memory format and compute dtype that suit it."""
-    net.dtype = run.dtype
-    channels_last = run.device.type == "cuda"
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return net.to(run.device, memory_format=layout)
+    net.dtype, net.checkpointing = run.dtype, run.checkpointing
+    if run.device.type == "cuda":
+        net.layout = torch.channels_last
+    return net.to(run.device, memory_format=net.layout)
 
 def compile_in_place(run, *modules):
     """torch.compile each module that is not None, if the run compiles; names of weights stay."""
@@ -1276,7 +1366,8 @@ def file_sha(path):
 
 # Flags that may change when a run is resumed: where things lie, what is reported, the machine
 FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every",
-              "save_every", "workers", "device", "compile", "ckpt"}
+              "save_every", "workers", "device", "compile", "ckpt", "micro_batch",
+              "micro_batch_limit", "gradient_checkpointing"}
 
 def settings_of_run(args, model_args):
     """What a resumed run must share with the one before, as written on the command line."""
@@ -1306,12 +1397,21 @@ def delete_run(out_dir):
             for old in out_dir.glob(pattern):
                 old.unlink(missing_ok=True)
 
+def default_micro_batch(args, run, script, parts):
+    """The largest divisor of --batch-size that the recipe names, that gives each process work, and
+    that fits into the memory of the smallest GPU."""
+    most = min(args.micro_batch_limit, max(args.batch_size // run.world, 1))
+    sizes = [size for size in range(1, most + 1) if args.batch_size % size == 0]
+    even = [size for size in sizes if args.batch_size // size % run.world == 0]
+    return max(even or sizes)
+
 def resume(args, run, script, model_args, parts):
-    """Load `parts` from the run found in `args.out_dir`, if there is one, with the same flags.
+    """Load `parts` from the run found in `args.out_dir`, if there is one, with the same flags, and
+    choose args.micro_batch, if it was not given: that of the run, or `default_micro_batch`.
 
     Returns its step, and how many steps it has left out; 0, 0 for a new run.
     """
-    out_dir, state = Path(args.out_dir), dict(step=0, skipped=0)
+    out_dir, state = Path(args.out_dir), dict(step=0, skipped=0, args={})
     if args.overwrite and not run.restarted:  # a restarted run has obeyed --overwrite already
         if run.main:
             delete_run(out_dir)
@@ -1325,6 +1425,13 @@ def resume(args, run, script, model_args, parts):
         torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
         if steps.sum() != 0:  # the largest is not the smallest
             raise UserError(f"--out-dir {out_dir} is not the same folder on all nodes")
+    before = state["args"].get("micro_batch")
+    if args.micro_batch is None:
+        args.micro_batch = before or default_micro_batch(args, run, script, parts)
+    elif run.main and before not in (None, args.micro_batch):
+        print(f"note: --micro-batch {args.micro_batch}, and {before} until now: what is random "
+              "differs from here on")
+    vars(args).pop("micro_batch_limit", None)
     if state["step"] == 0:
         return 0, 0
     with explain(f"{out_dir}/last.pt cannot be resumed"):
@@ -1337,6 +1444,8 @@ def resume(args, run, script, model_args, parts):
 
 def load_optimizer(optimizer, state):
     """Restore an optimizer, its tensors in the strides of their parameters, for fused updates."""
+    for group, own in zip(state["param_groups"], optimizer.param_groups):
+        group["capturable"] = own["capturable"]  # as this device needs it
     optimizer.load_state_dict(state)
     for p, values in optimizer.state.items():
         for key, value in values.items():
@@ -1497,7 +1606,7 @@ def start_run(args, run, net, step, skipped):
               f"{precision}{resumed}")
         pieces = args.batch_size // args.micro_batch
         if run.world > pieces:
-            print(f"note: {run.world} processes share {pieces} micro-batches; lower --micro-batch")
+            print(f"note: {run.world} processes share {pieces} micro-batches: some idle")
     return Log(args, run, step, skipped)
 
 def peak_memory_gb(device):
@@ -1771,7 +1880,8 @@ MOVED = {  # flags of before
 }
 # What the teacher that a script trains first shares with its student.
 RUN_FLAGS = ("dataset", "data_dir", "class_cond", "flip", "net", "workers", "overwrite", "seed",
-             "log_every", "sample_every", "save_every", "device", "precision", "compile")
+             "log_every", "sample_every", "save_every", "device", "precision", "compile",
+             "gradient_checkpointing")
 SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)  # others than in training
 
 def add_shared_flags(parser, net_only):
@@ -1807,6 +1917,8 @@ def add_shared_flags(parser, net_only):
                help="learning rate: constant; guided_distill.py: falls to 0 in each round")
     train.flag("--ema-decay", type=probability, metavar="D",
                help="decay, a step, of the average used for sampling")
+    train.flag("--gradient-checkpointing", default=False, action="store_true",
+               help="recompute each block in the backward pass: less memory, a third more time")
     every = dict(type=count, metavar="K")
     train.flag("--log-every", default=50, **every,
                help="steps between lines of log.jsonl; 0 = never (default 50)")
@@ -1836,12 +1948,14 @@ def add_shared_flags(parser, net_only):
               help="sample with this checkpoint's EMA weights instead of training")
     both.flag("--seed", default=0, type=count, metavar="S", help="of everything random (default 0)")
     both.flag("--micro-batch", type=positive, metavar="B",
-              help="images a pass through the network; when training it divides --batch-size, when "
-              "sampling it is 64 by default. Lower it if memory runs out")
+              help="images a pass through the network, part of the seed: when training it divides "
+              "--batch-size; the default depends on recipe, processes and GPU memory, and is kept "
+              "on resume. When sampling 64 by default. Lower it if memory runs out")
     both.flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
               help="default: the first of these that is there")
     both.flag("--precision", default="auto", choices=("auto", "bf16", "fp32"),
-              help="of convolutions and attention (default: bf16 where the device computes in it)")
+              help="of convolutions and attention (default: bf16 where the device computes in "
+              "it). On CUDA the rest, LPIPS and critics above all, is in TF32 unless fp32 is named")
     both.flag("--compile", action=switch,
               help="torch.compile the network (default: on CUDA, when training)")
 
@@ -1868,10 +1982,9 @@ def parse_flags(parser, recipe, check=None):
         return argparse.Namespace(**kept)
 
     batch_size = settings["batch_size"]
-    if "micro_batch" not in flags:  # the largest divisor the recipe's memory allows for
-        sizes = range(1, settings["micro_batch"] + 1)
-        settings["micro_batch"] = max(size for size in sizes if batch_size % size == 0)
-    if batch_size % settings["micro_batch"]:
+    settings["micro_batch_limit"] = settings["micro_batch"]
+    settings["micro_batch"] = flags.get("micro_batch")  # None: chosen by `resume`
+    if batch_size % (settings["micro_batch"] or 1):
         raise UserError(f"--batch-size {batch_size} is not a multiple of --micro-batch "
                         f"{settings['micro_batch']}")
     kept = {key: value for key, value in settings.items()
@@ -1943,7 +2056,8 @@ def teacher_denoiser(args, run, teacher, dataset):
     if len(dataset) * 3 * dataset.size**2 > 4e9:
         raise UserError(f"--teacher ideal goes through all images of {args.dataset}: too many")
     everything = dataset.__getitems__(np.arange(len(dataset)))
-    images, labels = (part.to(run.device) for part in everything)
+    where = "cpu" if run.device.type == "mps" else run.device  # mps knows no float64
+    images, labels = (part.to(where) for part in everything)
     if args.flip:
         images = torch.cat([images, images.flip(3)])
         labels = labels.repeat(2)

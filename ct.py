@@ -56,13 +56,14 @@ def ect_r(t, stage, q, k, b):
     return t * ratio.clamp(min=0)
 
 
-def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
+def loss_fn(net, target, x0, noise, t_n, t_n1, y, masks, dist, weight):
     """The consistency training loss of each image. CM Alg. 3, line 5.
 
     Args:    net: f_theta.  target: f_theta^-, or the net itself.  x0, noise: (B,C,H,W).
              t_n < t_n1: (B,) neighbours on the grid, or ECT's r(t) and t.  y: (B,) labels or None.
-             dist: (x, y) -> (B,).  weight: (t_n, t_n1) -> (B,) or a number.
-    Returns: (B,). Gradient flows through net(x_tn1) alone. Both networks drop out the same units.
+             masks: of dropout, the same for both.  dist: (x, y) -> (B,).
+             weight: (t_n, t_n1) -> (B,) or a number.
+    Returns: (B,). Gradient flows through net(x_tn1) alone.
     """
     # The weight comes first: it sees ECT's r(t) as it is, and r(t) = 0 weighs 1 / t. The networks
     # end at t_min. Weighted after the clamp, a t below t_min would weigh 1 / 0.
@@ -71,17 +72,17 @@ def loss_fn(net, target, x0, noise, t_n, t_n1, y, dist, weight):
     t_n1 = t_n1.clamp(min=common.T_MIN)
     x_tn = x0 + bcast(t_n, x0) * noise
     x_tn1 = x0 + bcast(t_n1, x0) * noise
-    with torch.no_grad(), common.replay_random(x0.device):
-        f_target = consistency(target, x_tn, t_n, y)
-    f_net = consistency(net, x_tn1, t_n1, y)
+    with torch.no_grad():
+        f_target = consistency(target, x_tn, t_n, y, masks=masks)
+    f_net = consistency(net, x_tn1, t_n1, y, masks=masks)
     return scale * dist(f_net, f_target)
 
 
-def continuous_loss(net, x0, noise, t, y):
+def continuous_loss(net, x0, noise, t, y, masks):
     """The limit of `loss_fn` for N -> infinity, l2: (B,). CM App. B, Theorem 6."""
     x_t = x0 + bcast(t, x0) * noise
     dx_dt = noise  # (x_t - x0) / t stands for the ODE's slope
-    return common.continuous_loss(net, x_t, t, dx_dt, y, None, stop_gradient=True)
+    return common.continuous_loss(net, x_t, t, dx_dt, y, None, masks, stop_gradient=True)
 
 
 def weight_edm(t_n, t_n1):
@@ -293,20 +294,19 @@ def train(args, run, stop):
     del teacher
     target = copy.deepcopy(net).requires_grad_(False) if grid and args.mu0 > 0 else net
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
+    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True,
+                                  capturable=run.capturable)
     gradients = common.flatten_gradients(net)
     totals = common.Totals(run, "loss")
     parts = dict(net=net, ema=ema, optimizer=optimizer, target=None if target is net else target)
     step, skipped = common.resume(args, run, "ct", model_args, parts)
-    if not continuous or not args.dropout:  # df/dt is never compiled: f must drop out what it does
-        common.compile_in_place(run, net, target)
+    common.compile_in_place(run, net, target)
     log = common.start_run(args, run, net, step, skipped)
 
     one_step = partial(sample, ema, [common.T_MAX])
     draws = [one_step, partial(sample, ema, args.sigmas)]
-    loader = common.batches(args, run, dataset, step)
-    stopping = False
-    while step < args.total_steps and not stopping:
+    kinds = {"a step": step}
+    for step, micro_batches, trial in common.steps(args, run, dataset, step, kinds, [optimizer]):
         # ------------------------------------------------------------------------ one training step
         N = mu = stage = None
         if ect:
@@ -319,9 +319,9 @@ def train(args, run, stop):
             times = times.to(run.device)
         gradients.zero_()
         totals.zero()
-        for m in common.micro_batches(args, run):
+        for m, batch in micro_batches:
             common.seed_everything(common.STEP, args.seed, step, m)
-            x0, y = common.to_device(next(loader), run.device, args.flip)
+            x0, y = common.to_device(batch, run.device, args.flip)
             y = y if classes else None
             if grid:  # CM Alg. 3, line 3
                 n = torch.multinomial(p, len(x0), replacement=True)
@@ -332,14 +332,17 @@ def train(args, run, stop):
             if ect:
                 t_n = ect_r(t, stage, args.q, *args.mapping)
             noise = torch.randn_like(x0)
+            masks = common.dropout_masks(net, len(x0))
             if continuous:
                 t = t.clamp(common.T_MIN, common.T_MAX)
-                losses = continuous_loss(net, x0, noise, t, y)
+                losses = continuous_loss(net, x0, noise, t, y, masks)
             else:
-                losses = loss_fn(net, target, x0, noise, t_n, t, y, dist, weight)
+                losses = loss_fn(net, target, x0, noise, t_n, t, y, masks, dist, weight)
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
             totals.bin(t, losses)
+        if trial:
+            continue
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
@@ -358,6 +361,8 @@ def train(args, run, stop):
             common.save_run(args, run, "ct", step, log.skipped, model_args, parts)
         if common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, step, draws, classes, (3, size, size))
+        if stopping:
+            break
     log.close()
     return step == args.total_steps
 
@@ -400,4 +405,5 @@ if __name__ == "__main__":
 #   ECT, c            0.0599 for 64 pixels, iCT's formula; ECT's is 0.06. --dist norm is c = 0,
 #                     with gradient 0 where outputs are equal; its code makes NaN of it, then 0
 #   ECT, stages       of equal length, for any number of steps; its code counts ticks
-#   dropout           one mask for both branches, on every device; openai's code replays the CPU's
+#   dropout           one mask for both branches, on every device, compiled or not; openai's code
+#                     replays the CPU's random numbers

@@ -34,7 +34,8 @@ from common import RHO, T_MAX, T_MIN, UserError, bcast, number, positive
 
 def g(net, x, t, s, y=None):
     """g(x, t, s), where the jump aims at: the denoiser if s = t, the trajectory's end if s is 0."""
-    return common.denoise(net, x, t, y, common.c_noise(s))
+    masks = common.dropout_masks(net, len(x))  # in each call others, as in the code
+    return common.denoise(net, x, t, y, common.c_noise(s), masks)
 
 
 def G(net, x, t, s, y=None):
@@ -106,10 +107,11 @@ def last_layer(net):
     return net.output_blocks[-1][0].out_layers[3].weight
 
 
-def add_gradients(net, ctm, dsm, gan, disc_weight, share):
+def add_gradients(net, ctm, dsm_gradient, gan, disc_weight, share):
     """p.grad += share * d/dp (ctm + lambda_dsm dsm + disc_weight lambda_gan gan), for all p.
 
-    Args:    ctm, dsm, gan: numbers; gan may be None.
+    Args:    ctm, gan: numbers; gan may be None.  dsm_gradient: of dsm, for all p; taken before the
+             other terms are computed, so that its graph is gone by then.
     Returns: [lambda_dsm, lambda_gan], adaptive: they make the terms as strong as the CTM loss, by
              the gradients of the last layer.
     """
@@ -119,11 +121,10 @@ def add_gradients(net, ctm, dsm, gan, disc_weight, share):
     total = torch.autograd.grad(ctm, parameters, retain_graph=gan is not None)
     strength = total[last].norm()
     weights = []
-    terms = (dsm, 1.0, 0, 1e4), (gan, disc_weight, 0.01, 10)
-    for loss, factor, low, high in terms:
-        if loss is None:
-            continue
-        gradient = torch.autograd.grad(loss, parameters)
+    terms = [(dsm_gradient, 1.0, 0, 1e4)]
+    if gan is not None:
+        terms.append((torch.autograd.grad(gan, parameters), disc_weight, 0.01, 10))
+    for gradient, factor, low, high in terms:
         ratio = strength / (gradient[last].norm() + 1e-4)
         weight = ratio.clamp(low, high)
         weights.append(weight)
@@ -508,7 +509,8 @@ def train(args, run, stop):
     net = common.place(net, run)
     target = copy.deepcopy(net).requires_grad_(False)  # it drops out too, by masks of its own
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True)
+    optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True,
+                                  capturable=run.capturable)
     gradients = common.flatten_gradients(net)
     critic = critic_optimizer = None
     if args.disc != "none":
@@ -516,7 +518,8 @@ def train(args, run, stop):
         critic = CRITICS[args.disc](size)
         critic.to(run.device).eval()
         critic_optimizer = torch.optim.RAdam(
-            critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True)
+            critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True,
+            capturable=run.capturable)
         critic_gradients = common.flatten_gradients(critic.heads)
     totals = common.Totals(run, *TERMS, "loss_disc")
     parts = dict(net=net, target=target, ema=ema, optimizer=optimizer, critic=critic,
@@ -541,11 +544,14 @@ def train(args, run, stop):
         return heun_solve(D, times, x, i, k, y)
 
     draws = [partial(sample, ema, step_levels(n), 0.0) for n in (1, 2, 4)]
-    loader = common.batches(args, run, dataset, step)
     share = args.micro_batch / args.batch_size
     disc_weight = getattr(args, "disc_weight", 0.0)
-    stopping = False
-    while step < args.total_steps and not stopping:
+    kinds, optimizers = {"a step": step}, [optimizer]
+    if critic is not None:
+        first = max(step, args.disc_start)  # its player may be either
+        kinds |= {"a step with the critic": first, "the other player's": first + 1}
+        optimizers.append(critic_optimizer)
+    for step, micro_batches, trial in common.steps(args, run, dataset, step, kinds, optimizers):
         # ------------------------------------------------------------------------ one training step
         rng = np.random.default_rng((common.SOLVER, args.seed, step))
         steps = np.arange(1, args.max_steps + 1)
@@ -555,14 +561,14 @@ def train(args, run, stop):
         critics_turn = adversarial and (step - args.disc_start) % 2 == 1
         if adversarial:
             critic.heads.requires_grad_(critics_turn)
-        if critics_turn:
+        if critics_turn and not trial:
             renew_norms(critic)
         player_gradients = critic_gradients if critics_turn else gradients
         player_gradients.zero_()
         totals.zero()
-        for m in common.micro_batches(args, run):
+        for m, batch in micro_batches:
             common.seed_everything(common.STEP, args.seed, step, m)
-            x0, y = common.to_device(next(loader), run.device, args.flip)
+            x0, y = common.to_device(batch, run.device, args.flip)
             y = y if classes else None
             noise = torch.randn_like(x0)
             i, j = draw_indices(len(x0), args.N, k, run.device)
@@ -576,18 +582,20 @@ def train(args, run, stop):
                 (share * loss_disc).backward()
                 totals.add(share, loss_disc=loss_disc)
                 continue
-            losses, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
             t = dsm_times(len(x0), args.p_t, run.device)
             dsm_noise = torch.randn_like(x0)
-            dsm_losses = common.edm_loss(net, x0, dsm_noise, t, y, common.c_noise(t))
+            dsm = common.edm_loss(net, x0, dsm_noise, t, y, common.c_noise(t)).mean()
+            dsm_gradient = torch.autograd.grad(dsm, list(net.parameters()))
+            losses, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
             loss = losses.mean()
-            dsm = dsm_losses.mean()
             gan = -critic(x_est).mean() if adversarial else None
-            weights = add_gradients(net, loss, dsm, gan, disc_weight, share)
+            weights = add_gradients(net, loss, dsm_gradient, gan, disc_weight, share)
             totals.add(share, loss=loss, loss_dsm=dsm, lambda_dsm=weights[0])
             if adversarial:
                 totals.add(share, loss_gan=gan, lambda_gan=weights[1])
             totals.bin(times[i], losses)
+        if trial:
+            continue
         stopping = common.sum_over_ranks(run, stop, player_gradients, totals)
         grad_norm = torch.linalg.vector_norm(player_gradients).item()
         loss = totals["loss_disc" if critics_turn else "loss"]
@@ -616,6 +624,8 @@ def train(args, run, stop):
             common.save_run(args, run, "ctm", step, log.skipped, model_args, parts)
         if common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, step, draws, classes, (3, size, size))
+        if stopping:
+            break
     log.close()
     return step == args.total_steps
 

@@ -4,7 +4,7 @@ again, down to one. Without guidance this is progressive distillation.
 Papers: Meng et al. 2022 (GD, arXiv 2210.03142), both stages; Salimans & Ho 2022 (PD, arXiv
 2202.00512), the halving. The models are VP: z = alpha x + sigma noise at times tau in [0, 1]. With
 the angle phi, alpha = cos phi and sigma = sin phi, no formula divides by what may vanish. Times
-and angles are (B,) float64 on the CPU; coefficients meet the images.
+and angles are (B,) float64; their coefficients meet the images.
 
     python guided_distill.py                       digits: teacher, guidance, then N = 32 .. 1 steps
     python guided_distill.py --sampler S --teacher out/guided_distill/teacher/last.pt --out-dir S
@@ -38,6 +38,11 @@ from common import UserError, bcast, number, positive
 # --------------------------------------------------------------------------------------------------
 # The method
 # --------------------------------------------------------------------------------------------------
+
+def times_device(device):
+    """Where times and angles are: on the device, or on the CPU if that, mps, has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
 
 def on(c, x):
     """Coefficients (B,) float64 -> (B,1,1,1), to multiply x."""
@@ -129,7 +134,8 @@ def net_v(net, angle):
     """v(z, tau, y, w) of a student; distilled without guidance it does not look at w."""
     def D(x, t, y, w):
         cond = common.c_guidance(w) if net.cond else None
-        return common.denoise(net, x, t, y, cond)
+        masks = common.dropout_masks(net, len(x))
+        return common.denoise(net, x, t, y, cond, masks)
     return edm_v(D, angle)
 
 
@@ -182,7 +188,7 @@ def sample(v, angle, N, sampler, z, noise=torch.randn_like, start=None, paste=No
     """
     steps = range(N if start is None else start, 0, -1)
     for step in reversed(steps) if sampler == "encoder" else steps:
-        i = torch.full((len(z),), step, dtype=torch.float64)
+        i = torch.full((len(z),), step, dtype=torch.float64, device=times_device(z.device))
         tau, tau_mid, tau_end = times_of(i, N, sampler)
         z = ddim(v, angle, z, tau, tau_end)
         if sampler == "S" and step > 1:
@@ -253,7 +259,7 @@ class LatentModel:
         self.times = self.scheduler.config.num_train_timesteps
         alpha = self.scheduler.alphas_cumprod.double().sqrt()
         no_noise = torch.zeros(1, dtype=torch.float64)
-        self.angles = torch.cat([no_noise, alpha.acos()])
+        self.angles = torch.cat([no_noise, alpha.acos()]).to(times_device(run.device))
         if self.prediction == "epsilon" and alpha[-1] < 1e-3:
             raise UserError(f"--teacher {teacher}: predicting noise, it says nothing about x at "
                             "zero SNR; fine-tune it to v first")
@@ -566,7 +572,8 @@ def train(args, run, stop):
     net, angle = task.net, task.angle
     before = copy.deepcopy(net).requires_grad_(False).eval()  # of the last round: stage 2's teacher
     ema = copy.deepcopy(before)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, foreach=True)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, foreach=True,
+                                 capturable=run.capturable)
     gradients = common.flatten_gradients(net)
     totals = common.Totals(run, "loss")
     parts = dict(net=net, before=before, ema=ema, optimizer=optimizer)
@@ -585,11 +592,16 @@ def train(args, run, stop):
         span = args.w_max - args.w_min
         shown_weights = [args.w_min + share * span for share in (0, 0.25, 1)]
     rounds = plan(vars(args))
-    loader = common.batches(args, run, task.dataset, step)
-    stopping = False
-    while step < args.total_steps and not stopping:
+    clock = times_device(run.device)
+    kinds = {"a step": step}
+    N, stage1_steps = rounds[0]
+    if N == 0 and step < stage1_steps:
+        kinds["a step of stage 2"] = stage1_steps
+    for step, micro_batches, trial in common.steps(args, run, task.dataset, step, kinds,
+                                                   [optimizer]):
         N, done, steps = round_of(step, rounds)
-        if done == 0:  # from the raw weights of the last one, whose net is the teacher: GD Alg. 2
+        # From the raw weights of the last round, whose net is the teacher: GD Alg. 2.
+        if done == 0 and not trial:
             before.load_state_dict(net.state_dict())
             ema.load_state_dict(net.state_dict())
             optimizer.state.clear()
@@ -600,19 +612,19 @@ def train(args, run, stop):
         optimizer.param_groups[0]["lr"] = lr
         gradients.zero_()
         totals.zero()
-        for m in common.micro_batches(args, run):
+        for m, batch in micro_batches:
             common.seed_everything(common.STEP, args.seed, step, m)
-            x0, y = task.fetch(next(loader))
+            x0, y = task.fetch(batch)
             w = None
             if args.w_max:
                 w = args.w_min + span * torch.rand(len(x0), device=run.device)
             if N == 0:  # stage 1: GD Alg. 1
-                tau = torch.rand(len(x0), dtype=torch.float64)
+                tau = torch.rand(len(x0), dtype=torch.float64, device=clock)
                 if task.latent:  # the next that the teacher knows
                     tau = (tau * task.times).ceil().clamp(min=1) / task.times
                 target = common.guide(task.v_teacher, y, w)  # v is affine in x: guides like x
             else:  # stage 2: GD Alg. 2
-                i = torch.randint(1, N + 1, (len(x0),)).double()
+                i = torch.randint(1, N + 1, (len(x0),), device=clock).double()
                 tau, tau_mid, tau_end = times_of(i, N, args.sampler)
                 teacher = conditioned(v_before, y, w)
                 target = partial(two_steps, teacher, angle, tau_mid=tau_mid, tau_end=tau_end)
@@ -622,6 +634,8 @@ def train(args, run, stop):
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
             totals.bin(on(angle(tau).tan(), x0).flatten(), losses)
+        if trial:
+            continue
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
@@ -647,6 +661,8 @@ def train(args, run, stop):
             draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
                      for w in shown_weights]
             common.sample_grid(args, run, step, draws, name=f"_{name}", **task.grid)
+        if stopping:
+            break
     log.close()
     return step == args.total_steps
 
@@ -814,7 +830,8 @@ def edit_images(args, run, student):
 
         z = first
         if task == "img2img":
-            tau = torch.full((len(row),), start / student.N, dtype=torch.float64)
+            tau = torch.full((len(row),), start / student.N, dtype=torch.float64,
+                             device=times_device(run.device))
             z = noised(tau)
         elif task == "style":
             z = z_top[row]

@@ -356,18 +356,18 @@ def make_gradients(step, net, target, teacher, x0, noise, t, y):
     D, dist, inverse = common.net_denoiser(teacher), common.pseudo_huber, common.WEIGHTS["inverse"]
 
     def of_ct():
-        ct.loss_fn(net, net, x0, noise, t, t + 0.1, y, dist, inverse).mean().backward()
+        ct.loss_fn(net, net, x0, noise, t, t + 0.1, y, None, dist, inverse).mean().backward()
 
     def of_cd():
-        losses = cd.loss_fn(net, net, D, x0, noise, t, t + 0.1, y, None, common.heun_step, dist,
-                            inverse)
+        losses = cd.loss_fn(net, net, D, x0, noise, t, t + 0.1, y, None, None, common.heun_step,
+                            dist, inverse)
         losses.mean().backward()
 
     def of_teacher():
         common.edm_loss(net, x0, noise, t, y).mean().backward()
 
     def of_continuous():
-        ct.continuous_loss(net, x0, noise, t, y).mean().backward()
+        ct.continuous_loss(net, x0, noise, t, y, None).mean().backward()
 
     times = common.karras_times(18).to(x0.device)
     i, j = ctm.draw_indices(len(x0), 18, 2, x0.device)
@@ -375,13 +375,14 @@ def make_gradients(step, net, target, teacher, x0, noise, t, y):
     def of_ctm():
         def solve(x, i, k, y):
             return ctm.heun_solve(D, times, x, i, k, y)
+        dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t)).mean()
+        dsm_gradient = torch.autograd.grad(dsm, list(net.parameters()))
         losses, _ = ctm.loss_fn(net, target, solve, x0, noise, times, i, j, 2, y, dist)
-        dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t))
-        ctm.add_gradients(net, losses.mean(), dsm.mean(), None, 0.0, 1.0)
+        ctm.add_gradients(net, losses.mean(), dsm_gradient, None, 0.0, 1.0)
 
     angle = guided_distill.edm_angle
     v = guided_distill.edm_v(D, angle)
-    tau = torch.randint(1, 5, (len(x0),)).double() / 4
+    tau = torch.randint(1, 5, (len(x0),), device=x0.device).double() / 4
     w = 4 * torch.rand(len(x0), device=x0.device)
 
     def of_v(target):  # without the embedding of w, as if --w-max were 0
@@ -402,7 +403,7 @@ def measure(args):
     """One variant, in a process of its own for its peak memory: a row of the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
-    run = types.SimpleNamespace(device=device, dtype=dtype)
+    run = types.SimpleNamespace(device=device, dtype=dtype, checkpointing=False)
     torch.manual_seed(0)
     classes = 1000 if args.net == "imagenet64" else 10
     settings = common.NETS[args.net] | dict(classes=classes)

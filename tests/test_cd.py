@@ -42,7 +42,8 @@ def column(v):
 
 def cd_loss(net, target, D, x0, noise, t_n, t_n1, weight=ONE):
     """Without labels and guidance, with Heun's solver and l2."""
-    return cd.loss_fn(net, target, D, x0, noise, t_n, t_n1, None, None, common.heun_step,
+    masks = common.dropout_masks(net, len(x0))
+    return cd.loss_fn(net, target, D, x0, noise, t_n, t_n1, None, None, masks, common.heun_step,
                       common.l2, weight)
 
 
@@ -71,8 +72,8 @@ def reference_loss(dist, weight=ONE, dtype=torch.float32):
     close(t[i], VECTORS["cd_loss"]["t"])
     close(t[i + 1], VECTORS["cd_loss"]["t2"])
     D = common.net_denoiser(teacher)
-    losses = cd.loss_fn(net, target, D, x0, noise, t[i + 1], t[i], LABELS, None, common.heun_step,
-                        dist, weight)
+    losses = cd.loss_fn(net, target, D, x0, noise, t[i + 1], t[i], LABELS, None, None,
+                        common.heun_step, dist, weight)
     return nets, losses, t[i], t[i + 1]
 
 
@@ -124,7 +125,7 @@ def test_loss_by_hand(solver):
     net, target = tiny(cond=True), tiny(0.05, cond=True)
     teacher, null = tiny(0.1, null=True), torch.full((4,), 10)
     losses = cd.loss_fn(net, target, common.net_denoiser(teacher), X0, NOISE, t_n, t_n1, LABELS, w,
-                        cd.SOLVERS[solver], common.l2, ONE)
+                        None, cd.SOLVERS[solver], common.l2, ONE)
 
     def slope(x, t):
         D_y, D_null = (common.denoise(teacher, x, t, y) for y in (LABELS, null))
@@ -145,7 +146,7 @@ def test_edm_loss_vectors():
     t = (-1.2 + 1.2 * gauss((4, 1, 1, 1), 7)).exp().flatten()
     close(t, nvidia["sigma"])
 
-    def toy(x, c_noise, y, cond):  # F = 0: D = c_skip x, their toy
+    def toy(x, c_noise, y, cond, masks):  # F = 0: D = c_skip x, their toy
         return torch.zeros_like(x)
     losses = common.edm_loss(toy, X0, NOISE, t, None)
     close(losses, nvidia["per_sample_mean"])
@@ -172,7 +173,7 @@ def test_edm_loss_is_least_at_the_ideal_denoiser():
     c_skip, c_out, c_in = map(column, common.edm_scalings(t))
 
     def loss(factor, offset):
-        def F(x_in, c_noise, y, cond):
+        def F(x_in, c_noise, y, cond, masks):
             x = x_in / c_in
             D_x = factor * common.ideal_denoiser(data)(x, t) + offset
             return (D_x - c_skip * x) / c_out
@@ -295,7 +296,7 @@ def test_full_objective_and_its_gradient():
     x, t = (value.double() for value in paths())
 
     def loss():
-        return cd.continuous_loss(net, D, X0.double(), NOISE.double(), t, LABELS, None, False)
+        return cd.continuous_loss(net, D, X0.double(), NOISE.double(), t, LABELS, None, None, False)
     v = (x - D(x, t, LABELS)) / column(t)
     _, df = common.consistency_jvp(net, x, t, v, LABELS)
     close(loss().detach(), df.square().mean((1, 2, 3)).detach(), 1e-6)
@@ -316,7 +317,7 @@ def test_pseudo_objective_has_the_papers_gradient():
     losses = {}
     for stop_gradient in (True, False):
         net.zero_grad()
-        loss = cd.continuous_loss(net, D, X0, NOISE, t, LABELS, None, stop_gradient)
+        loss = cd.continuous_loss(net, D, X0, NOISE, t, LABELS, None, None, stop_gradient)
         loss.sum().backward()
         losses[stop_gradient] = loss.detach()
         off = (gradient(net) - wanted).norm() / wanted.norm()
@@ -334,7 +335,7 @@ class Smooth(torch.nn.Module):
         self.a = torch.nn.Parameter(deviation * torch.randn(bumps))
         self.b = torch.nn.Parameter(deviation * torch.randn(bumps))
 
-    def forward(self, x, c_noise, y=None, cond=None, dtype=None):
+    def forward(self, x, c_noise, y=None, cond=None, masks=None, dtype=None):
         bumps = (-(c_noise[:, None] / 250 - self.centres) ** 2 / 2).exp()
         return column(bumps @ self.a) * x + column(bumps @ self.b)
 
@@ -351,7 +352,7 @@ def test_discrete_gradient_tends_to_the_continuous_one(stop_gradient):
 
     def D_y(x, t, y):
         return D(x, t)
-    cd.continuous_loss(net, D_y, x0, noise, middle, None, None, stop_gradient).sum().backward()
+    cd.continuous_loss(net, D_y, x0, noise, middle, None, None, None, stop_gradient).sum().backward()
     wanted, errors = gradient(net), []
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     for N in (400, 800):
@@ -375,7 +376,7 @@ class Exact(torch.nn.Module):
         super().__init__()
         self.s, self.one = s, torch.nn.Parameter(torch.ones(()))
 
-    def forward(self, x_in, c_noise, y=None, cond=None, dtype=None):
+    def forward(self, x_in, c_noise, y=None, cond=None, masks=None, dtype=None):
         t = (c_noise / 250).exp()
         c_skip, c_out, c_in = map(column, common.cm_scalings(t))
         x = x_in / c_in
@@ -392,10 +393,10 @@ def test_losses_vanish_at_the_exact_consistency_function(s):
 
     def wrong(x, t, y):
         return 0.9 * D(x, t, y)
-    assert cd.continuous_loss(net, D, x0, NOISE, t, None, None, False).max() < 1e-6
-    assert cd.continuous_loss(net, wrong, x0, NOISE, t, None, None, False).max() > 1e-3
+    assert cd.continuous_loss(net, D, x0, NOISE, t, None, None, None, False).max() < 1e-6
+    assert cd.continuous_loss(net, wrong, x0, NOISE, t, None, None, None, False).max() > 1e-3
     # the slope of one image is not the mean slope
-    assert ct.continuous_loss(net, x0, NOISE, t, None)[:2].min() > 1e-3
+    assert ct.continuous_loss(net, x0, NOISE, t, None, None)[:2].min() > 1e-3
     times, n = common.karras_times(200), torch.tensor([60, 90, 130, 190])
     assert cd_loss(net, net, D, x0, NOISE, times[n], times[n + 1]).max() < 1e-7
 
@@ -410,8 +411,8 @@ def test_continuous_training_has_the_gradient_of_continuous_distillation():
 
     def D(x, t, y):
         return ideal(x, t)
-    losses = (ct.continuous_loss(net, x0, noise, t, None),
-              cd.continuous_loss(net, D, x0, noise, t, None, None, True))
+    losses = (ct.continuous_loss(net, x0, noise, t, None, None),
+              cd.continuous_loss(net, D, x0, noise, t, None, None, None, True))
     training, distillation = (torch.autograd.grad(loss.sum(), net.a)[0].flatten().double()
                               for loss in losses)
     gap = training - distillation
@@ -429,7 +430,7 @@ def test_gradient_reaches_the_net_alone():
     net, other = tiny(), tiny()
     for student, target in ((net, net), (tiny(), other)):
         losses = cd.loss_fn(student, target, common.net_denoiser(teacher), X0, NOISE, t_n, t_n1,
-                            LABELS, None, common.heun_step, common.pseudo_huber, INVERSE)
+                            LABELS, None, None, common.heun_step, common.pseudo_huber, INVERSE)
         losses.sum().backward()
         grads.append(gradient(student))
     assert all(p.grad is None for module in (teacher, other) for p in module.parameters())
@@ -441,7 +442,7 @@ def test_no_gradient_reaches_the_teacher_in_continuous_time():
     D = common.net_denoiser(teacher)
     for stop_gradient in (True, False):
         net.zero_grad()
-        cd.continuous_loss(net, D, X0, NOISE, t, LABELS, None, stop_gradient).sum().backward()
+        cd.continuous_loss(net, D, X0, NOISE, t, LABELS, None, None, stop_gradient).sum().backward()
         assert gradient(net).norm() > 0 and all(p.grad is None for p in teacher.parameters())
 
 
@@ -454,7 +455,7 @@ def test_continuous_loss_on_a_gpu(dtype):
     nets[1].dtype, losses = dtype, []
     for net, device in zip(nets, ("cpu", "cuda")):
         x, t, v, y = (value.to(device) for value in (*paths(), gauss(X0.shape, 9), LABELS))
-        losses.append(common.continuous_loss(net, x, t, v, y, None, False))
+        losses.append(common.continuous_loss(net, x, t, v, y, None, None, False))
         losses[-1].sum().backward()
     close(losses[1].detach().cpu(), losses[0].detach(), 1e-3)
     wanted = gradient(nets[0])
@@ -476,26 +477,28 @@ def test_both_branches_drop_out_the_same_units():
     for target in (net, copy.deepcopy(net)):
         assert cd_loss(net, target, still, X0, NOISE, t, t).max() < 1e-9
     with torch.no_grad():
-        a, b = (common.consistency(net, X0, t) for _ in range(2))
+        a, b = (common.consistency(net, X0, t, masks=common.dropout_masks(net, 4))
+                for _ in range(2))
         assert common.l2(a, b).min() > 1e-4
 
 
 def test_the_pseudo_objective_differentiates_the_branch_it_trains():
-    """df/dt and f drop out the same units: with one seed both are those of a pass under it."""
+    """df/dt and f drop out the same units."""
     net, t = dropped(), torch.tensor([0.5, 1.0, 2.0, 3.0])
     torch.manual_seed(3)
-    loss = ct.continuous_loss(net, X0, NOISE, t, None)
-    after = torch.rand(1)
-    loss.sum().backward()
+    masks = common.dropout_masks(net, 4)
+    ct.continuous_loss(net, X0, NOISE, t, None, masks).sum().backward()
     ours = gradient(net)
     net.zero_grad()
     x = X0 + column(t) * NOISE
-    torch.manual_seed(3)
     with torch.no_grad():
-        _, df = common.consistency_jvp(net, x, t, NOISE)
-    torch.manual_seed(3)
-    (2 * common.consistency(net, x, t) * df).mean((1, 2, 3)).sum().backward()
-    assert (gradient(net) - ours).norm() < 1e-4 * ours.norm() and torch.equal(after, torch.rand(1))
+        f, df = common.consistency_jvp(net, x, t, NOISE, masks=masks)
+        other, _ = common.consistency_jvp(net, x, t, NOISE, masks=common.dropout_masks(net, 4))
+    f_net = common.consistency(net, x, t, masks=masks)
+    close(f, f_net.detach(), 1e-4, 1e-5)
+    assert common.l2(f, other).min() > 1e-4
+    (2 * f_net * df).mean((1, 2, 3)).sum().backward()
+    assert (gradient(net) - ours).norm() < 1e-4 * ours.norm()
 
 
 def test_a_loaded_teacher_drops_nothing_out(tmp_path):
@@ -507,7 +510,8 @@ def test_a_loaded_teacher_drops_nothing_out(tmp_path):
     D_x = D(X0, t, None)
     assert torch.equal(D(X0, t, None), D_x) and not D_x.requires_grad
     teacher.train()
-    assert not torch.equal(D(X0, t, None), D_x)
+    with pytest.raises(AssertionError, match="masks"):
+        D(X0, t, None)
 
 
 # ---- training to the exact solution
@@ -545,7 +549,8 @@ def test_a_small_student_learns_the_exact_consistency_function(objective, lr, st
             loss = cd_loss(net, net, D, x0, noise, times[n], times[n + 1], INVERSE)
         else:
             levels = common.random_times(256, p_t, "cpu").clamp(common.T_MIN, common.T_MAX)
-            loss = cd.continuous_loss(net, D, x0, noise, levels, None, None, objective == "pseudo")
+            loss = cd.continuous_loss(net, D, x0, noise, levels, None, None, None,
+                                        objective == "pseudo")
         optimizer.zero_grad()
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -158,7 +158,9 @@ def student_losses(net, target, teacher, x0, y):
 
     def weight(t_n, t_n1):
         return 1 / (t_n1 - t_n)
-    return cd.loss_fn(net, target, D, x0, torch.randn_like(x0), times[n], times[n + 1], y, w,
+    noise = torch.randn_like(x0)
+    masks = common.dropout_masks(net, 4)
+    return cd.loss_fn(net, target, D, x0, noise, times[n], times[n + 1], y, w, masks,
                       common.heun_step, common.pseudo_huber, weight)
 
 
@@ -202,7 +204,8 @@ def test_guidance_weights_are_uniform(trained, tmp_path, monkeypatch):
     args.teacher, args.out_dir = str(trained / "teacher" / "last.pt"), str(tmp_path / "run")
     args.total_steps, args.batch_size, args.micro_batch = 1, 256, 256
     here = types.SimpleNamespace(rank=0, world=1, main=True, restarted=False, compile=False,
-                                 device=torch.device("cpu"), dtype=torch.float32)
+                                 device=torch.device("cpu"), dtype=torch.float32,
+                                 checkpointing=False, capturable=False)
     seen = []
 
     def see(net, target, D, x0, noise, t_n, t_n1, y, w, *rest):

@@ -14,7 +14,7 @@ from util import (TINY, VECTORS, close, fill, full, gauss, gaussian_denoiser, ga
 
 V, T_MIN = VECTORS["ctm"], common.T_MIN
 TIMES = common.karras_times(40)
-WILD = lambda x, t_in, y, cond: 1e6 * x.sin()
+WILD = lambda x, t_in, y, cond, masks: 1e6 * x.sin()
 HALF = lambda x, t, y: gaussian_denoiser(0.5)(x, t)
 X0, NOISE, LABELS = img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), torch.tensor([0, 3, 7, 9])
 
@@ -30,7 +30,7 @@ class Toy(torch.nn.Module):
         block.out_layers[3].weight = torch.nn.Parameter(torch.tensor([a, w]))
         self.output_blocks = torch.nn.ModuleList([torch.nn.ModuleList([block])])
 
-    def forward(self, x_in, t_in, y=None, cond=None):
+    def forward(self, x_in, t_in, y=None, cond=None, masks=None):
         a, w = ctm.last_layer(self)
         s = 0 if cond is None else self.c * (cond / 1000).tanh()
         return a * x_in + common.bcast(self.b * (t_in / 1000).tanh() + s, x_in) + w
@@ -73,6 +73,10 @@ def gradient(net):
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
+def gradients(net, loss):
+    return torch.autograd.grad(loss, list(net.parameters()))
+
+
 def clear(net):
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -100,10 +104,10 @@ def test_scalings_vectors():
     t, s = torch.tensor(table["t"]), torch.tensor(table["s"])
     one, zero = torch.ones(8, 1, 1, 1), torch.zeros(8, 1, 1, 1)
 
-    def nothing(x_in, t_in, y, cond):
+    def nothing(x_in, t_in, y, cond, masks):
         seen.extend([x_in, t_in, cond])
         return 0 * x_in
-    always = lambda x_in, t_in, y, cond: 1 + 0 * x_in
+    always = lambda x_in, t_in, y, cond, masks: 1 + 0 * x_in
     close(ctm.g(nothing, one, t, s), table["inner_edm_c_skip"], 1e-4)
     for value, key in zip(seen, ("c_in", "rescaled_t", "rescaled_s")):
         close(value, table[key], 1e-4, 1e-4)
@@ -299,7 +303,7 @@ def test_loss_vectors(run):
     close(grad, run["grad_consistency"], 1e-4)
     critic = lambda x: 2 * x.mean(1)
     gan = -critic(x_est).mean() if "gan_training" in run["cfg"] else None
-    weights = ctm.add_gradients(net, losses.mean(), dsm.mean(), gan, 1.0, 1.0)
+    weights = ctm.add_gradients(net, losses.mean(), gradients(net, dsm.mean()), gan, 1.0, 1.0)
     close((weights[0] * dsm).detach(), run["denoising_per_sample_weighted"], 1e-4)
     close(weight.grad, run["grad_total"], 1e-4)
     assert len(weights) == (1 if gan is None else 2)
@@ -426,7 +430,7 @@ def test_labels_and_levels_reach_every_network():
     of_teacher = [(i, None), (i - 1, None), (i - 1, None), (i - 2, None)]
     for found, levels in zip(calls, ([(i, j), (i - 2, j)], 2 * [(j, 0 * j)], of_teacher)):
         assert len(found) == len(levels)
-        for (_, t_in, y, cond), (t, s) in zip(found, levels):
+        for (_, t_in, y, cond, _), (t, s) in zip(found, levels):
             assert torch.equal(y, LABELS) and (cond is None) == (s is None)
             close(level(t_in), TIMES[t])
             if s is not None:
@@ -517,7 +521,8 @@ def test_adaptive_weight_vectors(case):
     weight = ctm.last_layer(net)
     strong, other = torch.tensor([3.0, 4.0]), torch.tensor([0.0, n])
     assert strong.norm() == V["adaptive_lambda"]["grad1_norm"]
-    found = ctm.add_gradients(net, strong @ weight, n * weight[0], other @ weight, 1.0, 1.0)
+    dsm = gradients(net, n * weight[0])
+    found = ctm.add_gradients(net, strong @ weight, dsm, other @ weight, 1.0, 1.0)
     close(found, [case["raw"], case["gan_clip_0.01_10"]])
 
 
@@ -539,11 +544,11 @@ def test_gradients_are_those_of_the_weighted_sum(with_gan):
     lambda_dsm = norms[0] / (norms[1] + 1e-4)
     lambda_gan = (norms[0] / (norms[2] + 1e-4)).clamp(0.01, 10) * with_gan
     total = losses[0] + lambda_dsm * losses[1] + weight * lambda_gan * losses[2]
-    once = torch.autograd.grad(total, list(net.parameters()))
-    once = torch.cat([grad.flatten() for grad in once])
+    once = torch.cat([grad.flatten() for grad in gradients(net, total)])
     before = [p.grad for p in net.parameters()]
     for share in (0.25, 0.5):
         ctm_loss, dsm, gan, _ = terms(net, target, teacher)
+        dsm = gradients(net, dsm)
         found = ctm.add_gradients(net, ctm_loss, dsm, gan if with_gan else None, weight, share)
         close(found, [lambda_dsm, lambda_gan][:1 + with_gan], 1e-4)
         assert not any(value.requires_grad for value in found)
@@ -564,7 +569,7 @@ class Scale(torch.nn.Module):
         self.layers = torch.nn.Sequential(
             linear(3, 32), act(), linear(32, 32), act(), linear(32, 1))
 
-    def forward(self, x_in, t_in, y=None, cond=None):
+    def forward(self, x_in, t_in, y=None, cond=None, masks=None):
         t, s = t_in / 500, cond / 500
         return common.bcast(self.layers(torch.stack([t, s, s - t], 1)), x_in) * x_in
 

@@ -242,10 +242,10 @@ def by_hand(args, model_args, origin):
                 total = real_loss + (1 + critic(fake)).clamp(min=0).mean()
                 terms = dict(loss_disc=total)
             else:
-                losses, x_est = ctm.loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
                 t = ctm.dsm_times(b, args.p_t, "cpu")
                 x_t = x0 + common.bcast(t, x0) * torch.randn_like(x0)
                 dsm = (ctm.g(net, x_t, t, t, y) - x0).square().mean((1, 2, 3))
+                losses, x_est = ctm.loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
                 terms = dict(loss=losses.mean(), loss_dsm=((1 / t**2 + 4) * dsm).mean())
                 of_images += zip(times[i].tolist(), losses.tolist())
                 if adversarial:

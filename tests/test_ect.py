@@ -56,7 +56,7 @@ def test_r_is_below_t_in_the_last_stage_that_is_allowed(q, stages):
 
 class Toy(torch.nn.Module):
     """A network whose consistency function is f(x, t) = x / (1 + 4 t^2)."""
-    def forward(self, x_in, c_noise, y=None, cond=None):
+    def forward(self, x_in, c_noise, y=None, cond=None, masks=None):
         t = (c_noise.double() / 250).exp()
         c_skip, c_out, c_in = (common.bcast(s, x_in) for s in common.cm_scalings(t))
         x = x_in.double() / c_in
@@ -70,7 +70,7 @@ def toy_losses(dist, weight):
     close(t, VECTORS["ect"]["loss"]["t"])
     close(r, VECTORS["ect"]["loss"]["r"])
     x0, noise = img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5)
-    return t, r, ct.loss_fn(Toy(), Toy(), x0, noise, r, t, None, dist, weight)
+    return t, r, ct.loss_fn(Toy(), Toy(), x0, noise, r, t, None, None, dist, weight)
 
 
 def test_loss_vectors():
@@ -100,7 +100,7 @@ def test_where_r_is_0_the_target_is_the_image():
     x0, noise = img((3, 3, 16, 16)), gauss((3, 3, 16, 16), 5)
     r = ct.ect_r(t, 0, 2.0, 8.0, 1.0)
     assert r.tolist() == [0, 0, 0]
-    losses = ct.loss_fn(net, net, x0, noise, r, t, None, common.norm, ct.WEIGHTS["inverse"])
+    losses = ct.loss_fn(net, net, x0, noise, r, t, None, None, common.norm, ct.WEIGHTS["inverse"])
     column = t.view(3, 1, 1, 1)
     x_t = x0 + column * noise
     exact = common.consistency(net, x_t, t) - (x0 + 0.002 * noise)
@@ -119,7 +119,7 @@ def test_times_below_t_min_teach_nothing_and_spoil_nothing():
         net.zero_grad()
         B = len(t)
         r = ct.ect_r(t, 3, 2.0, 8.0, 1.0)
-        losses = ct.loss_fn(net, net, x0[:B], noise[:B], r, t, None, common.norm,
+        losses = ct.loss_fn(net, net, x0[:B], noise[:B], r, t, None, None, common.norm,
                             ct.WEIGHTS["inverse"])
         losses.sum().backward()
         grads.append(gradient(net))
@@ -136,7 +136,7 @@ def test_the_weight_sees_levels_below_t_min():
         return 1
     t, r = torch.tensor([0.001, 1.0]), torch.tensor([0.0, 0.0])
     x0 = img((2, 3, 16, 16))
-    ct.loss_fn(Toy(), Toy(), x0, x0, r, t, None, common.norm, weight)
+    ct.loss_fn(Toy(), Toy(), x0, x0, r, t, None, None, common.norm, weight)
     assert torch.equal(seen[0], r) and torch.equal(seen[1], t)
 
 
@@ -257,13 +257,13 @@ def test_the_loop_by_hand(trained):
             x0, y = common.to_device(dataset.__getitems__(next(indices)), torch.device("cpu"), True)
             t = (args.p_t[0] + args.p_t[1] * torch.randn(4)).exp()
             r = torch.relu(t - t * (1 + 6 / (1 + (2 * t).exp())) / 3 ** (record["stage"] + 1))
-            noise, state = torch.randn_like(x0), torch.get_rng_state()
+            noise = torch.randn_like(x0)
+            masks = net.draw_masks(4)
             outputs = []
             for time in (t, r):  # the same noise, the same units dropped out
-                torch.set_rng_state(state)
                 time = time.clamp(min=0.002)
                 x = x0 + time.view(4, 1, 1, 1) * noise
-                outputs.append(common.consistency(net, x, time, y))
+                outputs.append(common.consistency(net, x, time, y, masks=masks))
             difference = outputs[0] - outputs[1].detach()
             losses.append(difference.square().sum((1, 2, 3)).sqrt() / (t - r))
         step_by_hand(record, net, optimizer, losses, {ema: args.ema_decay})

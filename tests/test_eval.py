@@ -22,7 +22,7 @@ from common import UserError
 from util import ROOT, TINY, glyphs, run_script
 
 CPU = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"),
-                            dtype=torch.float32)
+                            dtype=torch.float32, checkpointing=False)
 rng = np.random.default_rng(0)
 
 

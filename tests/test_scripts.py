@@ -162,7 +162,8 @@ def test_the_loop_by_hand(trained):
             p = common.interval_probabilities(times, args.p_t)
             n = torch.multinomial(p, 4, replacement=True)
             noise = torch.randn_like(x0)
-            losses.append(ct.loss_fn(net, target, x0, noise, times[n], times[n + 1], y,
+            masks = common.dropout_masks(net, 4)
+            losses.append(ct.loss_fn(net, target, x0, noise, times[n], times[n + 1], y, masks,
                                      common.pseudo_huber, lambda t_n, t_n1: 1 / (t_n1 - t_n)))
         mu = 0.9 ** (10 / N)
         close(record["mu"], mu)

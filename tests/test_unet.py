@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common
-from util import TINY, VECTORS, chirp, close, fill, gauss, img
+from util import TINY, VECTORS, chirp, close, fill, gauss, gradient, img
 
 
 def reference_net(**changes):
@@ -110,7 +110,7 @@ def test_zero_initialised_layers():
     assert not net(gauss((2, 3, 16, 16), 1), torch.zeros(2)).any()
     for block, shape in ((net.input_blocks[1], (2, 32, 16, 16)), (net.middle_block, (2, 64, 8, 8))):
         h = torch.randn(shape)
-        assert torch.equal(block(h, torch.randn(2, 128), None), h)
+        assert torch.equal(block(h, torch.randn(2, 128), None, None), h)
 
 
 def test_cond_changes_nothing_at_first():
@@ -169,13 +169,62 @@ def test_sizes_that_do_not_fit(settings):
 
 
 def test_dropout_sits_before_the_last_convolution_and_sleeps_in_eval():
-    net = fill(common.UNet(**TINY, dropout=0.5))
+    """What a mask keeps is divided by 1 - p, as torch's dropout does; the rest is 0."""
+    torch.manual_seed(0)
+    net, inputs = fill(common.UNet(**TINY, dropout=0.4)), []
+    for block in kinds(net, common.ResBlock):
+        block.out_layers[3].register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
     x, t = img((2, 3, 16, 16)), torch.zeros(2)
-    assert not torch.equal(net(x, t), net(x, t))
+    masks = net.draw_masks(2)
+    net(x, t, masks=masks)
+    dropped = inputs[:]
+    inputs.clear()
+    with pytest.raises(AssertionError, match="dropout masks"):
+        net(x, t)
     net.eval()
-    assert torch.equal(net(x, t), net(x, t))
-    layers = [block.out_layers[2] for block in kinds(net, common.ResBlock)]
-    assert all(isinstance(layer, torch.nn.Dropout) and layer.p == 0.5 for layer in layers)
+    assert net.draw_masks(2) is None and common.UNet(**TINY).draw_masks(2) is None
+    net(x, t)
+    assert len(dropped) == len(inputs) == len(masks) == len(kinds(net, common.ResBlock))
+    close(dropped[0], inputs[0] * masks[0] / 0.6)  # later ones see what this one dropped
+    for h, mask in zip(dropped, masks):
+        assert h.shape == mask.shape and (h[~mask] == 0).all() and (h[mask] != 0).any()
+        assert (mask ^ (h != 0)).float().mean() < 1e-3  # SiLU itself is hardly ever 0
+
+
+def test_masks_are_independent():
+    """Of images, units, blocks and draws: two agree where chance has it, 0.7^2 + 0.3^2 = 0.58."""
+    torch.manual_seed(0)
+    net = common.UNet(**TINY, dropout=0.3)
+    masks, others = net.draw_masks(4), net.draw_masks(4)
+    pairs = [(masks[0][0], masks[0][1]), (masks[0], masks[-1]), (masks[0], others[0]),
+             (masks[0][:, :16], masks[0][:, 16:]), (masks[0][:, :, :8], masks[0][:, :, 8:])]
+    for a, b in pairs:
+        n = a.numel()
+        assert abs((a == b).double().mean() - 0.58) < 4 * 0.5 / n**0.5
+    for mask in masks + others:
+        assert abs(mask.double().mean() - 0.7) < 4 * 0.46 / mask.numel() ** 0.5
+
+
+@pytest.mark.parametrize("more", [dict(), dict(resblock_updown=False), dict(dropout=0.3)])
+def test_gradient_checkpointing_changes_no_gradient(more):
+    """And keeps less: no activation inside a block is there when the backward pass begins."""
+    nets = [fill(common.UNet(**TINY, **more)) for _ in range(2)]
+    x, t, kept = img((2, 3, 16, 16)), torch.tensor([0.1, 3.0]), []
+    torch.manual_seed(0)
+    masks = nets[0].draw_masks(2)
+    for net, checkpointing in zip(nets, (False, True)):
+        net.checkpointing = checkpointing
+        bytes_of = {}
+
+        def pack(value):
+            bytes_of[value.data_ptr()] = value.numel() * value.element_size()
+            return value
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            loss = net(x, t, masks=masks).square().sum()
+        kept.append(sum(bytes_of.values()))
+        loss.backward()
+    assert torch.equal(gradient(nets[0]), gradient(nets[1])) and gradient(nets[0]).norm() > 0
+    assert kept[1] < 0.6 * kept[0], kept
 
 
 def test_ema_update():
