@@ -441,8 +441,8 @@ def train(args, run, stop):
         draws.append(partial(draw, w=w_max or 2.0))
     elif distil:
         draws.append(partial(sample, ema, args.sigmas))
-    kinds = {"a step": step}
-    for step, micro_batches, trial in common.steps(args, run, dataset, step, kinds, [optimizer]):
+    all_steps = common.steps(args, run, log, dataset, step, {"a step": step}, [optimizer])
+    for step, micro_batches, trial in all_steps:
         # ------------------------------------------------------------------------ one training step
         gradients.zero_()
         totals.zero()

@@ -680,10 +680,12 @@ def progress_bar(*iterable, **settings):
     return bars[-1]
 
 def one_line_errors(kind, error, trace):
-    """An excepthook: a UserError, or a GPU that is full, is one line and ends in exit code 2."""
+    """An excepthook: a UserError, a GPU that is full, a compiler that is not there are one line and
+    exit code 2."""
+    dynamo = sys.modules.get("torch._dynamo.exc")  # imported by what compiles alone
     if issubclass(kind, torch.OutOfMemoryError):
         error = f"out of memory, lower --micro-batch: {first_line(error)}"
-    elif issubclass(kind, torch._dynamo.exc.TorchDynamoException):
+    elif dynamo is not None and issubclass(kind, dynamo.TorchDynamoException):
         cause = getattr(error, "inner_exception", error)
         error = f"torch.compile fails, --no-compile does without: {first_line(cause)}"
     elif not issubclass(kind, UserError):
@@ -1109,28 +1111,28 @@ def micro_batches(args, run):
     """The numbers of this rank's micro-batches in every step."""
     return range(run.rank, args.batch_size // args.micro_batch, run.world)
 
-def steps(args, run, dataset, step, kinds, optimizers):
+def steps(args, run, log, dataset, step, kinds, optimizers):
     """Yield (step, micro-batches (m, batch) of this rank, is it a trial?) for the steps to come.
 
-    First each of `kinds`, {name: a step like it}, is tried, whose gradients are to be discarded: it
-    is compiled, and a run whose memory will not do does not begin.
+    First a micro-batch of each of `kinds`, {name: a step like it}, is tried, and its gradients are
+    to be discarded: networks are compiled, and a run that memory will not do for does not begin.
     """
     if step < args.total_steps:
         # What the optimizers will hold from their first step on: two numbers a parameter.
         sizes = [p.numel() for optimizer in optimizers if not optimizer.state
                  for group in optimizer.param_groups for p in group["params"]]
         ballast = torch.empty(2 * sum(sizes), device=run.device)
-        told = run.main and (run.compile or run.device.type == "cuda")
-        if told and run.compile:
-            print("compiling each network when it is first called: a minute or more", flush=True)
+        if run.compile:
+            log.say("compiling each network at its first call: minutes, in all")
         batch = dataset.__getitems__(np.arange(args.micro_batch) % len(dataset))
         for name, like in kinds.items():
             start = time.perf_counter()
             yield like, [(0, batch)], True
-            if told:
-                print(f"tried {name}: {time.perf_counter() - start:.0f} s, at most "
-                      f"{peak_memory_gb(run.device):.1f} GB", flush=True)
+            if run.compile or run.device.type == "cuda":
+                log.say(f"tried {name}: {time.perf_counter() - start:.0f} s, at most "
+                        f"{peak_memory_gb(run.device):.1f} GB so far")
         del ballast
+        log.restart_clock()
     loader = batches(args, run, dataset, step)
     for step in range(step, args.total_steps):
         yield step, zip(micro_batches(args, run), loader), False
@@ -1545,6 +1547,16 @@ class Log:
                     if json.loads(line)["step"] <= step:
                         file.write(line + "\n")
         self.bar = progress_bar(total=args.total_steps, initial=step, unit="step")
+
+    def say(self, text):
+        if self.run.main:
+            self.bar.write(text)
+
+    def restart_clock(self):
+        """What was done since the beginning, trials and compiling, does not count as training."""
+        self.reported = self.reported[0], time.perf_counter()
+        if self.run.main:
+            self.bar.unpause()
 
     def step(self, step, finite, last, player=0, **values):
         """Count a step, and write a line of the log every --log-every steps.

@@ -305,8 +305,8 @@ def train(args, run, stop):
 
     one_step = partial(sample, ema, [common.T_MAX])
     draws = [one_step, partial(sample, ema, args.sigmas)]
-    kinds = {"a step": step}
-    for step, micro_batches, trial in common.steps(args, run, dataset, step, kinds, [optimizer]):
+    all_steps = common.steps(args, run, log, dataset, step, {"a step": step}, [optimizer])
+    for step, micro_batches, trial in all_steps:
         # ------------------------------------------------------------------------ one training step
         N = mu = stage = None
         if ect:

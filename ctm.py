@@ -551,7 +551,8 @@ def train(args, run, stop):
         first = max(step, args.disc_start)  # its player may be either
         kinds |= {"a step with the critic": first, "the other player's": first + 1}
         optimizers.append(critic_optimizer)
-    for step, micro_batches, trial in common.steps(args, run, dataset, step, kinds, optimizers):
+    all_steps = common.steps(args, run, log, dataset, step, kinds, optimizers)
+    for step, micro_batches, trial in all_steps:
         # ------------------------------------------------------------------------ one training step
         rng = np.random.default_rng((common.SOLVER, args.seed, step))
         steps = np.arange(1, args.max_steps + 1)

@@ -597,8 +597,8 @@ def train(args, run, stop):
     N, stage1_steps = rounds[0]
     if N == 0 and step < stage1_steps:
         kinds["a step of stage 2"] = stage1_steps
-    for step, micro_batches, trial in common.steps(args, run, task.dataset, step, kinds,
-                                                   [optimizer]):
+    all_steps = common.steps(args, run, log, task.dataset, step, kinds, [optimizer])
+    for step, micro_batches, trial in all_steps:
         N, done, steps = round_of(step, rounds)
         # From the raw weights of the last round, whose net is the teacher: GD Alg. 2.
         if done == 0 and not trial:

@@ -352,7 +352,8 @@ def test_discrete_gradient_tends_to_the_continuous_one(stop_gradient):
 
     def D_y(x, t, y):
         return D(x, t)
-    cd.continuous_loss(net, D_y, x0, noise, middle, None, None, None, stop_gradient).sum().backward()
+    losses = cd.continuous_loss(net, D_y, x0, noise, middle, None, None, None, stop_gradient)
+    losses.sum().backward()
     wanted, errors = gradient(net), []
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     for N in (400, 800):

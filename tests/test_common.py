@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from PIL import Image
 
 import common
@@ -194,6 +195,123 @@ def test_no_run_half_a_run_and_overwrite(saved, tmp_path):
     assert common.resume(args, RUN, "cd", MODEL_ARGS, parts) == (0, 0)
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert left == ["mine.txt"]
+
+
+@pytest.mark.parametrize("batch_size, limit, world, wanted", [
+    (12, 8, 1, 6), (7, 8, 1, 7), (32, 32, 1, 32),
+    (512, 128, 8, 64), (256, 128, 8, 32), (128, 128, 8, 16), (2048, 64, 8, 64),  # all have work
+    (96, 64, 8, 12), (100, 64, 8, 10), (512, 128, 3, 128), (4, 128, 8, 1)])
+def test_default_micro_batch(tmp_path, batch_size, limit, world, wanted):
+    """At most the recipe's and batch / world; where it can be, the ranks' numbers are the same."""
+    args = settings(tmp_path, batch_size=batch_size, micro_batch=None, micro_batch_limit=limit)
+    found = common.default_micro_batch(args, rank(0, world), "ct", dict(net=None))
+    assert found == wanted and batch_size % found == 0
+
+
+def test_a_resumed_run_keeps_its_micro_batch(saved, tmp_path, capsys):
+    """On any number of processes; another is taken if it is asked for, and that is said."""
+    folder, parts = saved
+    args = settings(folder, micro_batch=None, micro_batch_limit=1)
+    assert common.resume(args, RUN, "ct", MODEL_ARGS, parts)[0] == 7
+    assert args.micro_batch == 4 and "micro_batch_limit" not in args
+    assert not capsys.readouterr().out
+    args = settings(folder, micro_batch=2)
+    assert common.resume(args, RUN, "ct", MODEL_ARGS, parts)[0] == 7 and args.micro_batch == 2
+    assert capsys.readouterr().out == ("note: --micro-batch 2, and 4 until now: what is random "
+                                       "differs from here on\n")
+    args = settings(tmp_path, micro_batch=None, micro_batch_limit=4)
+    assert common.resume(args, RUN, "ct", MODEL_ARGS, parts) == (0, 0) and args.micro_batch == 4
+
+
+def test_an_optimizers_counters_are_where_this_device_wants_them(tmp_path):
+    """A checkpoint of a GPU, whose counters are tensors of it, goes on here, and the other way."""
+    net = torch.nn.Linear(2, 2)
+    here, there = (torch.optim.RAdam(net.parameters(), 0.1, capturable=on) for on in (False, True))
+    net(torch.ones(1, 2)).sum().backward()
+    here.step()
+    state = here.state_dict()
+    for optimizer, other in ((there, True), (here, False)):
+        state["param_groups"][0]["capturable"] = not other
+        common.load_optimizer(optimizer, copy.deepcopy(state))
+        assert optimizer.param_groups[0]["capturable"] == other
+    here.step()
+
+
+# ---- the steps of a run
+
+class Counted:
+    """A data set whose images are numbers."""
+    def __len__(self):
+        return 10
+
+    def __getitems__(self, indices):
+        return torch.tensor(indices), torch.zeros(len(indices))
+
+
+def steps_of(folder, step, kinds, **more):
+    args = settings(folder, total_steps=3, workers=0)
+    run = types.SimpleNamespace(**vars(RUN) | more)
+    net = torch.nn.Linear(2, 2)
+    log = common.start_run(args, run, net, step, 0)
+    optimizer = torch.optim.RAdam(net.parameters())
+    for k, batches, trial in common.steps(args, run, log, Counted(), step, kinds, [optimizer]):
+        yield k, [(m, batch[0].tolist()) for m, batch in batches], trial
+
+
+def test_each_kind_of_step_is_tried_before_the_first(tmp_path):
+    """With one micro-batch, that takes none away from the steps that count."""
+    found = list(steps_of(tmp_path, 1, dict(a=1, b=7)))
+    first = [(0, [0, 1, 2, 3])]
+    assert found[:2] == [(1, first, True), (7, first, True)]
+    indices = common.index_batches(10, 3, 1, 3, 8, 4)
+    wanted = [(k, [(m, next(indices).tolist()) for m in (0, 1)], False) for k in (1, 2)]
+    assert found[2:] == wanted
+    assert list(steps_of(tmp_path, 3, dict(a=3))) == []  # nothing is left to do, or to try
+    of_one = list(steps_of(tmp_path, 2, dict(a=2), rank=1, world=2, main=False))
+    assert [m for m, _ in of_one[1][1]] == [1]
+
+
+def test_what_is_compiled_is_said(tmp_path, capsys):
+    list(steps_of(tmp_path, 2, dict(generator=2, critic=3)))
+    assert "tried" not in capsys.readouterr().out
+    list(steps_of(tmp_path, 2, dict(generator=2, critic=3), compile=True))
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "compiling each network at its first call: minutes, in all"
+    for line, name in zip(lines[1:], ("generator", "critic")):
+        assert line.startswith(f"tried {name}: 0 s, at most ") and line.endswith(" GB so far")
+
+
+def test_trials_are_not_counted_into_the_speed(tmp_path, monkeypatch):
+    clock = iter([0.0, 100.0, 102.0, 102.0])
+    monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    log = common.start_run(settings(tmp_path), RUN, torch.nn.Linear(2, 2), 0, 0)
+    log.restart_clock()  # at 100 seconds
+    log.step(1, True, False, loss=1.0)
+    log.close()
+    assert records(tmp_path)[0]["images_per_s"] == 8 / 2
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ({}, True), (dict(precision="bf16"), True), (dict(precision="fp32"), False),
+    (dict(objective="continuous"), False), (dict(objective="discrete"), True),
+    (dict(eval=50), False)])
+def test_where_tf32_is_allowed(flags, wanted):
+    args = argparse.Namespace(**dict(precision="auto", eval=None) | flags)
+    assert common.allows_tf32(args) is wanted
+
+
+@pytest.mark.parametrize("kind, message", [
+    (torch.OutOfMemoryError, "out of memory, lower --micro-batch: CUDA is full\n"),
+    (torch._dynamo.exc.TorchDynamoException,
+     "torch.compile fails, --no-compile does without: Failed to find C compiler\n")])
+def test_what_the_machine_lacks_is_one_line(kind, message, capsys, monkeypatch):
+    monkeypatch.setattr(common, "bars", [])
+    error = kind("CUDA is full\nand more")
+    error.inner_exception = RuntimeError("Failed to find C compiler\nand more")
+    with pytest.raises(SystemExit) as leave:
+        common.one_line_errors(type(error), error, None)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and message in said and said.count("\n") == 1
 
 
 def test_a_new_network_is_seeded_and_begins_as_its_teacher():

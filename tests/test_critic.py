@@ -14,7 +14,7 @@ from torch import nn
 
 import ctm
 from common import UserError
-from util import VECTORS, close, img
+from util import VECTORS, close, img, tf32
 
 WANTED = VECTORS["critic"]
 EFFICIENTNET, DEIT = "tf_efficientnet_lite0", "deit_base_distilled_patch16_224"
@@ -397,6 +397,22 @@ def efficientnet_critic(seed=0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ctm.Projector, "TAPS", {EFFICIENTNET: ctm.Projector.TAPS[EFFICIENTNET]})
         return seeded(lambda: ctm.ProjectedCritic(16, pretrained=False), seed).eval()
+
+
+def test_the_projected_critic_in_tf32():
+    """Logits to 5% of their deviation, gradients to 0.3 radian: random weights amplify."""
+    critic, found = efficientnet_critic(), []
+    x = img((4, 3, 16, 16)).requires_grad_()
+
+    def judge():
+        logits = seeded(lambda: critic(x), 1)
+        found.append((logits, torch.autograd.grad(logits.sum(), x)[0].flatten()))
+    judge()
+    with tf32():
+        judge()
+    (exact, gradient), (rounded, other) = found
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.std()
+    assert torch.cosine_similarity(gradient, other, 0) > 0.955
 
 
 def test_heads_of_the_projected_critic(projectors, monkeypatch):

@@ -685,11 +685,16 @@ def test_errors_of_workers_arrive(tmp_path, workers):
     assert len(list(loader)) == 1  # an exhausted loader ends its workers at once
 
 
-def test_arrays_need_no_workers(tmp_path):
+def test_arrays_in_memory_need_no_worker_and_arrays_on_a_disk_one(tmp_path):
     np.save(tmp_path / "x.npy", pictures(4, 16, 16, 3))
-    before = set(multiprocessing.active_children())
-    loader = common.make_loader(load(tmp_path / "x.npy"), iter([np.arange(2)] * 9), None, CPU)
-    assert len(next(loader)[0]) == 2 and not set(multiprocessing.active_children()) - before
+    mapped = load(tmp_path / "x.npy")
+    held = common.ArrayImages([pictures(4, 16, 16, 3)], None, 16, "x")
+    for dataset, workers in ((held, 0), (mapped, 1)):
+        before = set(multiprocessing.active_children())
+        loader = common.make_loader(dataset, iter([np.arange(2)] * 9), None, CPU)
+        images = next(loader)[0]
+        assert torch.equal(images, dataset.__getitems__([0, 1])[0])
+        assert len(set(multiprocessing.active_children()) - before) == workers
 
 
 def test_workers_outlive_a_signal_to_the_group(tmp_path):

@@ -83,9 +83,9 @@ def test_flags_go_before_recipes_before_defaults(monkeypatch):
     assert (args.class_cond, args.log_every, args.compile) == (True, 50, None)
 
 
-def test_the_largest_micro_batch_that_divides(monkeypatch):
-    assert parse(monkeypatch, "").micro_batch == 6  # of 12, at most the recipe's 8
-    assert parse(monkeypatch, "--batch-size 7").micro_batch == 7
+def test_a_micro_batch_is_given_or_left_open(monkeypatch):
+    args = parse(monkeypatch, "")
+    assert (args.micro_batch, args.micro_batch_limit) == (None, 8)  # the recipe's
     assert parse(monkeypatch, "--batch-size 22 --micro-batch 2").micro_batch == 2
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common
-from util import TINY, VECTORS, chirp, close, fill, gauss, gradient, img
+from util import TINY, VECTORS, chirp, close, fill, gauss, gradient, img, tf32
 
 
 def reference_net(**changes):
@@ -314,6 +314,24 @@ def test_lpips_keeps_large_images_as_they_are(lpips_nets, monkeypatch):
     for side in (256, 64):
         lpips_nets["average"](*torch.zeros(2, 3, 3, side, side))
     assert sizes == [(256, 256)] * 2 + [(224, 224)] * 2
+
+
+def test_lpips_in_tf32(lpips_nets):
+    """Distances agree to 1e-3, and gradients point the same way; of two images that hardly differ
+    (by 1%, distance 6e-4) to 3e-3."""
+    torch.manual_seed(0)
+    distance, x = lpips_nets["average"], img((2, 3, 32, 32), 0.3, 0.8)
+    far = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    y = (x + far * torch.randn_like(x)).clamp(-1, 1).requires_grad_()
+    exact = distance(x, y)
+    exact_gradient, = torch.autograd.grad(exact.sum(), y)
+    with tf32():
+        rounded = distance(x, y)
+        rounded_gradient, = torch.autograd.grad(rounded.sum(), y)
+    errors = (rounded / exact - 1).abs()
+    assert 0 < errors[0] < 1e-3 and errors[1] < 3e-3, errors
+    cosines = torch.cosine_similarity(exact_gradient.flatten(1), rounded_gradient.flatten(1))
+    assert cosines.min() > 0.9999, cosines
 
 
 def test_lpips_gradient_reaches_the_image_only(lpips_nets):

@@ -93,6 +93,50 @@ def gaussian_flow(x, t, t_next, s):
     return x * ((s**2 + t_next**2) / (s**2 + t**2)) ** 0.5
 
 
+# ---- TF32, as a GPU computes in it: operands rounded to 10 bits, sums in float32
+
+def round_to_tf32(x):
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class Operand(torch.autograd.Function):
+    """Rounded on the way in."""
+    @staticmethod
+    def forward(context, x):
+        return round_to_tf32(x)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient
+
+
+class Result(torch.autograd.Function):
+    """Whose gradient is an operand of the backward pass."""
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return round_to_tf32(gradient)
+
+
+@contextlib.contextmanager
+def tf32():
+    """Convolutions and linear layers compute as in TF32."""
+    def rounded(function):
+        def compute(x, weight, bias=None, *more, **settings):
+            x, weight = Operand.apply(x), Operand.apply(weight)
+            return Result.apply(function(x, weight, bias, *more, **settings))
+        return compute
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("conv2d", "conv_transpose2d", "linear"):
+            function = getattr(torch.nn.functional, name)
+            patch.setattr(torch.nn.functional, name, rounded(function))
+        yield
+
+
 # ---- scripts, run as a user would
 
 MODULES = ("common", "cd", "ct", "ctm", "guided_distill", "evaluate", "bench", "scoreboard")
