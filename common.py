@@ -413,12 +413,12 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 class ResBlock(nn.Module):
-    """number: its place among those of the network, and so of its mask. keep: 1 - dropout."""
-    def __init__(self, c_in, c_out, emb_dim, scale_shift, cond, number=0, keep=1.0, resample=None):
+    """size: of its output, pixels of a side. number: of its dropout mask, set by the UNet."""
+    def __init__(self, c_in, c_out, size, emb_dim, dropout, scale_shift, cond, resample=None):
         super().__init__()
         width = 2 * c_out if scale_shift else c_out
         self.scale_shift, self.resample = scale_shift, resample
-        self.number, self.keep = number, keep
+        self.shape, self.number, self.keep = (c_out, size, size), 0, 1 - dropout
         self.in_layers = nn.Sequential(
             GroupNorm32(c_in), nn.SiLU(), Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, width))
@@ -510,7 +510,7 @@ class UNet(nn.Module):
         self.dtype = torch.float32  # of convolutions and attention
         self.layout = torch.contiguous_format
         self.checkpointing = False  # recompute activations in the backward pass: less memory
-        self.dropout, self.block_shapes = dropout, []  # (C,H,W) of each residual block
+        self.dropout = dropout
         emb_dim = 4 * base
 
         def time_mlp():
@@ -518,9 +518,7 @@ class UNet(nn.Module):
             return nn.Sequential(first, nn.SiLU(), second)
 
         def res(c_in, c_out, size, resample=None):
-            number = len(self.block_shapes)
-            self.block_shapes.append((c_out, size, size))
-            return ResBlock(c_in, c_out, emb_dim, scale_shift, cond, number, 1 - dropout, resample)
+            return ResBlock(c_in, c_out, size, emb_dim, dropout, scale_shift, cond, resample)
 
         def attend(size, width):
             return [AttentionBlock(width, head_channels)] if size in attention else []
@@ -542,9 +540,8 @@ class UNet(nn.Module):
                 skips.append(width)
             if level < halvings:
                 size //= 2
-                half = functools.partial(F.avg_pool2d, kernel_size=2)
-                down = res(width, width, size, half) if resblock_updown else Downsample(width)
-                self.input_blocks.append(Layers(down))
+                down = res(width, width, size, functools.partial(F.avg_pool2d, kernel_size=2))
+                self.input_blocks.append(Layers(down if resblock_updown else Downsample(width)))
                 skips.append(width)
 
         self.middle_block = Layers(res(width, width, size), AttentionBlock(width, head_channels),
@@ -557,12 +554,16 @@ class UNet(nn.Module):
                 width = wide
                 if level > 0 and i == blocks:
                     size *= 2
-                    twice = functools.partial(F.interpolate, scale_factor=2.0)
-                    up = res(width, width, size, twice) if resblock_updown else Upsample(width)
-                    layers.append(up)
+                    up = res(width, width, size, functools.partial(F.interpolate, scale_factor=2.0))
+                    layers.append(up if resblock_updown else Upsample(width))
                 self.output_blocks.append(Layers(*layers))
         head = zeroed(Conv2d(width, channels, 3, padding=1))
         self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), head)
+
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        self.block_shapes = [block.shape for block in blocks]  # (C,H,W) each
+        for number, block in enumerate(blocks):
+            block.number = number
 
     def draw_masks(self, n):
         """What dropout keeps of n images: for each residual block (n,C,H,W) bool; None if all.
@@ -1399,10 +1400,47 @@ def delete_run(out_dir):
             for old in out_dir.glob(pattern):
                 old.unlink(missing_ok=True)
 
+# Memory that a training step needs, beside weights and averages, of bf16 networks: tests/results.
+BYTES_OF_ACTIVATIONS = dict(eager=29, compiled=15, checkpointing=9)  # a unit of a block's output
+BYTES_OF_LPIPS, BYTES_OF_CRITIC = 185e6, 196e6  # an image
+BYTES_OF_WEIGHTS = dict(ctm=16)  # a parameter: the optimizer's state, bf16 copies, CTM's gradients
+
+def bytes_an_image(args, run, script, net):
+    """What the backward pass keeps of an image of a micro-batch, an estimate."""
+    mode = "compiled" if run.compile else "eager"
+    if run.checkpointing:
+        mode = "checkpointing"
+    units = sum(math.prod(shape) for shape in net.block_shapes)
+    graph = units * BYTES_OF_ACTIVATIONS[mode] * (run.dtype.itemsize / 2)
+    total = graph
+    if script == "ctm":
+        total += graph  # the jump, and the target's that goes on from it
+    if getattr(args, "dist", None) == "lpips":
+        total += BYTES_OF_LPIPS
+    if getattr(args, "disc", None) == "projected":
+        total += BYTES_OF_CRITIC
+    return total
+
+def images_that_fit(args, run, script, net):
+    """How many images of a micro-batch fit into the free memory of the smallest GPU."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(run.device)
+    size = sum(p.numel() for p in net.parameters())
+    free = 0.9 * free - size * BYTES_OF_WEIGHTS.get(script, 10)
+    fit = torch.tensor(free / bytes_an_image(args, run, script, net), device=run.device)
+    if run.world > 1:
+        torch.distributed.all_reduce(fit, torch.distributed.ReduceOp.MIN)
+    return max(int(fit), 1)
+
 def default_micro_batch(args, run, script, parts):
-    """The largest divisor of --batch-size that the recipe names, that gives each process work, and
-    that fits into the memory of the smallest GPU."""
+    """The largest divisor of --batch-size that is at most the recipe's, leaves no process without
+    work, and fits into the memory of the GPUs."""
     most = min(args.micro_batch_limit, max(args.batch_size // run.world, 1))
+    if run.device.type == "cuda" and isinstance(parts["net"], UNet):
+        fit = images_that_fit(args, run, script, parts["net"])
+        if run.main and fit < most:
+            print(f"note: micro-batches of {fit} images at most fit into the GPU's free memory")
+        most = min(most, fit)
     sizes = [size for size in range(1, most + 1) if args.batch_size % size == 0]
     even = [size for size in sizes if args.batch_size // size % run.world == 0]
     return max(even or sizes)

@@ -174,7 +174,7 @@ class OneBlock(common.UNet):
         torch.nn.Module.__init__(self)
         self.dropout, self.block_shapes, self.layout = 0.5, [(32, 16, 16)], torch.contiguous_format
         self.first = common.Conv2d(3, 32, 1)
-        self.block = common.ResBlock(32, 32, 1, scale_shift=True, cond=False, keep=0.5)
+        self.block = common.ResBlock(32, 32, 16, 1, 0.5, scale_shift=True, cond=False)
         self.last = common.Conv2d(32, 3, 1)
 
     def forward(self, x, c_noise, y=None, cond=None, masks=None):

@@ -208,7 +208,7 @@ def test_a_steep_step_is_clipped_and_a_bad_one_left_out(teacher, tmp_path):
     folder = tmp_path / "run"
     flags = [*SHORT, *teacher, "--out-dir", "run", *"--w-max 0 --start-N 4 --end-N 1".split(),
              "--round-steps", 2, "--last-steps", 2]
-    bad = BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{3}")  # step 2, first half
+    bad = BAD_LOSS.replace("pseudo_huber", "l2").replace("BAD", "{4}")  # step 2, first half
     bad = bad.replace("else 1)", "else 1e4)")
     run(*flags, cwd=tmp_path, prelude=f"{stop_after(2)}\n{bad}", code=STOPPED)
     state = last(folder)

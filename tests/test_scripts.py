@@ -285,7 +285,7 @@ common.pseudo_huber = sometimes_bad
 
 
 def test_a_step_with_a_bad_loss_is_left_out(tmp_path):
-    bad = BAD_LOSS.replace("BAD", "{3}")  # step 2, first half
+    bad = BAD_LOSS.replace("BAD", "{4}")  # after the trial and step 1: step 2, first half
     run_script(*RUN, "--out-dir", "run", cwd=tmp_path, prelude=bad, code=0)
     log, state = records(tmp_path / "run"), last(tmp_path / "run")
     assert [r["skipped"] for r in log] == [0, 1, 1, 1, 1, 1] and state["skipped"] == 1
@@ -294,7 +294,7 @@ def test_a_step_with_a_bad_loss_is_left_out(tmp_path):
 
 
 def test_ten_bad_steps_stop_the_run(tmp_path):
-    bad = BAD_LOSS.replace("len(calls) in BAD", "len(calls) > 4")
+    bad = BAD_LOSS.replace("len(calls) in BAD", "len(calls) > 5")
     done = run_script(*RUN, "--total-steps", 50, "--save-every", 2, "--out-dir", "run",
                       cwd=tmp_path, prelude=bad, code=1)
     assert "not finite 10 steps in a row" in done.stderr.splitlines()[-1]
