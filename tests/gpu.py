@@ -40,9 +40,10 @@ FULL = dict(
     steps=60, log_every=10, small="", compiled=("ct", "cd", "ctm", "guided_distill"), jobs=5,
     nets={"imagenet64": 64, "cifar10": 128}, timed=("ct", "cd", "ctm", "teacher"), repeat=10,
     modes=("eager", "compiled"), layout="channels_last", doublings=4,
-    # part 3: 30.6 million parameters with CIFAR-10's labels; batch, images a pass
+    # part 3: 30.6 million parameters, for CIFAR-10; `micro` images a pass
     size=32, net="--net cifar10 base=128 mult=1,2,2 blocks=2 attention=16", batch=512, micro=256,
-    compile="--compile", samples=5000, least=85.0, judge=dict(steps=3000, batch=256, width=64))
+    compile="--compile", trial=40, samples=5000,
+    least=85.0, judge=dict(steps=3000, batch=256, width=64))  # % that the classifier should read
 QUICK = FULL | dict(
     steps=20, log_every=4, compiled=("ct",), nets={"cifar10": 128}, timed=("ct", "ctm"),
     doublings=1, compile="--no-compile", samples=1000, least=0.0,
@@ -52,7 +53,7 @@ TINY = dict(  # without a GPU
     nets={"glyphs": 4}, timed=("ct", "cd", "ctm", "teacher"), repeat=2,
     modes=("eager",), layout="contiguous", doublings=1,
     size=16, net="--net glyphs base=32 mult=1,1 blocks=1", batch=16, micro=16,
-    compile="--no-compile", samples=20, least=0.0, judge=dict(steps=20, batch=32, width=8))
+    compile="--no-compile", trial=4, samples=20, least=0.0, judge=dict(steps=20, batch=32, width=8))
 TINY_QUICK = TINY | dict(compiled=(), timed=("ct", "ctm"))
 
 
@@ -212,7 +213,7 @@ def right(session):
     """A chain of checks for each script, and one of what belongs to none."""
     sizes = session.sizes
     log = f"--log-every {sizes.log_every} {sizes.small}"
-    net = sizes.net if sizes.small else ""  # else the default
+    net = "" if GPU else sizes.net  # the default
     chains = []
     for script, short in SHORT.items():
         eager = session.folder(f"{script} eager, stopped") / "run"
@@ -240,9 +241,10 @@ def right(session):
         def compiled(commands, train=train):
             said = commands.run(train, f"--compile --out-dir {commands.run_dir}",
                                 env=dict(TORCH_LOGS="graph_breaks,recompiles"))
-            breaks = len(re.findall(r"\[__graph_breaks\].*Graph break", said))
-            again = len(re.findall(r"\[__recompiles\].*Recompiling", said))
-            return dict(note=f"{breaks} graph breaks, {again} recompilations")
+            breaks = re.findall(r"(\[\S+ \[__graph_breaks\] Graph break .*)", said)
+            again = re.findall(r"(\[\S+ \[__recompiles\] Recompiling .*)", said)
+            return dict(note=f"{len(set(breaks))} graph break(s), {len(set(again))} "
+                             "recompilation(s): " + "; ".join(sorted({*breaks, *again})))
 
         def student(commands, flags, script=script, teacher=eager / "teacher" / "last.pt"):
             commands.run(f"{script}.py --teacher {shown(teacher)} --total-steps 6 {log} {flags}",
@@ -265,7 +267,7 @@ def right(session):
     def torchrun(commands):
         n = max(torch.cuda.device_count(), 1)
         commands.run(f"-m torch.distributed.run --standalone --nproc_per_node={n} ct.py",
-                     f"--total-steps 6 {net} {log} --batch-size {8 * n} --micro-batch 8",
+                     f"--total-steps 6 {net} --sample-every 0 --batch-size {8 * n} --micro-batch 8",
                      f"--no-compile --out-dir {commands.run_dir}")
         return dict(note=f"{n} process(es)")
 
@@ -363,7 +365,8 @@ def images(session):
                     f"--micro-batch {sizes.micro} --sample-every 0")
         trial, run = (session.folder(name) / kind for kind in ("trial", "run"))
         if not (trial / "last.pt").exists():
-            commands.run(command, f"--total-steps 40 --log-every 20 --out-dir {shown(trial)}")
+            commands.run(command, f"--total-steps {sizes.trial} --log-every {sizes.trial // 2}",
+                         f"--out-dir {shown(trial)}")
         minutes = session.args.minutes * SHARES[name]
         rate = last_of_log(trial)["images_per_s"]
         steps = max(int(60 * minutes * rate / sizes.batch), 5)
