@@ -11,6 +11,7 @@ at most goes to the speed, 27% to training a teacher, 9% to each of three studen
 the same steps run at tiny sizes, in 5 minutes, and the numbers mean nothing.
 """
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -70,9 +71,10 @@ class Stopped(Exception):
 
 
 def start(words, output, env):
-    """A process of Python in the repository's root, as a user would start it."""
+    """A process of Python in the repository's root, as a user would start it; but in a session of
+    its own: Ctrl-C reaches it through here, once."""
     return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=output,
-                            env=os.environ | env)
+                            env=os.environ | env, start_new_session=True)
 
 
 def last_error(said):
@@ -167,8 +169,9 @@ class Commands:
                         process.terminate()
                         watch = None
                     if self.session.stop.number:
-                        process.terminate()
-                        process.wait(60)
+                        process.terminate()  # a training finishes its step, and saves
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            process.wait(60)
                         raise Stopped
                     if time.time() > deadline:
                         raise Failed(f"not ended within {minutes:g} minutes: {line}")
@@ -439,11 +442,11 @@ def said_by(*words):
 
 @functools.cache
 def machine():
-    card = f"no GPU: {scoreboard.machine()}"
+    card = scoreboard.machine()
     if GPU:
         query = "--query-gpu=name,driver_version,memory.total"
         driver = said_by("nvidia-smi", query, "--format=csv,noheader")
-        card = f"{driver}, CUDA {torch.version.cuda}"
+        card += f" ({driver}), CUDA {torch.version.cuda}"
     commit = said_by("git", "rev-parse", "--short", "HEAD")
     return f"{card}; torch {torch.__version__}; commit {commit}"
 

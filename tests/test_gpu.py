@@ -1,16 +1,23 @@
 """gpu.py: all of it on the CPU, by its smallest sizes; what is done stays, what fails is told."""
 import os
 import re
+import shlex
 import sys
 import types
 
+import bench
 import gpu
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from util import ROOT, glyphs, start_script
 
 import common
+
+MODULES = {f"{module.__name__}.py": module
+           for module in (bench.cd, bench.ct, bench.ctm, bench.guided_distill)}
+MODULES["tests/bench.py"] = bench
 
 
 class Forked:
@@ -106,8 +113,7 @@ def test_all_of_it(tmp_path, call):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_what_fails(tmp_path, call):
-    """Data that cannot be trained on: a row says why, what needs it says so, exit code 1; once
-    mended, only that is done again."""
+    """Data that cannot be trained on: a row says why, what needs it says so, exit code 1."""
     write_images(tmp_path / "digits.npz")
     flags = "--minutes", 0.05, "--data", tmp_path / "digits.npz", "--only", "images"
     code, text = call(*flags)
@@ -118,10 +124,14 @@ def test_what_fails(tmp_path, call):
     assert "ct eager, stopped" in re.search("Not done.*", text)[0]
 
 
+def new_session(folder, *flags):
+    words = ["--work", str(folder), "--results", str(folder), "--minutes", "25", *flags]
+    return gpu.Session(gpu.make_parser().parse_args(words))
+
+
 def test_a_command_that_fails(tmp_path, call):
     """It ends with the script's own error; another exit code than the one expected is one, too."""
-    args = gpu.make_parser().parse_args(["--quick", "--work", str(tmp_path), "--minutes", "1"])
-    commands = gpu.Commands(gpu.Session(args), tmp_path)
+    commands = gpu.Commands(new_session(tmp_path), tmp_path)
     with pytest.raises(gpu.Failed, match="exit code 2: ct.py: error: --lr does not apply"):
         commands.run("ct.py --ckpt x.pt --lr 1")
     with pytest.raises(gpu.Failed, match="exit code 0: "):
@@ -129,3 +139,70 @@ def test_a_command_that_fails(tmp_path, call):
     with pytest.raises(gpu.Failed, match="not ended within 0 minutes"):
         commands.run("ct.py --help", minutes=0)
     assert commands.said[0] == "python ct.py --ckpt x.pt --lr 1"
+
+
+def test_what_is_done_again(tmp_path, call, monkeypatch):
+    """What failed, in an empty folder; what was interrupted, in its own; not what passed. Nothing
+    is begun after the deadline, or once the session is to stop."""
+    session, seen = new_session(tmp_path), []
+    endings = dict(good=[None], bad=[ValueError("no\nluck"), None], cut=[gpu.Stopped(), None])
+
+    def piece(commands):
+        name = commands.folder.name
+        seen.append((name, len(list(commands.folder.iterdir()))))
+        (commands.folder / "left").touch()
+        ending = endings[name].pop(0)
+        if ending:
+            raise ending
+        return dict(note="well")
+    for _ in range(3):
+        for name in endings:
+            session.do(name, piece)
+            if name == "bad" and seen[-1] == ("bad", 0) and endings["bad"]:
+                assert session.record("bad")["error"] == "ValueError: no"
+    assert seen == [("good", 0), ("bad", 0), ("cut", 0), ("bad", 0), ("cut", 1)]
+    assert all(session.record(name)["note"] == "well" for name in endings)
+    session.deadline = 0
+    session.do("late", piece)
+    session.deadline, session.stop.number = float("inf"), 15
+    session.do("stopped", piece)
+    assert session.record("late") is session.record("stopped") is None and len(seen) == 5
+
+
+@pytest.mark.parametrize("flags", [(), ("--quick",)])
+def test_commands_of_a_gpu(tmp_path, call, monkeypatch, flags):
+    """All that is run where there is a GPU: the scripts take these flags, and they fit together."""
+    monkeypatch.setattr(gpu, "GPU", True)
+    card = types.SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(gpu, "last_of_log", lambda folder: dict(images_per_s=5120.0, loss=1.0,
+                                                                peak_gb=1.0))
+    monkeypatch.setattr(gpu.Session, "need", lambda session, *names: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    session, taken = new_session(tmp_path, *flags), []
+
+    def run(commands, *parts, **more):
+        words = shlex.split(" ".join(parts))
+        if words[0] != "-m":
+            monkeypatch.setattr(sys, "argv", words)
+            module = MODULES[words[0]]
+            args = (module.make_parser().parse_args(words[1:]) if module is bench else
+                    common.parse_flags(module.make_parser(), module.recipe, module.check))
+            taken.append((words[0], args))
+        return "; resumed at step 5\n" + "| a row |\nprofile | 1 |\n"
+    monkeypatch.setattr(gpu.Commands, "run", run)
+    not_run = "data", "classifier", *(f"{name} samples" for name in gpu.TRAININGS)
+    chains = [chain for part in session.chains.values() for chain in part]
+    for name, piece in (item for chain in chains for item in chain.items()):
+        if name not in not_run:
+            session.do(name, piece)
+            assert session.record(name)["error"] is None, session.record(name)
+    long = {script: args for script, args in taken if getattr(args, "batch_size", 0) == 512}
+    seconds = 60 * 25 * 0.09
+    assert long["ct.py"].total_steps == seconds * 10 and long["ctm.py"].micro_batch == 256
+    assert long["cd.py"].compile is not bool(flags)
+    measured = [args for _, args in taken if hasattr(args, "repeat")]
+    assert {args.layout for args in measured} == {"channels_last"} and measured[0].profile
+    batches = [args.batch for args in measured if (args.step, args.net) == ("ct", "cifar10")]
+    doubled = [256, 256] if flags else [256, 512, 1024, 2048, 2048]
+    assert batches == [128, 128, *doubled]
