@@ -242,7 +242,7 @@ def right(session):
                          f"--save {commands.run_dir}.png")
 
         def compiled(commands, train=train):
-            said = commands.run(train, f"--compile --out-dir {commands.run_dir}",
+            said = commands.run(train, f"--compile --out-dir {commands.run_dir}", minutes=20,
                                 env=dict(TORCH_LOGS="graph_breaks,recompiles"))
             breaks = re.findall(r"(\[\S+ \[__graph_breaks\] Graph break .*)", said)
             again = re.findall(r"(\[\S+ \[__recompiles\] Recompiling .*)", said)
@@ -373,10 +373,10 @@ def images(session):
         minutes = session.args.minutes * SHARES[name]
         rate = last_of_log(trial)["images_per_s"]
         steps = max(int(60 * minutes * rate / sizes.batch), 5)
-        commands.run(command, f"--total-steps {steps} --log-every {max(steps // 10, 1)}",
-                     f"--out-dir {shown(run)}", minutes=2 * minutes + 7)
-        log = last_of_log(run)
-        return dict(note=f"{steps} steps, {log['images_per_s']:,.0f} images/s, loss "
+        said = commands.run(command, f"--total-steps {steps} --log-every {max(steps // 10, 1)}",
+                            f"--out-dir {shown(run)}", minutes=2 * minutes + 7)
+        size, log = re.search(r"\S+ parameters", said)[0], last_of_log(run)
+        return dict(note=f"{size}, {steps} steps, {log['images_per_s']:,.0f} images/s, loss "
                          f"{log['loss']:.4g}, peak {log['peak_gb']:.1f} GB")
 
     @functools.cache

@@ -189,7 +189,7 @@ def test_commands_of_a_gpu(tmp_path, call, monkeypatch, flags):
             args = (module.make_parser().parse_args(words[1:]) if module is bench else
                     common.parse_flags(module.make_parser(), module.recipe, module.check))
             taken.append((words[0], args))
-        return "; resumed at step 5\n" + "| a row |\nprofile | 1 |\n"
+        return "30.59M parameters; resumed at step 5\n| a row |\nprofile | 1 |\n"
     monkeypatch.setattr(gpu.Commands, "run", run)
     not_run = "data", "classifier", *(f"{name} samples" for name in gpu.TRAININGS)
     chains = [chain for part in session.chains.values() for chain in part]
