@@ -6,9 +6,10 @@
     python tests/gpu.py --only right fast            some of its parts
 
 Writes gpu.md and pictures into --results, anew after each piece. The same command again goes on
-where it was stopped, and does again what failed; exit code 1: something has. Of --minutes a fifth
-at most goes to the speed, 27% to training a teacher, 9% to each of three students. Without a GPU
-the same steps run at tiny sizes, in 5 minutes, and the numbers mean nothing.
+where it was stopped, and does again what failed; exit code 1: something has. Of --minutes M (25) a
+fifth at most goes to the speed, 27% to training a teacher, 9% to each of three students: 33 gives
+them 9 and 3 minutes. Without a GPU the same steps run at tiny sizes, with --quick in 3 minutes,
+otherwise ct.py is compiled, too, for minutes; the numbers mean nothing.
 """
 import argparse
 import contextlib
@@ -206,62 +207,64 @@ SHORT = {  # the default commands, but for how long they take
 }
 EDITS = {"cd": "inpaint", "ctm": "inpaint", "guided_distill": "img2img"}
 STUDENTS = {
-    "cd continuous": "--objective continuous",
-    "cd continuous, full gradient": "--objective continuous --no-stop-gradient",
-    "ctm critic": "--disc conv --disc-start 2",
+    "cd": {"continuous": "--objective continuous",
+           "continuous, full gradient": "--objective continuous --no-stop-gradient"},
+    "ctm": {"critic": "--disc conv --disc-start 2"},
 }
+
+
+def checks(session, script):
+    """The chain of a script."""
+    sizes = session.sizes
+    log = f"--log-every {sizes.log_every} {sizes.small}"
+    net = "" if GPU else sizes.net  # the default
+    train = f"{script}.py {SHORT[script].format(K=sizes.steps)} {net} {log}"
+    eager = session.folder(f"{script} eager, stopped") / "run"
+    ckpt = eager / ("N0002.pt" if script == "guided_distill" else "last.pt")
+    draw = f"{script}.py --ckpt {shown(ckpt)}"
+
+    def stopped(commands):
+        commands.run(train, f"--no-compile --out-dir {shown(eager)}", code=143,
+                     watch=eager / "log.jsonl")
+
+    def resumed(commands):
+        said = commands.run(train, f"--no-compile --out-dir {shown(eager)}")
+        if "; resumed at step " not in said:
+            raise Failed("it began anew")
+
+    def sampled(commands):
+        commands.run(draw, f"--sample 16 --save {commands.run_dir}.png")
+
+    def edited(commands):
+        commands.run(draw, f"--sample 4 --save {commands.run_dir}")
+        commands.run(draw, f"--edit {EDITS[script]} --image {commands.run_dir}/000003.png",
+                     f"--labels 3 --save {commands.run_dir}.png")
+
+    def compiled(commands):
+        said = commands.run(train, f"--compile --out-dir {commands.run_dir}", minutes=20,
+                            env=dict(TORCH_LOGS="graph_breaks,recompiles"))
+        breaks = set(re.findall(r"(\[\S+ \[__graph_breaks\] Graph break .*)", said))
+        again = set(re.findall(r"(\[\S+ \[__recompiles\] Recompiling .*)", said))
+        return dict(note=f"{len(breaks)} graph break(s), {len(again)} recompilation(s): "
+                         + "; ".join(sorted(breaks | again)))
+
+    def student(commands, flags):
+        teacher = eager / "teacher" / "last.pt"
+        commands.run(f"{script}.py --teacher {shown(teacher)} --total-steps 6 {log} {flags}",
+                     f"--out-dir {commands.run_dir}")
+
+    chain = {"eager, stopped": stopped, "eager, resumed": resumed, "sampled": sampled}
+    if script in EDITS:
+        chain[EDITS[script]] = edited
+    if script in sizes.compiled:
+        chain["compiled"] = compiled
+    for kind, flags in STUDENTS.get(script, {}).items():
+        chain[kind] = functools.partial(student, flags=flags)
+    return {f"{script} {what}": piece for what, piece in chain.items()}
 
 
 def right(session):
     """A chain of checks for each script, and one of what belongs to none."""
-    sizes = session.sizes
-    log = f"--log-every {sizes.log_every} {sizes.small}"
-    net = "" if GPU else sizes.net  # the default
-    chains = []
-    for script, short in SHORT.items():
-        eager = session.folder(f"{script} eager, stopped") / "run"
-        train = f"{script}.py {short.format(K=sizes.steps)} {net} {log}"
-        ckpt = eager / ("N0002.pt" if script == "guided_distill" else "last.pt")
-        draw = f"{script}.py --ckpt {shown(ckpt)}"
-
-        def stopped(commands, train=train, eager=eager):
-            commands.run(train, f"--no-compile --out-dir {shown(eager)}", code=143,
-                         watch=eager / "log.jsonl")
-
-        def resumed(commands, train=train, eager=eager):
-            said = commands.run(train, f"--no-compile --out-dir {shown(eager)}")
-            if "; resumed at step " not in said:
-                raise Failed("it began anew")
-
-        def sampled(commands, draw=draw):
-            commands.run(draw, f"--sample 16 --save {commands.run_dir}.png")
-
-        def edited(commands, draw=draw, edit=EDITS.get(script)):
-            commands.run(draw, f"--sample 4 --save {commands.run_dir}")
-            commands.run(draw, f"--edit {edit} --image {commands.run_dir}/000003.png --labels 3",
-                         f"--save {commands.run_dir}.png")
-
-        def compiled(commands, train=train):
-            said = commands.run(train, f"--compile --out-dir {commands.run_dir}", minutes=20,
-                                env=dict(TORCH_LOGS="graph_breaks,recompiles"))
-            breaks = re.findall(r"(\[\S+ \[__graph_breaks\] Graph break .*)", said)
-            again = re.findall(r"(\[\S+ \[__recompiles\] Recompiling .*)", said)
-            return dict(note=f"{len(set(breaks))} graph break(s), {len(set(again))} "
-                             "recompilation(s): " + "; ".join(sorted({*breaks, *again})))
-
-        def student(commands, flags, script=script, teacher=eager / "teacher" / "last.pt"):
-            commands.run(f"{script}.py --teacher {shown(teacher)} --total-steps 6 {log} {flags}",
-                         f"--out-dir {commands.run_dir}")
-
-        chain = {"eager, stopped": stopped, "eager, resumed": resumed, "sampled": sampled}
-        if script in EDITS:
-            chain[EDITS[script]] = edited
-        if script in sizes.compiled:
-            chain["compiled"] = compiled
-        chain = {f"{script} {what}": piece for what, piece in chain.items()}
-        chains.append(chain | {name: functools.partial(student, flags=flags)
-                               for name, flags in STUDENTS.items() if name.split()[0] == script})
-
     def unit_tests(commands):
         said = commands.run("-m pytest -q tests --ignore tests/test_gpu.py -k 'cuda or on_a_gpu'",
                             "" if GPU else "--collect-only")
@@ -269,12 +272,14 @@ def right(session):
 
     def torchrun(commands):
         n = max(torch.cuda.device_count(), 1)
+        net = "" if GPU else session.sizes.net
         commands.run(f"-m torch.distributed.run --standalone --nproc_per_node={n} ct.py",
                      f"--total-steps 6 {net} --sample-every 0 --batch-size {8 * n} --micro-batch 8",
                      f"--no-compile --out-dir {commands.run_dir}")
         return dict(note=f"{n} process(es)")
 
-    return [*chains, {"unit tests": unit_tests, "ct torchrun": torchrun}]
+    return [*(checks(session, script) for script in SHORT),
+            {"unit tests": unit_tests, "ct torchrun": torchrun}]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -527,7 +532,8 @@ def make_parser():
     flag = parser.add_argument
     flag("--quick", action="store_true", help="all of it in little")
     flag("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
-    flag("--minutes", type=float, metavar="M", help="for everything (default 25; --quick 2)")
+    flag("--minutes", type=float, metavar="M", help="for speed and images (default 25; --quick 2; "
+         "without a GPU 0.1)")
     flag("--data", metavar="PATH", help="images with labels: a zip, a folder, an npz (default: "
          "cifar10, fetched; without a GPU glyphs)")
     flag("--work", metavar="DIR", help="where everything lies (default out/gpu, out/gpu_quick)")
@@ -539,13 +545,13 @@ def make_parser():
 def main(args):
     """Do the parts asked for. Returns the exit code."""
     if args.minutes is None:
-        args.minutes = 2.0 if args.quick else 25.0
+        args.minutes = (2.0 if args.quick else 25.0) if GPU else 0.1
     if args.data:
         args.data = str(Path(args.data).resolve())
     Path(args.results).mkdir(parents=True, exist_ok=True)
     session = Session(args)
     for part in args.only:
-        if part == "fast":
+        if part == "fast" and GPU:
             session.deadline = time.time() + 60 * max(args.minutes / 5, 1)
         with ThreadPoolExecutor(min(session.sizes.jobs, max(scoreboard.cores() // 3, 1))) as pool:
             list(pool.map(lambda chain: [session.do(*piece) for piece in chain.items()],
