@@ -85,7 +85,7 @@ def last_error(said):
 
 
 class Session:
-    """Keeps of each piece a folder: record.json, what its commands said, and what they made.
+    """Keeps of each piece a folder: record.json, what its last command said, and what was made.
 
     chains: by part, a list of {name: piece}; the pieces of one need each other, in their order.
     """
