@@ -52,6 +52,44 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
+def conv(c_in, c_out):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
+                         nn.ReLU())
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(conv(width, width), conv(width, width))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class PhotoClassifier(Classifier):
+    """A residual network for photographs, 2 million weights; its `features` are (B,4 width)."""
+    def __init__(self, classes=10, width=64):
+        super().__init__(classes)
+        self.features = nn.Sequential(
+            conv(3, width), conv(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
+            conv(2 * width, 4 * width), nn.MaxPool2d(2), Residual(4 * width),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, classes)
+
+
+def augmented(x, most=4):
+    """Images x (B,C,H,W), half of them mirrored, each shifted by up to `most` pixels."""
+    B, _, H, W = x.shape
+    mirrored = torch.rand(B, 1, 1, 1, device=x.device) < 0.5
+    x = torch.where(mirrored, x.flip(3), x)
+    padded = F.pad(x, (most, most, most, most), mode="reflect")
+    down, right = torch.randint(2 * most + 1, (2, B, 1), device=x.device)
+    rows = down + torch.arange(H, device=x.device)  # (B,H)
+    columns = right + torch.arange(W, device=x.device)  # (B,W)
+    image = torch.arange(B, device=x.device).view(B, 1, 1)
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 def as_floats(images):
     """uint8 (n,C,H,W) -> float in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -62,16 +100,20 @@ def load_glyphs(n, seed, size=16):
     return as_floats(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(labels)
 
 
-def train_classifier(x, y, steps=500, batch=128):
-    """A classifier of images x (n,C,H,W) with labels y (n,), made in seconds."""
+def train_classifier(x, y, steps=500, batch=128, *, kind=Classifier, augment=None):
+    """A classifier of images x (n,C,H,W) with labels y (n,), made in seconds.
+
+    kind: the number of classes -> a network. augment: images -> images to train on, or None.
+    """
     torch.manual_seed(0)
-    net = Classifier(int(y.max()) + 1).to(x.device)
+    net = kind(int(y.max()) + 1).to(x.device)
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
         i = torch.randint(len(x), (batch,), device=x.device)
+        images = augment(x[i]) if augment else x[i]
         strength = 0.1 * torch.rand(batch, 1, 1, 1, device=x.device)
-        noisy = x[i] + strength * torch.randn_like(x[i])
+        noisy = images + strength * torch.randn_like(images)
         F.cross_entropy(net(noisy), y[i], label_smoothing=0.05).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -121,9 +163,9 @@ def frechet(classifier, a, b):
     return evaluate.frechet_distance(*moments)
 
 
-def make_judge(name="glyphs", size=16, device="cpu"):
+def make_judge(name="glyphs", size=16, device="cpu", **training):
     """What samples are measured with: a classifier, images (n,C,H,W) it has not seen, and words on
-    how well it reads those.
+    how well it reads those. training: of `train_classifier`, other than its defaults.
 
     Of glyphs it shares no image with the generators' training set either; of a path it is trained
     on five sixths of at most 60,000 images.
@@ -140,7 +182,7 @@ def make_judge(name="glyphs", size=16, device="cpu"):
         real, labels = x[held_out], y[held_out]
         x, y = x[~held_out], y[~held_out]
     real, labels, half = real.to(device), labels.to(device), len(real) // 2
-    classifier = train_classifier(x.to(device), y.to(device), **longer)
+    classifier = train_classifier(x.to(device), y.to(device), **longer | training)
     apart = frechet(classifier, real[:half], real[half:])
     words = (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out {what}; "
              f"Frechet distance between two halves of them {apart:.3f}")
@@ -399,8 +441,29 @@ def make_gradients(step, net, target, teacher, x0, noise, t, y):
                 guided=lambda: of_v(common.guide(v, y, w)), rounds=lambda: of_v(two_steps))[step]
 
 
+def print_profile(device, step, most=25):
+    """Rows of where the time of a step goes, the longest first: kernels, on a CPU operators."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    gpu = device.type == "cuda"
+    kind, key = DeviceType.CPU, "self_cpu_time_total"
+    if gpu:
+        kind, key = DeviceType.CUDA, "self_device_time_total"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with torch.profiler.profile(activities=activities) as profiler:
+        timed(device, step)
+    events = [event for event in profiler.key_averages() if event.device_type == kind
+              and not getattr(event, "is_user_annotation", False)]
+    events.sort(key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events)
+    for event in events[:most]:
+        us, name = getattr(event, key), event.key.replace("|", "/")[:80]
+        print(f"profile | {us / total:.1%} | {us / 1000:.2f} | {event.count} | {name} |")
+
+
 def measure(args):
-    """One variant, in a process of its own for its peak memory: a row of the table."""
+    """One variant, in a process of its own for its peak memory: a row of the table; with --profile
+    rows of where its time goes, too: share, ms, calls, name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     run = types.SimpleNamespace(device=device, dtype=dtype, checkpointing=False)
@@ -443,11 +506,16 @@ def measure(args):
              f"{flops / median / rate:.2f}", f"{rate / 1e9:.0f}",
              f"{common.peak_memory_gb(device):.2f}"]
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    if args.profile:
+        print_profile(device, step)
+
+
+COLUMNS = ("| step | net | batch | mode | dtype | layout | images/s | best | share of GEMM rate | "
+           "GEMM GFLOP/s | peak GB |\n" + "|---" * 11 + "|")
 
 
 def speed(args):
-    print("| step | net | batch | mode | dtype | layout | images/s | best | share of GEMM rate | "
-          "GEMM GFLOP/s | peak GB |\n" + "|---" * 11 + "|")
+    print(COLUMNS)
     cuda = torch.cuda.is_available()
     variants = args.mode, ("fp32", "bf16"), ("contiguous", "channels_last")
     for step, net, *variant in itertools.product(args.step, args.net, *variants):
@@ -560,6 +628,7 @@ def make_parser():
     for name in ("step", "net", "batch", "mode", "dtype", "layout"):
         command.add_argument(name, type=int if name == "batch" else str)
     command.add_argument("--repeat", type=int, default=7)
+    command.add_argument("--profile", action="store_true", help="where the time of a step goes")
     command.set_defaults(run=measure)
     return parser
 

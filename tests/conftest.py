@@ -22,7 +22,8 @@ except RuntimeError:  # a CUDA build beside torch's CPU build misses its operato
 except ImportError:
     pass
 
-LONG = ("scripts", "guided_scripts", "ctm_scripts", "ctm", "eval", "ect", "cd_scripts", "bench")
+LONG = ("scripts", "guided_scripts", "ctm_scripts", "ctm", "gpu", "eval", "ect", "cd_scripts",
+        "bench")
 
 
 def pytest_configure(config):

@@ -70,6 +70,23 @@ def test_score_draws_each_image_once():
     assert rate > 0
 
 
+def test_augmented_images_are_shifted_and_mirrored():
+    """Each is its image, or the mirrored one, a few pixels aside: its middle is a piece of it."""
+    torch.manual_seed(0)
+    x = torch.rand(40, 3, 12, 12)
+    moved, seen = bench.augmented(x, 2), set()
+    for image, before in zip(moved, x, strict=True):
+        ways = set()
+        for mirrored in (False, True):
+            source = before.flip(2) if mirrored else before
+            padded = torch.nn.functional.pad(source, (2, 2, 2, 2), mode="reflect")
+            ways |= {(mirrored, down, right) for down in range(5) for right in range(5)
+                     if torch.equal(image, padded[:, down:down + 12, right:right + 12])}
+        assert len(ways) == 1
+        seen |= ways
+    assert len(seen) > 20 and {mirrored for mirrored, _, _ in seen} == {False, True}
+
+
 # ---- time points
 
 @pytest.mark.parametrize("case", VECTORS["ternary_search"])

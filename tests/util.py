@@ -344,7 +344,7 @@ def be_script(command, cwd, env, outputs, prelude, folder):
     for name in MODULES:
         sys.modules.pop(name, None)
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(Path(command[0]).parent), str(ROOT)]
     sys.argv = command
     importlib.import_module("common").glyphs = functools.partial(glyphs, folder=folder)
     if prelude:
