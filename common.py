@@ -507,6 +507,7 @@ class UNet(nn.Module):
             raise ValueError("a null label needs other labels beside it")
         self.image_size, self.base, self.classes, self.cond = image_size, base, classes, cond
         self.null_y, self.time_scale = classes if null else None, time_scale
+        self.scale_shift = scale_shift
         self.dtype = torch.float32  # of convolutions and attention
         self.layout = torch.contiguous_format
         self.checkpointing = False  # recompute activations in the backward pass: less memory
@@ -1400,33 +1401,40 @@ def delete_run(out_dir):
             for old in out_dir.glob(pattern):
                 old.unlink(missing_ok=True)
 
-# Memory that a training step needs, beside weights and averages, of bf16 networks: tests/results.
-BYTES_OF_ACTIVATIONS = dict(eager=29, compiled=15, checkpointing=9)  # a unit of a block's output
-BYTES_OF_LPIPS, BYTES_OF_CRITIC = 185e6, 196e6  # an image
-BYTES_OF_WEIGHTS = dict(ctm=16)  # a parameter: the optimizer's state, bf16 copies, CTM's gradients
+# Bytes of memory that training takes, of bf16 networks, as measured: tests/results.
+ACTIVATION_BYTES = dict(eager=29, compiled=14.5, checkpointing=9)  # a unit of the blocks' outputs
+LPIPS_BYTES, CRITIC_BYTES = 185e6, 196e6  # an image
 
 def bytes_an_image(args, run, script, net):
-    """What the backward pass keeps of an image of a micro-batch, an estimate."""
+    """What an image of a micro-batch adds to the peak of memory, mostly for the backward pass."""
     mode = "compiled" if run.compile else "eager"
     if run.checkpointing:
         mode = "checkpointing"
-    units = sum(math.prod(shape) for shape in net.block_shapes)
-    graph = units * BYTES_OF_ACTIVATIONS[mode] * (run.dtype.itemsize / 2)
+    graph = ACTIVATION_BYTES[mode] * sum(math.prod(shape) for shape in net.block_shapes)
+    graph *= run.dtype.itemsize / 2
+    if not net.scale_shift:
+        graph *= 0.85
     total = graph
     if script == "ctm":
-        total += graph  # the jump, and the target's that goes on from it
+        total += graph  # of the jump, and of the target's jump that goes on from it
     if getattr(args, "dist", None) == "lpips":
-        total += BYTES_OF_LPIPS
+        total += LPIPS_BYTES
     if getattr(args, "disc", None) == "projected":
-        total += BYTES_OF_CRITIC
+        total += CRITIC_BYTES
     return total
+
+def bytes_a_weight(args, script):
+    """What training adds, for each parameter, to weights, gradient and averages: the optimizer's
+    state and bf16 copies; for CTM, gradients of its terms."""
+    if getattr(args, "disc", None) == "projected":
+        return 28.0
+    return 16.0 if script == "ctm" else 10.3
 
 def images_that_fit(args, run, script, net):
     """How many images of a micro-batch fit into the free memory of the smallest GPU."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(run.device)
-    size = sum(p.numel() for p in net.parameters())
-    free = 0.9 * free - size * BYTES_OF_WEIGHTS.get(script, 10)
+    free = 0.9 * free - bytes_a_weight(args, script) * sum(p.numel() for p in net.parameters())
     fit = torch.tensor(free / bytes_an_image(args, run, script, net), device=run.device)
     if run.world > 1:
         torch.distributed.all_reduce(fit, torch.distributed.ReduceOp.MIN)

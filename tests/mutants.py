@@ -143,7 +143,7 @@ MUTANTS = {
         ("ratio = strength / (gradient[last].norm() + 1e-4)",
          "ratio = gradient[last].norm() / (strength + 1e-4)", "ctm"),
         ("(dsm_gradient, 1.0, 0, 1e4)", "(dsm_gradient, 1.0, 0, 1e9)", "ctm"),
-        ("(gan, disc_weight, 0.01, 10)", "(gan, disc_weight, 0, 1e4)", "ctm"),
+        ("disc_weight, 0.01, 10)", "disc_weight, 0, 1e4)", "ctm"),
         ("total, alpha=share)", "total)", "ctm"),
         ("p = steps / steps.sum()", "p = steps[::-1] / steps.sum()", "ctm_scripts"),
         ("real_loss = F.relu(1 - critic(real))", "real_loss = F.relu(1 + critic(real))", "critic"),

@@ -208,6 +208,58 @@ def test_default_micro_batch(tmp_path, batch_size, limit, world, wanted):
     assert found == wanted and batch_size % found == 0
 
 
+# What was counted operation by operation, by others, GB at a micro-batch: compiled, eager.
+COUNTED = {
+    ("ct", "imagenet64", 64): (20, 32), ("ct lpips", "imagenet64", 64): (31, 43),
+    ("ct", "cifar10", 128): (8, 15), ("ct lpips", "cifar10", 128): (31, 38),
+    ("ct", "lsun256", 8): (28, 44), ("cd lpips", "lsun256", 8): (32, 49),
+    ("ctm lpips", "imagenet64", 64): (51, None), ("ctm lpips", "cifar10", 128): (36, None),
+    ("ctm lpips projected", "imagenet64", 64): (67, None),  # with the DSM graph alive: eager more
+    ("ctm lpips projected", "cifar10", 128): (68, None)}
+
+
+@pytest.mark.parametrize("what, name, micro_batch", COUNTED)
+def test_memory_is_as_counted(what, name, micro_batch):
+    """To 16%: weights, gradient and average; a target and a teacher, where there is LPIPS."""
+    script, *more = what.split()
+    args = argparse.Namespace(dist="lpips" if "lpips" in more else "l2",
+                              disc="projected" if "projected" in more else "none")
+    with torch.device("meta"):
+        net = common.UNet(**common.NETS[name], cond=script == "ctm")
+    size = sum(p.numel() for p in net.parameters())
+    copies = {"ct": 3, "ct lpips": 4, "cd lpips": 5}.get(what, 5)  # ctm: target and teacher too
+    for compiled, counted in zip((True, False), COUNTED[what, name, micro_batch]):
+        run = types.SimpleNamespace(compile=compiled, checkpointing=False, dtype=torch.bfloat16)
+        total = size * (4 * copies + common.bytes_a_weight(args, script))
+        total += micro_batch * common.bytes_an_image(args, run, script, net)
+        assert counted is None or abs(total / 1e9 / counted - 1) < 0.16, (total, counted)
+
+
+@pytest.mark.parametrize("free, dtype, compiled, wanted", [
+    (80e9, torch.bfloat16, True, 64), (24e9, torch.bfloat16, True, 64),
+    (24e9, torch.bfloat16, False, 32), (24e9, torch.float32, False, 16),
+    (8e9, torch.bfloat16, True, 16), (3e9, torch.bfloat16, True, 1)])
+def test_a_micro_batch_fits_into_the_memory(free, dtype, compiled, wanted, monkeypatch, capsys):
+    """ImageNet-64's net on a GPU of so much free memory: 0.9 free = 296 M * 10.3 + micro * E * K,
+    E = 12,423,168 and K = 14.5, or 29 eager, twice that in float32."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 0))
+    full = common.torch.tensor
+    monkeypatch.setattr(common.torch, "tensor", lambda value, device=None: full(value))
+    with torch.device("meta"):
+        net = common.UNet(**common.NETS["imagenet64"])
+    assert sum(math.prod(shape) for shape in net.block_shapes) == 12_423_168
+    run = types.SimpleNamespace(**vars(RUN) | dict(
+        device=torch.device("cuda"), dtype=dtype, compile=compiled))
+    args = settings("x", batch_size=2048, micro_batch=None, micro_batch_limit=64)
+    assert common.default_micro_batch(args, run, "ct", dict(net=net)) == wanted
+    limit = (0.9 * free - 10.3 * 296e6) / (12_423_168 * (14.5 if compiled else 29))
+    limit /= dtype.itemsize / 2
+    assert wanted <= max(limit * 1.01, 1) and (2 * wanted > 0.99 * limit or wanted == 64)
+    said = capsys.readouterr().out
+    assert ("images at most fit into the GPU's free memory" in said) == (wanted < 64)
+
+
 def test_a_resumed_run_keeps_its_micro_batch(saved, tmp_path, capsys):
     """On any number of processes; another is taken if it is asked for, and that is said."""
     folder, parts = saved
