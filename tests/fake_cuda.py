@@ -21,7 +21,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,17 +90,32 @@ def load_guard():
     torch.library.impl("aten::silu_backward", "CUDA", lambda *_: None)
 
 
-def fused_attention(q, k, v):
-    """What a GPU takes for F.scaled_dot_product_attention."""
+def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
+    """What a GPU takes for F.scaled_dot_product_attention, without dropout."""
     if not torch.backends.cuda.flash_sdp_enabled():
-        return attention(q, k, v)
-    if q.dtype == torch.float32:
+        return attention(q, k, v, attn_mask, dropout_p, is_causal, **more)
+    if attn_mask is not None or q.dtype == torch.float32:
         needed = any(x.requires_grad for x in (q, k, v))
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, needed)[0]
+        return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, needed)[0]
     return aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 attention = F.scaled_dot_product_attention
+
+
+def apply_to_module(module, fn, recurse=True):
+    """nn.Module._apply, which would swap fake parameters and cannot: they are put in place anew."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for tensors in (module._parameters, module._buffers):
+        for name, x in tensors.items():
+            if x is not None:
+                with torch.no_grad():
+                    new = fn(x)
+                if new is not x and isinstance(x, nn.Parameter):
+                    new = nn.Parameter(new, x.requires_grad)
+                tensors[name] = new
+    return module
 
 
 def place_in_project():
@@ -122,6 +138,7 @@ class Probe(TorchDispatchMode):
     bytes that are, and at most were, allocated on the GPU."""
     def __init__(self):
         super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.copies = []
         self.live = self.peak = 0
         self.known = set()  # storages
@@ -135,20 +152,19 @@ class Probe(TorchDispatchMode):
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         fake = any(isinstance(x, FakeTensor) for x in inputs)
         if not fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
+            return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.copies.append(("item", place_in_project()))
             return 1.0 if inputs[0].is_floating_point() else 1
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             out = args[0]
         else:
-            out = func(*args, **kwargs)
+            with self.fake:
+                out = func(*args, **kwargs)
         if func in MOVES and len({x.device for x in (*inputs, out)}) > 1:
             self.copies.append((func.overloadpacket.__name__, place_in_project()))
         if func is aten._to_copy.default and out.device.type == "cpu":
-            with unset_fake_temporarily():
-                return torch.zeros(out.shape, dtype=out.dtype)
+            return torch.zeros(out.shape, dtype=out.dtype)
         for x in tree_leaves(out):
             if isinstance(x, FakeTensor):
                 self.allocated(x.untyped_storage())
@@ -176,7 +192,6 @@ def fake_cuda():
     nothing = lambda *args, **more: None
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         values = dict(is_available=True, is_bf16_supported=True, device_count=1, current_device=0)
         for name, value in values.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *a, v=value, **k: v))
@@ -185,5 +200,9 @@ def fake_cuda():
         for name in ("max_memory_allocated", "max_memory_reserved"):
             peak = lambda *args: probe.peak
             stack.enter_context(mock.patch.object(torch.cuda, name, peak))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", apply_to_module))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused_attention))
+        lifted = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(.., device="cuda") is a copy
+        stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         yield stack.enter_context(probe)
