@@ -200,6 +200,7 @@ def fake_cuda():
         for name in ("max_memory_allocated", "max_memory_reserved"):
             peak = lambda *args: probe.peak
             stack.enter_context(mock.patch.object(torch.cuda, name, peak))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda x, *args: x))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", apply_to_module))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused_attention))
         lifted = torch._C._only_lift_cpu_tensors()

@@ -1,0 +1,129 @@
+"""The scripts, unmodified, on fake CUDA tensors: every operand on the right device, and within a
+micro-batch nothing but the batch itself moves between the devices."""
+import contextlib
+import json
+import runpy
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import fake_cuda  # noqa: E402
+
+NET = "--net glyphs base=32 mult=1,1 blocks=1 attention=8".split()
+DATA = "--dataset data.npz --flip".split()
+LOOP = "--batch-size 4 --micro-batch 2 --log-every 1 --save-every 0 --overwrite".split()
+ON_CUDA = "--device cuda --no-compile".split()
+ROUNDS = [*DATA, *LOOP, *ON_CUDA, "--sample-every", "1"]
+TRAIN = [*ROUNDS, "--total-steps", "2"]
+TEACHER = "--teacher teacher/last.pt".split()
+SHORT = "--start-N 4 --end-N 2 --stage1-steps 1 --round-steps 1 --last-steps 1".split()
+
+
+def case(script, *flags, xfail=None):
+    """A command; xfail: why it is known to fail."""
+    name = " ".join([script, *(flag for flag in flags if flag not in (*TRAIN, *NET, *ON_CUDA))])
+    marks = [pytest.mark.xfail(reason=xfail, strict=True)] if xfail else []
+    return pytest.param([f"{script}.py", *flags], id=name, marks=marks)
+
+
+TRAININGS = [
+    case("ct", *TRAIN, *NET, "--dropout", "0.1"),
+    case("ct", *TRAIN, *NET, "--dist", "lpips"),
+    case("ct", *TRAIN, *NET, "--recipe", "ct"),
+    case("ct", *TRAIN, "--recipe", "ect", *TEACHER),
+    case("ct", *TRAIN, "--objective", "continuous", *TEACHER),
+    case("cd", *TRAIN, *NET, "--stage", "teacher", "--label-dropout", "0.1"),
+    case("cd", *TRAIN, *TEACHER, "--w-max", "2", "--mu", "0.9", "--dropout", "0.1"),
+    case("cd", *TRAIN, *TEACHER, "--objective", "continuous"),
+    case("cd", *TRAIN, *TEACHER, "--objective", "continuous", "--no-stop-gradient"),
+    case("cd", *TRAIN, *NET, "--teacher", "ideal", xfail="the ideal denoiser checks the labels"),
+    case("ctm", *TRAIN, *TEACHER, "--dist", "lpips"),
+    case("ctm", *TRAIN, *NET, "--teacher", "none", "--disc", "conv", "--disc-start", "0"),
+    case("ctm", *TRAIN, *TEACHER, "--disc", "projected", "--disc-start", "0"),
+    case("guided_distill", *ROUNDS, *TEACHER, *SHORT, xfail="times lie on the CPU"),
+]
+DRAW = [*ON_CUDA, "--save", "drawn.png", "--sample", "2"]
+EDIT = [*DRAW, "--edit"]
+USES = [
+    case("cd", *DRAW, "--ckpt", "cd/last.pt", "--sigmas", "80", "1"),
+    case("cd", *DRAW, "--ckpt", "teacher/last.pt", "--w", "1", "--N", "3", "--churn", "40"),
+    case("cd", *EDIT, "inpaint", "--ckpt", "cd/last.pt", "--image", "x.png", "--labels", "1"),
+    case("cd", *EDIT, "colorize", "--ckpt", "cd/last.pt", "--image", "x.png", "--labels", "1"),
+    case("cd", *EDIT, "superres", "--ckpt", "cd/last.pt", "--image", "x.png", "--labels", "1"),
+    case("cd", *EDIT, "denoise", "--ckpt", "cd/last.pt", "--image", "x.png", "--labels", "1"),
+    case("cd", *EDIT, "interpolate", "--ckpt", "cd/last.pt"),
+    case("ctm", *DRAW, "--ckpt", "ctm/last.pt", "--steps", "2", "--gamma", "0.5"),
+    case("ctm", *DRAW, "--ckpt", "ctm/last.pt", "--heun", "3"),
+    case("ctm", *EDIT, "stroke", "--ckpt", "ctm/last.pt", "--image", "x.png", "--labels", "1"),
+    case("guided_distill", *DRAW, "--ckpt", "guided/N0002.pt"),
+    case("guided_distill", *EDIT, "img2img", "--ckpt", "guided/N0002.pt", "--image", "x.png",
+         "--labels", "1"),
+]
+
+
+# ---- what the one process does that runs them all
+
+def run(command):
+    sys.argv = [str(ROOT / command[0]), *command[1:]]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, f"exit code {end.code}"
+
+
+def prepare(folder):
+    """Data and checkpoints, made on the CPU."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
+    np.savez(folder / "data.npz", images, np.arange(8) % 2)
+    Image.fromarray(images[0]).save(folder / "x.png")
+    start = [*DATA, *LOOP, "--device", "cpu", "--sample-every", "0", "--out-dir"]
+    one = "--total-steps", "1"
+    run(["cd.py", *start, "teacher", *one, *NET, "--stage", "teacher", "--label-dropout", "0.1"])
+    run(["cd.py", *start, "cd", *one, *TEACHER])
+    run(["ctm.py", *start, "ctm", *one, *TEACHER])
+    run(["guided_distill.py", *start, "guided", *TEACHER, *SHORT])
+
+
+def watch(command):
+    """Run a command on fake CUDA tensors: its error, and the copies within its micro-batches."""
+    import common
+    inside = []
+    numbers = common.micro_batches
+
+    def micro_batches(args, run):
+        for m in numbers(args, run):
+            start = len(probe.copies)
+            yield m
+            inside.extend(probe.copies[start:])
+
+    error = None
+    with fake_cuda.fake_cuda() as probe, \
+            mock.patch.object(common, "micro_batches", micro_batches), \
+            mock.patch.object(common, "save_checkpoint"):
+        try:
+            run(command)
+        except BaseException:
+            error = traceback.format_exc()
+    return dict(error=error, inside=inside, outside=len(probe.copies) - len(inside),
+                peak=probe.peak)
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401
+    with contextlib.redirect_stdout(sys.stderr):
+        fake_cuda.load_guard()
+        prepare(Path.cwd())
+    for parameters in (*TRAININGS, *USES):
+        command, = parameters.values
+        with contextlib.redirect_stdout(sys.stderr):
+            seen = watch(command)
+        print(json.dumps([command, seen]), flush=True)
