@@ -6,7 +6,7 @@
     probe.peak, probe.copies
 
 Tensors on the CPU stay real. Operands on different devices raise, as on a GPU. What a copy from
-the device brings is zeros, what `.item()` reads is 1: both are recorded. A process that has called
+the device brings is zeros, what `.item()` reads is 0: both are recorded. A process that has called
 `load_guard` is good for nothing else: torch takes it for one with a GPU.
 """
 import contextlib
@@ -155,7 +155,7 @@ class Probe(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.copies.append(("item", place_in_project()))
-            return 1.0 if inputs[0].is_floating_point() else 1
+            return 0.0 if inputs[0].is_floating_point() else 0
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             out = args[0]
         else:

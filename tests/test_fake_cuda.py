@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,7 @@ NET = "--net glyphs base=32 mult=1,1 blocks=1 attention=8".split()
 DATA = "--dataset data.npz --flip".split()
 LOOP = "--batch-size 4 --micro-batch 2 --log-every 1 --save-every 0 --overwrite".split()
 ON_CUDA = "--device cuda --no-compile".split()
-ROUNDS = [*DATA, *LOOP, *ON_CUDA, "--sample-every", "1"]
+ROUNDS = [*DATA, *LOOP, *ON_CUDA, "--sample-every", "0"]
 TRAIN = [*ROUNDS, "--total-steps", "2"]
 TEACHER = "--teacher teacher/last.pt".split()
 SHORT = "--start-N 4 --end-N 2 --stage1-steps 1 --round-steps 1 --last-steps 1".split()
@@ -33,6 +34,7 @@ def case(script, *flags, xfail=None):
     return pytest.param([f"{script}.py", *flags], id=name, marks=marks)
 
 
+ONE_STEP = "--N", "3", "--max-steps", "1"
 TRAININGS = [
     case("ct", *TRAIN, *NET, "--dropout", "0.1"),
     case("ct", *TRAIN, *NET, "--dist", "lpips"),
@@ -42,15 +44,16 @@ TRAININGS = [
     case("cd", *TRAIN, *NET, "--stage", "teacher", "--label-dropout", "0.1"),
     case("cd", *TRAIN, *TEACHER, "--w-max", "2", "--mu", "0.9", "--dropout", "0.1"),
     case("cd", *TRAIN, *TEACHER, "--objective", "continuous"),
-    case("cd", *TRAIN, *TEACHER, "--objective", "continuous", "--no-stop-gradient"),
+    case("cd", *TRAIN, *TEACHER, "--objective", "continuous", "--no-stop-gradient",
+         xfail="autograd's double backward stops at an assertion of torch's own here"),
     case("cd", *TRAIN, *NET, "--teacher", "ideal", xfail="the ideal denoiser checks the labels"),
-    case("ctm", *TRAIN, *TEACHER, "--dist", "lpips"),
-    case("ctm", *TRAIN, *NET, "--teacher", "none", "--disc", "conv", "--disc-start", "0"),
-    case("ctm", *TRAIN, *TEACHER, "--disc", "projected", "--disc-start", "0"),
+    case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--dist", "lpips"),
+    case("ctm", *TRAIN, *ONE_STEP, *NET, "--teacher", "none", "--disc", "conv", "--disc-start", "0"),
+    case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--disc", "projected", "--disc-start", "0"),
     case("guided_distill", *ROUNDS, *TEACHER, *SHORT, xfail="times lie on the CPU"),
 ]
 DRAW = [*ON_CUDA, "--save", "drawn.png", "--sample", "2"]
-EDIT = [*DRAW, "--edit"]
+EDIT = [*DRAW, "--sigmas", "80", "1", "--edit"]
 USES = [
     case("cd", *DRAW, "--ckpt", "cd/last.pt", "--sigmas", "80", "1"),
     case("cd", *DRAW, "--ckpt", "teacher/last.pt", "--w", "1", "--N", "3", "--churn", "40"),
@@ -63,9 +66,42 @@ USES = [
     case("ctm", *DRAW, "--ckpt", "ctm/last.pt", "--heun", "3"),
     case("ctm", *EDIT, "stroke", "--ckpt", "ctm/last.pt", "--image", "x.png", "--labels", "1"),
     case("guided_distill", *DRAW, "--ckpt", "guided/N0002.pt"),
-    case("guided_distill", *EDIT, "img2img", "--ckpt", "guided/N0002.pt", "--image", "x.png",
+    case("guided_distill", *DRAW, "--edit", "img2img", "--ckpt", "guided/N0002.pt", "--image", "x.png",
          "--labels", "1"),
 ]
+
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What happened in each case: {command: ...}. In a process of its own, for the guard."""
+    reason = fake_cuda.why_not()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    done = subprocess.run([sys.executable, __file__], cwd=folder, text=True, capture_output=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = map(json.loads, done.stdout.splitlines())
+    return {tuple(command): result for command, result in lines}
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_a_training_step_stays_on_the_device(seen, command):
+    """The batch is copied to it, two tensors a micro-batch, and nothing else, either way."""
+    result = seen[tuple(command)]
+    assert result["error"] is None, result["error"]
+    steps = 3 if command[0] == "guided_distill.py" else 2
+    assert len(result["inside"]) == steps * 2 * 2, result["inside"]
+    assert {operation for operation, _ in result["inside"]} == {"_to_copy"}
+    assert result["peak"] > 1e6
+
+
+@pytest.mark.parametrize("command", USES)
+def test_sampling_and_editing_run_on_the_device(seen, command):
+    result = seen[tuple(command)]
+    assert result["error"] is None, result["error"]
+    assert result["peak"] > 1e6
 
 
 # ---- what the one process does that runs them all
@@ -96,6 +132,12 @@ def prepare(folder):
 def watch(command):
     """Run a command on fake CUDA tensors: its error, and the copies within its micro-batches."""
     import common
+    import timm
+    create = timm.create_model
+
+    def random_weights(name, pretrained, **more):
+        return create(name, **more)
+
     inside = []
     numbers = common.micro_batches
 
@@ -108,6 +150,8 @@ def watch(command):
     error = None
     with fake_cuda.fake_cuda() as probe, \
             mock.patch.object(common, "micro_batches", micro_batches), \
+            mock.patch.object(common, "LPIPS", partial(common.LPIPS, False)), \
+            mock.patch.object(timm, "create_model", random_weights), \
             mock.patch.object(common, "save_checkpoint"):
         try:
             run(command)
