@@ -19,10 +19,10 @@ import fake_cuda  # noqa: E402
 
 NET = "--net glyphs base=32 mult=1,1 blocks=1 attention=8".split()
 DATA = "--dataset data.npz --flip".split()
-LOOP = "--batch-size 4 --micro-batch 2 --log-every 1 --save-every 0 --overwrite".split()
+LOOP = "--batch-size 2 --micro-batch 2 --log-every 1 --save-every 0 --overwrite".split()
 ON_CUDA = "--device cuda --no-compile".split()
 ROUNDS = [*DATA, *LOOP, *ON_CUDA, "--sample-every", "0"]
-TRAIN = [*ROUNDS, "--total-steps", "2"]
+TRAIN = [*ROUNDS, "--total-steps", "1"]
 TEACHER = "--teacher teacher/last.pt".split()
 SHORT = "--start-N 4 --end-N 2 --stage1-steps 1 --round-steps 1 --last-steps 1".split()
 
@@ -35,6 +35,7 @@ def case(script, *flags, xfail=None):
 
 
 ONE_STEP = "--N", "3", "--max-steps", "1"
+TURNS = "--total-steps", "2", "--disc-start", "0"  # the generator's, and the critic's
 TRAININGS = [
     case("ct", *TRAIN, *NET, "--dropout", "0.1"),
     case("ct", *TRAIN, *NET, "--dist", "lpips"),
@@ -48,8 +49,8 @@ TRAININGS = [
          xfail="autograd's double backward stops at an assertion of torch's own here"),
     case("cd", *TRAIN, *NET, "--teacher", "ideal", xfail="the ideal denoiser checks the labels"),
     case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--dist", "lpips"),
-    case("ctm", *TRAIN, *ONE_STEP, *NET, "--teacher", "none", "--disc", "conv", "--disc-start", "0"),
-    case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--disc", "projected", "--disc-start", "0"),
+    case("ctm", *TRAIN, *ONE_STEP, *NET, "--teacher", "none", "--disc", "conv", *TURNS),
+    case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--disc", "projected", *TURNS),
     case("guided_distill", *ROUNDS, *TEACHER, *SHORT, xfail="times lie on the CPU"),
 ]
 DRAW = [*ON_CUDA, "--save", "drawn.png", "--sample", "2"]
@@ -66,8 +67,8 @@ USES = [
     case("ctm", *DRAW, "--ckpt", "ctm/last.pt", "--heun", "3"),
     case("ctm", *EDIT, "stroke", "--ckpt", "ctm/last.pt", "--image", "x.png", "--labels", "1"),
     case("guided_distill", *DRAW, "--ckpt", "guided/N0002.pt"),
-    case("guided_distill", *DRAW, "--edit", "img2img", "--ckpt", "guided/N0002.pt", "--image", "x.png",
-         "--labels", "1"),
+    case("guided_distill", *DRAW, "--edit", "img2img", "--ckpt", "guided/N0002.pt", "--image",
+         "x.png", "--labels", "1"),
 ]
 
 
@@ -91,8 +92,8 @@ def test_a_training_step_stays_on_the_device(seen, command):
     """The batch is copied to it, two tensors a micro-batch, and nothing else, either way."""
     result = seen[tuple(command)]
     assert result["error"] is None, result["error"]
-    steps = 3 if command[0] == "guided_distill.py" else 2
-    assert len(result["inside"]) == steps * 2 * 2, result["inside"]
+    micro_batches = 1 + ("--disc" in command) + (command[0] == "guided_distill.py")
+    assert len(result["inside"]) == 2 * micro_batches, result["inside"]
     assert {operation for operation, _ in result["inside"]} == {"_to_copy"}
     assert result["peak"] > 1e6
 
