@@ -38,19 +38,17 @@ ONE_STEP = "--N", "3", "--max-steps", "1"
 TURNS = "--total-steps", "2", "--disc-start", "0"  # the generator's, and the critic's
 TRAININGS = [
     case("ct", *TRAIN, *NET, "--dropout", "0.1"),
-    case("ct", *TRAIN, *NET, "--dist", "lpips"),
     case("ct", *TRAIN, *NET, "--recipe", "ct"),
     case("ct", *TRAIN, "--recipe", "ect", *TEACHER),
-    case("ct", *TRAIN, "--objective", "continuous", *TEACHER),
     case("cd", *TRAIN, *NET, "--stage", "teacher", "--label-dropout", "0.1"),
     case("cd", *TRAIN, *TEACHER, "--w-max", "2", "--mu", "0.9", "--dropout", "0.1"),
     case("cd", *TRAIN, *TEACHER, "--objective", "continuous"),
     case("cd", *TRAIN, *TEACHER, "--objective", "continuous", "--no-stop-gradient",
          xfail="autograd's double backward stops at an assertion of torch's own here"),
     case("cd", *TRAIN, *NET, "--teacher", "ideal", xfail="the ideal denoiser checks the labels"),
-    case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--dist", "lpips"),
     case("ctm", *TRAIN, *ONE_STEP, *NET, "--teacher", "none", "--disc", "conv", *TURNS),
-    case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--disc", "projected", *TURNS),
+    case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--dist", "lpips", "--disc", "projected",
+         *TURNS),
     case("guided_distill", *ROUNDS, *TEACHER, *SHORT, xfail="times lie on the CPU"),
 ]
 DRAW = [*ON_CUDA, "--save", "drawn.png", "--sample", "2"]
