@@ -45,11 +45,11 @@ TRAININGS = [
     case("cd", *TRAIN, *TEACHER, "--objective", "continuous"),
     case("cd", *TRAIN, *TEACHER, "--objective", "continuous", "--no-stop-gradient",
          xfail="autograd's double backward stops at an assertion of torch's own here"),
-    case("cd", *TRAIN, *NET, "--teacher", "ideal", xfail="the ideal denoiser checks the labels"),
+    case("cd", *TRAIN, *NET, "--teacher", "ideal"),
     case("ctm", *TRAIN, *ONE_STEP, *NET, "--teacher", "none", "--disc", "conv", *TURNS),
     case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--dist", "lpips", "--disc", "projected",
          *TURNS),
-    case("guided_distill", *ROUNDS, *TEACHER, *SHORT, xfail="times lie on the CPU"),
+    case("guided_distill", *ROUNDS, *TEACHER, *SHORT),
 ]
 DRAW = [*ON_CUDA, "--save", "drawn.png", "--sample", "2"]
 EDIT = [*DRAW, "--sigmas", "80", "1", "--edit"]
