@@ -273,11 +273,12 @@ class LatentModel:
         self.shape = C, size, size
         self.classes = net.config.num_class_embeds
         self.labels = 0  # how many there is data of
-        self.null = self.dataset.null
+        null = self.dataset.null
         if self.classes:
             self.labels = self.classes - guided
-            self.null = torch.tensor(self.classes - 1)
+            null = torch.tensor(self.classes - 1)
         self.check_data(net.config.cross_attention_dim)
+        self.null = null.to(run.device)
         self.model_args = dict(cond=guided)
         self.net = self.make_student(guided)
         self.v_teacher = self.v(self.teacher)
@@ -303,6 +304,8 @@ class LatentModel:
         net.load_state_dict(self.teacher.state_dict(), strict=False)
         if guided:
             torch.nn.init.zeros_(net.time_embedding.cond_proj.weight)
+        if self.run.checkpointing:
+            net.enable_gradient_checkpointing()
         return net.to(self.run.device).eval()  # no dropout
 
     def index(self, tau):
@@ -318,8 +321,7 @@ class LatentModel:
 
         def v(z, tau, y, w=None):
             if y is None:
-                null = self.null.to(z.device)
-                y = null.expand(len(z), *null.shape)
+                y = self.null.expand(len(z), *self.null.shape)
             text, labels = (None, y) if self.classes else (y, None)
             features = w_features(w, w_dim) if w_dim else None
             k = (self.index(tau) - 1).to(z.device)  # the timestep

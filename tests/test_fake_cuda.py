@@ -54,6 +54,8 @@ TRAININGS = [
     case("ctm", *TRAIN, *ONE_STEP, *TEACHER, "--dist", "lpips", "--disc", "projected",
          *TURNS),
     case("guided_distill", *ROUNDS, *TEACHER, *SHORT),
+    case("guided_distill", *LOOP, *ON_CUDA, *SHORT, *"--sample-every 0 --teacher diffusers:pipe "
+         "--dataset latents.npz --gradient-checkpointing".split()),
 ]
 DRAW = [*ON_CUDA, "--save", "drawn.png", "--sample", "2"]
 EDIT = [*DRAW, "--sigmas", "80", "1", "--edit"]
@@ -155,11 +157,13 @@ def run(command):
 
 def prepare(folder):
     """Data and checkpoints, made on the CPU."""
+    import test_guided_scripts
     from PIL import Image
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
     np.savez(folder / "data.npz", images, np.arange(8) % 2)
     Image.fromarray(images[0]).save(folder / "x.png")
+    test_guided_scripts.pipeline(folder)
     start = [*DATA, *LOOP, "--device", "cpu", "--sample-every", "0", "--out-dir"]
     one = "--total-steps", "1"
     run(["cd.py", *start, "teacher", *one, *NET, "--stage", "teacher", "--label-dropout", "0.1"])
