@@ -1412,7 +1412,7 @@ def bytes_an_image(args, run, script, net):
         mode = "checkpointing"
     units = sum(math.prod(shape) for shape in net.block_shapes)
     graph = ACTIVATION_BYTES[mode] * units * (run.dtype.itemsize / 2)
-    if not net.scale_shift:
+    if not net.scale_shift and not run.checkpointing:
         graph *= 0.85
     total = graph
     if net.dropout:

@@ -5,8 +5,10 @@
     python tests/bench.py search-times --ckpt out/cd/last.pt --M 2 --N 40     noise levels
     python tests/bench.py guided --dir out/guided_distill    every round's student, against N and w
     python tests/bench.py speed                     images/s of the steps, share of the GEMM rate
+    python tests/bench.py memory                    what an image of a micro-batch takes, counted
 """
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
@@ -14,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -528,6 +531,45 @@ def speed(args):
             print(f"| {step} | {net} | {batch} | {' | '.join(variant)} | failed |", flush=True)
 
 
+# ---- memory, without a GPU: on fake CUDA tensors, two sizes of a micro-batch each
+
+KEPT = [  # script, net, pixels, smaller micro-batch, flags
+    ("ct", "cifar10", 32, 8, ""),
+    ("ct", "imagenet64", 64, 4, ""),
+    ("ct", "lsun256", 256, 1, ""),
+    ("ct", "imagenet64", 64, 4, "--dropout 0.2"),
+    ("ctm", "imagenet64", 64, 4, "--teacher none --max-steps 1 --N 3"),
+    ("ct", "imagenet64", 64, 128, "--gradient-checkpointing"),
+    ("ct", "lsun256", 256, 16, "--gradient-checkpointing"),
+    ("ct", "imagenet64", 64, 4, "--dist lpips"),
+]
+
+
+def memory(args):
+    """A table: bytes an image in eager mode, counted, and as the scripts estimate them."""
+    import fake_cuda
+    if fake_cuda.why_not():
+        raise common.UserError(f"memory: {fake_cuda.why_not()}")
+    fake_cuda.load_guard()
+    print("| script | net | flags | MB an image | estimate |\n" + "|---" * 5 + "|")
+    for script, net, pixels, size, flags in KEPT:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), \
+                contextlib.redirect_stdout(sys.stderr):
+            np.savez("data.npz", np.zeros((1, pixels, pixels, 3), np.uint8))
+            command = [f"{script}.py", "--net", net, "--dataset", "data.npz", *flags.split(),
+                       *"--total-steps 1 --sample-every 0 --device cuda --no-compile".split()]
+            low, high = fake_cuda.peaks([*command, "--overwrite"], (size, 2 * size))
+        settings = common.net_settings([net]) | dict(dropout=0.2 * ("--dropout" in flags))
+        with torch.device("meta"):
+            model = common.UNet(**settings)
+        training = argparse.Namespace(dist="lpips" if "lpips" in flags else "huber")
+        run = types.SimpleNamespace(compile=False, dtype=torch.bfloat16,
+                                    checkpointing="--gradient" in flags)
+        estimate = common.bytes_an_image(training, run, script, model)
+        print(f"| {script} | {net} | {flags} | {(high - low) / size / 1e6:.0f} | "
+              f"{estimate / 1e6:.0f} |", flush=True)
+
+
 # ---- flags
 
 def add_quality(commands):
@@ -624,6 +666,9 @@ def make_parser():
                          help="compiling takes minutes on a CPU")
     command.add_argument("--batch", type=int, help="images a step (default 64; cifar-small 32)")
     command.set_defaults(run=speed)
+    command = commands.add_parser("memory", help="what an image of a micro-batch takes, counted "
+                                  "without a GPU (needs g++)")
+    command.set_defaults(run=memory)
     command = commands.add_parser("measure", help="one row of `speed`")
     for name in ("step", "net", "batch", "mode", "dtype", "layout"):
         command.add_argument(name, type=int if name == "batch" else str)

@@ -11,11 +11,14 @@ the device brings is zeros, what `.item()` reads is 0: both are recorded. A proc
 """
 import contextlib
 import ctypes
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 import weakref
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -207,3 +210,61 @@ def fake_cuda():
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(.., device="cuda") is a copy
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         yield stack.enter_context(probe)
+
+
+# ---- scripts, run on it
+
+def run(command):
+    """Run ["ct.py", flag, ..] in this process."""
+    sys.argv = [str(ROOT / command[0]), *command[1:]]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, f"exit code {end.code}"
+
+
+def without_weights(create_model, name, pretrained, **more):
+    return create_model(name, **more)
+
+
+def watch(command):
+    """Run a command on fake CUDA tensors: its error, the copies within its micro-batches and how
+    many there were elsewhere, and the peak of memory. Frozen networks have random weights."""
+    import common
+    inside = []
+    numbers = common.micro_batches
+
+    def micro_batches(args, run):
+        for m in numbers(args, run):
+            start = len(probe.copies)
+            yield m
+            inside.extend(probe.copies[start:])
+
+    error = None
+    with fake_cuda() as probe, contextlib.ExitStack() as stack:
+        patches = [mock.patch.object(common, "micro_batches", micro_batches),
+                   mock.patch.object(common, "LPIPS", partial(common.LPIPS, False)),
+                   mock.patch.object(common, "save_checkpoint")]
+        if "projected" in command:
+            import timm
+            random_weights = partial(without_weights, timm.create_model)
+            patches.append(mock.patch.object(timm, "create_model", random_weights))
+        for patch in patches:
+            stack.enter_context(patch)
+        try:
+            run(command)
+        except BaseException:
+            error = traceback.format_exc()
+    return dict(error=error, inside=inside, outside=len(probe.copies) - len(inside),
+                peak=probe.peak)
+
+
+def peaks(command, sizes):
+    """The peaks of memory of a training command with micro-batches of these sizes."""
+    found = []
+    for size in map(str, sizes):
+        seen = watch([*command, "--batch-size", size, "--micro-batch", size])
+        if seen["error"]:
+            raise RuntimeError(seen["error"])
+        found.append(seen["peak"])
+    return found

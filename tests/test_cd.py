@@ -1,14 +1,18 @@
 """Consistency distillation and its teacher: losses, guidance, continuous time and stop-gradients,
 against vectors and closed forms."""
+import argparse
 import copy
 import math
+import types
 
+import numpy as np
 import pytest
 import torch
 
 import cd
 import common
 import ct
+import guided_distill
 from test_ct import Bent
 from test_unet import reference_lpips
 from util import TINY, VECTORS, close, fill, full, gauss, gaussian_denoiser, gradient, img
@@ -513,6 +517,17 @@ def test_a_loaded_teacher_drops_nothing_out(tmp_path):
     teacher.train()
     with pytest.raises(AssertionError, match="masks"):
         D(X0, t, None)
+
+
+def test_the_ideal_denoiser_is_on_the_cpu_where_there_is_no_float64():
+    """On mps; nothing is sent there."""
+    data = common.ArrayImages([np.zeros((4, 8, 8, 3), np.uint8)], None, 8, "zeros")
+    args = argparse.Namespace(teacher="ideal", class_cond=False, flip=True, dataset="zeros")
+    run = types.SimpleNamespace(device=torch.device("mps"))
+    D, classes = common.teacher_denoiser(args, run, None, data)
+    assert classes == 0 and (D(torch.zeros(2, 3, 8, 8), torch.ones(2)) == -1).all()
+    assert guided_distill.times_device(run.device).type == "cpu"
+    assert guided_distill.times_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 # ---- training to the exact solution

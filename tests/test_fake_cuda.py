@@ -3,14 +3,10 @@ micro-batch nothing but the batch itself moves between the devices."""
 import argparse
 import contextlib
 import json
-import runpy
 import subprocess
 import sys
-import traceback
 import types
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -86,7 +82,6 @@ USES = [
 ]
 
 
-
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What happened in each case: {command: ...}. In a process of its own, for the guard."""
@@ -147,14 +142,6 @@ def test_gradient_checkpointing_takes_less_memory(seen):
 
 # ---- what the one process does that runs them all
 
-def run(command):
-    sys.argv = [str(ROOT / command[0]), *command[1:]]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, f"exit code {end.code}"
-
-
 def prepare(folder):
     """Data and checkpoints, made on the CPU."""
     import test_guided_scripts
@@ -166,41 +153,11 @@ def prepare(folder):
     test_guided_scripts.pipeline(folder)
     start = [*DATA, *LOOP, "--device", "cpu", "--sample-every", "0", "--out-dir"]
     one = "--total-steps", "1"
-    run(["cd.py", *start, "teacher", *one, *NET, "--stage", "teacher", "--label-dropout", "0.1"])
-    run(["cd.py", *start, "cd", *one, *TEACHER])
-    run(["ctm.py", *start, "ctm", *one, *TEACHER])
-    run(["guided_distill.py", *start, "guided", *TEACHER, *SHORT])
-
-
-def watch(command):
-    """Run a command on fake CUDA tensors: its error, and the copies within its micro-batches."""
-    import timm
-    create = timm.create_model
-
-    def random_weights(name, pretrained, **more):
-        return create(name, **more)
-
-    inside = []
-    numbers = common.micro_batches
-
-    def micro_batches(args, run):
-        for m in numbers(args, run):
-            start = len(probe.copies)
-            yield m
-            inside.extend(probe.copies[start:])
-
-    error = None
-    with fake_cuda.fake_cuda() as probe, \
-            mock.patch.object(common, "micro_batches", micro_batches), \
-            mock.patch.object(common, "LPIPS", partial(common.LPIPS, False)), \
-            mock.patch.object(timm, "create_model", random_weights), \
-            mock.patch.object(common, "save_checkpoint"):
-        try:
-            run(command)
-        except BaseException:
-            error = traceback.format_exc()
-    return dict(error=error, inside=inside, outside=len(probe.copies) - len(inside),
-                peak=probe.peak)
+    teacher = "--stage", "teacher", "--label-dropout", "0.1"
+    fake_cuda.run(["cd.py", *start, "teacher", *one, *NET, *teacher])
+    fake_cuda.run(["cd.py", *start, "cd", *one, *TEACHER])
+    fake_cuda.run(["ctm.py", *start, "ctm", *one, *TEACHER])
+    fake_cuda.run(["guided_distill.py", *start, "guided", *TEACHER, *SHORT])
 
 
 if __name__ == "__main__":
@@ -213,5 +170,5 @@ if __name__ == "__main__":
                  for command, sizes in SIZES.items() for size in sizes]
     for command in commands:
         with contextlib.redirect_stdout(sys.stderr):
-            seen = watch(command)
+            seen = fake_cuda.watch(command)
         print(json.dumps([command, seen]), flush=True)
