@@ -293,6 +293,9 @@ def check(args):
     """Raises UserError for values that do not fit each other."""
     if args.stage == "distill" and args.teacher == "none":
         raise UserError("--teacher none: a student needs one; ct.py and ctm.py do without")
+    if args.gradient_checkpointing and not getattr(args, "stop_gradient", True):
+        raise UserError("--gradient-checkpointing does not apply with --no-stop-gradient, whose "
+                        "derivative torch cannot recompute")
     N = getattr(args, "N", 2)  # continuous time has no grid
     common.check_p_t(args.p_t, karras_times(N))
 

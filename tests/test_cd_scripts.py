@@ -366,6 +366,8 @@ MISTAKES = [
     ([*TEACHER, *IMAGES, "--label-dropout", "0.1"], "--label-dropout needs labels"),
     ([*TEACHER, *PLAIN, "--out-dir", "student"], "holds a run with other settings"),
     (["--label-dropout", "0.1"], "--label-dropout does not apply with --stage distill"),
+    ("--objective continuous --no-stop-gradient --gradient-checkpointing".split(),
+     "--gradient-checkpointing does not apply with --no-stop-gradient"),
     (["--teacher", "teacher.pt", "--teacher-steps", "5"],
      "--teacher-steps does not apply with --teacher teacher.pt"),
     (["--teacher", "teacher.pt", "--net", "glyphs"], "--net does not apply with --teacher"),
