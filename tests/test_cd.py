@@ -453,9 +453,10 @@ def test_no_gradient_reaches_the_teacher_in_continuous_time():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_continuous_loss_on_a_gpu(dtype):
+def test_continuous_loss_on_a_gpu(dtype, monkeypatch):
     """Value and gradient of the full objective, with fused attention's math path and channels_last,
     are the CPU's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     nets = slim(), slim().to("cuda", memory_format=torch.channels_last)
     nets[1].dtype, losses = dtype, []
     for net, device in zip(nets, ("cpu", "cuda")):

@@ -289,6 +289,21 @@ def test_an_optimizers_counters_are_where_this_device_wants_them(tmp_path):
     here.step()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_counters_on_a_gpu_change_little():
+    """RAdam with its counters on the device or the CPU: 20 steps, past the first rectified one."""
+    ends = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.zeros(1000, device="cuda"))
+        optimizer = torch.optim.RAdam([p], 0.1, foreach=True, capturable=capturable)
+        for _ in range(20):
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+        ends.append(p.detach())
+    assert (ends[0] - ends[1]).norm() < 1e-2 * ends[0].norm()
+
+
 # ---- the steps of a run
 
 class Counted:
