@@ -5,11 +5,12 @@
     python tests/gpu.py --quick                      all of it in little: 3 to 5 minutes
     python tests/gpu.py --only right fast            some of its parts
 
-Writes gpu.md and pictures into --results, anew after each piece. The same command again goes on
-where it was stopped, and does again what failed; exit code 1: something has. Of --minutes M (25) a
-fifth at most goes to the speed, 27% to training a teacher, 9% to each of three students: 33 gives
-them 9 and 3 minutes. Without a GPU the same steps run at tiny sizes, with --quick in 3 minutes,
-otherwise ct.py is compiled, too, for minutes; the numbers mean nothing.
+Needs pytest (tests/requirements.txt). Writes gpu.md and pictures into --results, anew after each
+piece. The same command again goes on where it was stopped, and does again what failed; exit code 1:
+something has. Of --minutes M (25) a fifth at most goes to the speed, 27% to training a teacher, 9%
+to each of three students: 33 gives them 9 and 3 minutes. Without a GPU the same steps run at tiny
+sizes, with --quick in 3 minutes, otherwise ct.py is compiled, too, for minutes; the numbers mean
+nothing.
 """
 import argparse
 import contextlib
