@@ -1963,7 +1963,8 @@ def add_shared_flags(parser, net_only):
              "mult=1,2,2 blocks=1 attention=16,8 image_size=32")
     net.flag("--dropout", type=probability, metavar="P", help="dropout in the residual blocks")
     net.flag("--workers", type=count, metavar="N",
-             help="processes that decode image files (default: cores - 1, at most 8; arrays 0)")
+             help="processes that read images ahead (default: of files cores - 1, at most 8; of "
+             "arrays on a disk 1, in memory 0)")
 
     train = parser.group("training", ckpt=False)
     out_dir = f"out/{parser.prog.removesuffix('.py')}"

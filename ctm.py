@@ -546,7 +546,9 @@ def train(args, run, stop):
     draws = [partial(sample, ema, step_levels(n), 0.0) for n in (1, 2, 4)]
     share = args.micro_batch / args.batch_size
     disc_weight = getattr(args, "disc_weight", 0.0)
-    kinds, optimizers = {"a step": step}, [optimizer]
+    kinds, optimizers = {}, [optimizer]
+    if critic is None or step < args.disc_start:
+        kinds["a step"] = step
     if critic is not None:
         first = max(step, args.disc_start)  # its player may be either
         kinds |= {"a step with the critic": first, "the other player's": first + 1}

@@ -218,7 +218,8 @@ class Latents:
                 text = "embeddings" in file
             keys = ["latents", "embeddings", "null"] if text else ["latents", "labels"]
             arrays = [common.map_array(Path(path), key) for key in keys]
-        self.latents, self.conditions = arrays[:2]
+        self.parts = arrays[:2]
+        self.latents, self.conditions = self.parts
         self.null = torch.tensor(arrays[2], dtype=torch.float32) if text else None
         self.dtype = torch.float32 if text else torch.int64
         self.shapes = {key: array.shape for key, array in zip(keys, arrays)}
