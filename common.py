@@ -585,7 +585,8 @@ class UNet(nn.Module):
         """x (B,C,H,W) float32, c_noise (B,), y (B,) iff `classes`, cond (B,) iff `cond` -> like x.
 
         masks: of `draw_masks`; needed in training mode with dropout. Convolutions and attention run
-        in `dtype`, by default self.dtype; embeddings, norms and the head in float32.
+        in `dtype`, by default self.dtype; embeddings, norms and the head in float32, their products
+        on CUDA in TF32 where `allows_tf32`.
         """
         assert (y is not None) == (self.classes > 0), "labels do not fit the net"
         assert (cond is not None) == self.cond, "the second scalar does not fit the net"
@@ -1117,8 +1118,10 @@ def steps(args, run, log, dataset, step, kinds, optimizers):
     """Yield (step, micro-batches (m, batch) of this rank, is it a trial?) for the steps to come.
 
     First a micro-batch of each of `kinds`, {name: a step like it}, is tried, and its gradients are
-    to be discarded: networks are compiled, and a run that memory will not do for does not begin.
+    to be discarded: networks are compiled, and a run whose steps do not fit into memory does not
+    begin.
     """
+    loader = batches(args, run, dataset, step)  # its workers start now: afterwards threads run
     if step < args.total_steps:
         # What the optimizers will hold from their first step on: two numbers a parameter.
         sizes = [p.numel() for optimizer in optimizers if not optimizer.state
@@ -1128,6 +1131,8 @@ def steps(args, run, log, dataset, step, kinds, optimizers):
             log.say("compiling each network at its first call: minutes, in all")
         batch = dataset.__getitems__(np.arange(args.micro_batch) % len(dataset))
         for name, like in kinds.items():
+            if like >= args.total_steps:
+                continue
             start = time.perf_counter()
             yield like, [(0, batch)], True
             if run.compile or run.device.type == "cuda":
@@ -1135,9 +1140,8 @@ def steps(args, run, log, dataset, step, kinds, optimizers):
                         f"{peak_memory_gb(run.device):.1f} GB so far")
         del ballast
         log.restart_clock()
-    loader = batches(args, run, dataset, step)
-    for step in range(step, args.total_steps):
-        yield step, zip(micro_batches(args, run), loader), False
+    for k in range(step, args.total_steps):
+        yield k, zip(micro_batches(args, run), loader), False
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
@@ -1414,6 +1418,8 @@ def bytes_an_image(args, run, script, net):
     graph = ACTIVATION_BYTES[mode] * units * (run.dtype.itemsize / 2)
     if not net.scale_shift and not run.checkpointing:
         graph *= 0.85
+    if not getattr(args, "stop_gradient", True):
+        graph = 267 * units  # float32, never compiled, with tangents
     total = graph
     if net.dropout:
         total += units  # the masks
@@ -1443,8 +1449,9 @@ def images_that_fit(args, run, script, net):
     return max(int(fit), 1)
 
 def default_micro_batch(args, run, script, parts):
-    """The largest divisor of --batch-size that is at most the recipe's, leaves no process without
-    work, and fits into the memory of the GPUs."""
+    """Of the divisors of --batch-size that are at most the recipe's, give each process work, and
+    fit into the memory of the GPUs: the one that leaves the busiest process the fewest images, if
+    it is not tiny for that, and the largest of such."""
     most = min(args.micro_batch_limit, max(args.batch_size // run.world, 1))
     if run.device.type == "cuda" and isinstance(parts["net"], UNet):
         fit = images_that_fit(args, run, script, parts["net"])
@@ -1452,8 +1459,11 @@ def default_micro_batch(args, run, script, parts):
             print(f"note: micro-batches of {fit} images at most fit into the GPU's free memory")
         most = min(most, fit)
     sizes = [size for size in range(1, most + 1) if args.batch_size % size == 0]
-    even = [size for size in sizes if args.batch_size // size % run.world == 0]
-    return max(even or sizes)
+    sizes = [size for size in sizes if 2 * size >= max(sizes)]
+
+    def images_of_the_busiest(size):
+        return math.ceil(args.batch_size // size / run.world) * size
+    return min(reversed(sizes), key=images_of_the_busiest)
 
 def resume(args, run, script, model_args, parts):
     """Load `parts` from the run found in `args.out_dir`, if there is one, with the same flags, and
@@ -1475,11 +1485,11 @@ def resume(args, run, script, model_args, parts):
         torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
         if steps.sum() != 0:  # the largest is not the smallest
             raise UserError(f"--out-dir {out_dir} is not the same folder on all nodes")
-    before = state["args"].get("micro_batch")
+    recorded = state["args"].get("micro_batch")
     if args.micro_batch is None:
-        args.micro_batch = before or default_micro_batch(args, run, script, parts)
-    elif run.main and before not in (None, args.micro_batch):
-        print(f"note: --micro-batch {args.micro_batch}, and {before} until now: what is random "
+        args.micro_batch = recorded or default_micro_batch(args, run, script, parts)
+    elif recorded not in (None, args.micro_batch) and state["step"] < args.total_steps and run.main:
+        print(f"note: --micro-batch {args.micro_batch}, and {recorded} until now: what is random "
               "differs from here on")
     vars(args).pop("micro_batch_limit", None)
     if state["step"] == 0:

@@ -135,7 +135,7 @@ class Session:
         except Stopped:
             return
         except (Failed, common.UserError) as problem:
-            error = str(problem)
+            error = str(problem).strip().splitlines()[-1]  # after a worker's traceback
         except Exception as problem:
             error = f"{type(problem).__name__}: {common.first_line(problem)}"
         record = dict(error=error, seconds=time.time() - began, commands=commands.said) | values

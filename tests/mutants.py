@@ -54,7 +54,7 @@ MUTANTS = {
         ("block.number = number", "block.number = 0", "unet"),
         ("most = min(args.micro_batch_limit, max(args.batch_size // run.world, 1))",
          "most = args.micro_batch_limit", "common"),
-        ("before or default_micro_batch", "default_micro_batch", "common"),
+        ("recorded or default_micro_batch", "default_micro_batch", "common"),
         ("yield like, [(0, batch)], True", "yield like, [(0, batch)], False", "common scripts"),
         ("f_net.detach() - df_dt", "f_net.detach() + df_dt", "cd"),
         ("(dx_dt, torch.ones_like(t))", "(dx_dt, torch.zeros_like(t))", "cd"),

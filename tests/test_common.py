@@ -200,9 +200,9 @@ def test_no_run_half_a_run_and_overwrite(saved, tmp_path):
 @pytest.mark.parametrize("batch_size, limit, world, wanted", [
     (12, 8, 1, 6), (7, 8, 1, 7), (32, 32, 1, 32),
     (512, 128, 8, 64), (256, 128, 8, 32), (128, 128, 8, 16), (2048, 64, 8, 64),  # all have work
-    (96, 64, 8, 12), (100, 64, 8, 10), (512, 128, 3, 128), (4, 128, 8, 1)])
+    (96, 64, 8, 12), (100, 64, 8, 5), (512, 128, 3, 64), (536, 64, 8, 4), (4, 128, 8, 1)])
 def test_default_micro_batch(tmp_path, batch_size, limit, world, wanted):
-    """At most the recipe's and batch / world; where it can be, the ranks' numbers are the same."""
+    """At most the recipe's and batch / world; of the larger ones, what is best for the busiest."""
     args = settings(tmp_path, batch_size=batch_size, micro_batch=None, micro_batch_limit=limit)
     found = common.default_micro_batch(args, rank(0, world), "ct", dict(net=None))
     assert found == wanted and batch_size % found == 0
@@ -315,6 +315,29 @@ class Counted:
         return torch.tensor(indices), torch.zeros(len(indices))
 
 
+def test_a_trial_leaves_room_for_what_the_optimizer_will_hold(tmp_path, monkeypatch):
+    """Two numbers a parameter, of a linear layer's 6, until it holds them."""
+    taken, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *n, **more: taken.append(n[0]) or empty(*n, **more))
+    list(steps_of(tmp_path, 1, dict(a=1)))
+    assert taken.count(12) == 1
+
+
+def test_tf32_is_switched_as_allowed(monkeypatch):
+    """On a GPU, for convolutions and matrix products, one way and the other."""
+    switches = []
+    monkeypatch.setattr(common, "choose_device", lambda name, local: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **more: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", switches.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    args = argparse.Namespace(device="cuda", precision="auto", compile=None, eval=None)
+    for precision, tf32 in (("auto", True), ("fp32", False), ("bf16", True)):
+        args.precision = precision
+        common.setup(args)
+        assert torch.backends.cudnn.allow_tf32 is tf32
+    assert switches == ["high", "highest", "high"]
+
+
 def steps_of(folder, step, kinds, **more):
     args = settings(folder, total_steps=3, workers=0)
     run = types.SimpleNamespace(**vars(RUN) | more)
@@ -327,21 +350,22 @@ def steps_of(folder, step, kinds, **more):
 
 def test_each_kind_of_step_is_tried_before_the_first(tmp_path):
     """With one micro-batch, that takes none away from the steps that count."""
-    found = list(steps_of(tmp_path, 1, dict(a=1, b=7)))
+    found = list(steps_of(tmp_path, 1, dict(a=1, b=2)))
     first = [(0, [0, 1, 2, 3])]
-    assert found[:2] == [(1, first, True), (7, first, True)]
+    assert found[:2] == [(1, first, True), (2, first, True)]
     indices = common.index_batches(10, 3, 1, 3, 8, 4)
     wanted = [(k, [(m, next(indices).tolist()) for m in (0, 1)], False) for k in (1, 2)]
     assert found[2:] == wanted
     assert list(steps_of(tmp_path, 3, dict(a=3))) == []  # nothing is left to do, or to try
+    assert [k for k, _, trial in steps_of(tmp_path, 1, dict(a=1, b=3)) if trial] == [1]
     of_one = list(steps_of(tmp_path, 2, dict(a=2), rank=1, world=2, main=False))
     assert [m for m, _ in of_one[1][1]] == [1]
 
 
 def test_what_is_compiled_is_said(tmp_path, capsys):
-    list(steps_of(tmp_path, 2, dict(generator=2, critic=3)))
+    list(steps_of(tmp_path, 1, dict(generator=1, critic=2)))
     assert "tried" not in capsys.readouterr().out
-    list(steps_of(tmp_path, 2, dict(generator=2, critic=3), compile=True))
+    list(steps_of(tmp_path, 1, dict(generator=1, critic=2), compile=True))
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0] == "compiling each network at its first call: minutes, in all"
     for line, name in zip(lines[1:], ("generator", "critic")):
