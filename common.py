@@ -1407,6 +1407,7 @@ def delete_run(out_dir):
 
 # Bytes of memory that training takes, of bf16 networks, as measured: tests/results.
 ACTIVATION_BYTES = dict(eager=29, compiled=14.5, checkpointing=6.2)  # a unit of blocks' outputs
+FULL_GRADIENT_BYTES = 267  # the same for --no-stop-gradient: float32, tangents, never compiled
 LPIPS_BYTES, CRITIC_BYTES = 185e6, 196e6  # an image
 
 def bytes_an_image(args, run, script, net):
@@ -1417,9 +1418,9 @@ def bytes_an_image(args, run, script, net):
     units = sum(math.prod(shape) for shape in net.block_shapes)
     graph = ACTIVATION_BYTES[mode] * units * (run.dtype.itemsize / 2)
     if not net.scale_shift and not run.checkpointing:
-        graph *= 0.85
+        graph *= 0.85  # scale, shift and their products are not kept
     if not getattr(args, "stop_gradient", True):
-        graph = 267 * units  # float32, never compiled, with tangents
+        graph = FULL_GRADIENT_BYTES * units
     total = graph
     if net.dropout:
         total += units  # the masks
@@ -1449,9 +1450,11 @@ def images_that_fit(args, run, script, net):
     return max(int(fit), 1)
 
 def default_micro_batch(args, run, script, parts):
-    """Of the divisors of --batch-size that are at most the recipe's, give each process work, and
-    fit into the memory of the GPUs: the one that leaves the busiest process the fewest images, if
-    it is not tiny for that, and the largest of such."""
+    """A divisor of --batch-size, at most the recipe's, and what fits into the memory of the GPUs.
+
+    Of the largest and those down to half of it, the one with which the busiest process has the
+    fewest images a step.
+    """
     most = min(args.micro_batch_limit, max(args.batch_size // run.world, 1))
     if run.device.type == "cuda" and isinstance(parts["net"], UNet):
         fit = images_that_fit(args, run, script, parts["net"])
@@ -1459,7 +1462,8 @@ def default_micro_batch(args, run, script, parts):
             print(f"note: micro-batches of {fit} images at most fit into the GPU's free memory")
         most = min(most, fit)
     sizes = [size for size in range(1, most + 1) if args.batch_size % size == 0]
-    sizes = [size for size in sizes if 2 * size >= max(sizes)]
+    largest = sizes[-1]
+    sizes = [size for size in sizes if size >= largest / 2]
 
     def images_of_the_busiest(size):
         return math.ceil(args.batch_size // size / run.world) * size
@@ -1989,7 +1993,7 @@ def add_shared_flags(parser, net_only):
     train.flag("--ema-decay", type=probability, metavar="D",
                help="decay, a step, of the average used for sampling")
     train.flag("--gradient-checkpointing", default=False, action="store_true",
-               help="recompute each block in the backward pass: less memory, a third more time")
+               help="recompute each block in the backward pass: less memory, one forward pass more")
     every = dict(type=count, metavar="K")
     train.flag("--log-every", default=50, **every,
                help="steps between lines of log.jsonl; 0 = never (default 50)")
@@ -2052,12 +2056,12 @@ def parse_flags(parser, recipe, check=None):
         kept = {key: value for key, value in settings.items() if parser.can_sample(key)}
         return argparse.Namespace(**kept)
 
-    batch_size = settings["batch_size"]
-    settings["micro_batch_limit"] = settings["micro_batch"]
-    settings["micro_batch"] = flags.get("micro_batch")  # None: chosen by `resume`
-    if batch_size % (settings["micro_batch"] or 1):
+    batch_size, micro_batch = settings["batch_size"], flags.get("micro_batch")
+    if micro_batch and batch_size % micro_batch:
         raise UserError(f"--batch-size {batch_size} is not a multiple of --micro-batch "
-                        f"{settings['micro_batch']}")
+                        f"{micro_batch}")
+    settings["micro_batch_limit"] = settings["micro_batch"]  # the recipe's
+    settings["micro_batch"] = micro_batch  # None: chosen by `resume`
     kept = {key: value for key, value in settings.items()
             if key in FREE_FLAGS or not parser.why_not(key, settings)}
     args = argparse.Namespace(**kept)

@@ -1,6 +1,6 @@
 """The first run on a GPU, by one command: is it right, how fast is it, what does it draw.
 
-    python tests/gpu.py                              about 25 minutes on an H100
+    python tests/gpu.py                              meant to take 25 minutes on an H100
     python tests/gpu.py --data cifar10.zip           images with labels (default: fetch CIFAR-10)
     python tests/gpu.py --quick                      all of it in little: 3 to 5 minutes
     python tests/gpu.py --only right fast            some of its parts
