@@ -470,11 +470,14 @@ def measure(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     run = types.SimpleNamespace(device=device, dtype=dtype, checkpointing=False)
+    if dtype == torch.bfloat16:  # as in the scripts, see common.allows_tf32
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     classes = 1000 if args.net == "imagenet64" else 10
     settings = common.NETS[args.net] | dict(classes=classes)
-    net = common.UNet(**settings, cond=args.step == "ctm")
-    teacher = common.UNet(**settings, null=args.step == "guided")
+    with device:  # 296 million random numbers take seconds on a CPU
+        net = common.UNet(**settings, cond=args.step == "ctm")
+        teacher = common.UNet(**settings, null=args.step == "guided")
     shape = args.batch, 3, net.image_size, net.image_size
     x0, noise = torch.randn(shape, device=device), torch.randn(shape, device=device)
     y = torch.randint(classes, (args.batch,), device=device)

@@ -92,6 +92,19 @@ def test_attention_channel_order(kind):
     close(h.flatten()[::8], VECTORS["attention"], 1e-5, 1e-6)
 
 
+def test_gradient_of_qkv_is_channels_last():
+    """Otherwise cuDNN copies it, once for the weight's gradient and once for the input's."""
+    net = fill(common.UNet(**TINY)).to(memory_format=torch.channels_last)
+    seen = []
+    for block in kinds(net, common.AttentionBlock):
+        def keep(module, args, out):
+            out.register_hook(seen.append)
+        block.qkv.register_forward_hook(keep)
+    net(img((2, 3, 16, 16)), torch.tensor([-100.0, 250.0])).square().sum().backward()
+    assert seen
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in seen)
+
+
 def test_norm_is_float32_inside():
     norm, x = common.GroupNorm32(64), (1000 + torch.randn(2, 64, 8, 8)).bfloat16()
     h = x.double().view(2, 32, -1)
