@@ -1030,6 +1030,7 @@ def classes_of_folders(source, images, folders, flag):
     class_of = [name.split("/")[0] for name in images]
     names = sorted(set(class_of))
     homes = {name.rpartition("/")[0] for name in images}
+    unlabelled = 'put a dataset.json there, {"labels": null}'
 
     def choose(folder):
         return f"{flag} {source}/{folder}" if source.is_dir() else f"{flag} with a zip of {folder}"
@@ -1038,12 +1039,11 @@ def classes_of_folders(source, images, folders, flag):
         raise UserError(f"{source} holds splits and no classes ({listed(names)}): "
                         f"{choose(training[0])}")
     if all(name.isdecimal() and len(name) >= 5 for name in names):
-        raise UserError(f"{source}: {listed(names)} look like parts of a data set, not classes: a "
-                        'dataset.json there says so, {"labels": null}, or [["path", label], ..] '
-                        "instead of null; classes need other names")
+        raise UserError(f"{source}: {listed(names)} look like parts of a set without classes: "
+                        f"{unlabelled}; call classes otherwise")
     if all("/" in home for home in homes) and len(homes) > len(names):
-        raise UserError(f"{source} holds folders of folders ({listed(sorted(homes))}): which are the "
-                        f"classes? Name the folder of these alone: {choose(names[0])}")
+        raise UserError(f"{source} holds folders of folders ({listed(sorted(homes))}): name the one "
+                        f"whose folders are the classes ({choose(names[0])}), or {unlabelled}")
     empty = sorted(folders.difference(names))
     if empty:
         raise UserError(f"{source}/{empty[0]} holds no images, and later classes would get its "
