@@ -955,12 +955,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 FOREIGN = {  # files that are no images, by their names: what they are, and the way from there
     "data.mdb": "LSUN's lmdb: EDM's dataset_tool.py makes a zip of it",
-    "data_batch_1 cifar-10-*": "CIFAR-10 as an archive or as pickles, which are never read: "
+    "data_batch_1 cifar-10-*.tar.gz": "CIFAR-10 as an archive or as pickles, which are never read: "
     "--dataset cifar10, without --data-dir, fetches it as plain bytes",
     "*.tar *.tar.gz *.tgz": "a tar: unpack it, that of a class into a folder of the class's name, "
     "and name the folder of those",
-    "*.pkl *.pickle": "a pickle, which could run code, and is never read. Of EDM2's statistics make "
-    "an .npz, if you trust them: np.savez('x.npz', **pickle.load(open('x.pkl', 'rb'))['fid'])",
+    "*.pkl *.pickle": "a pickle, which could run code and is never read. If you trust EDM2's file of "
+    "statistics: np.savez('x.npz', **pickle.load(open('x.pkl', 'rb'))['fid']), and name x.npz",
     "train_data_batch_*.npz": "ImageNet-64 in official batches: --dataset imagenet64 reads them, "
     "with --data-dir for their folder",
     "*.npz *.npy": "arrays: name the file itself",
@@ -977,14 +977,11 @@ def count_kinds(files):
     kinds = sorted({Path(name).suffix or Path(name).name for name in files})
     return f"{len(files):,} file{'s' * (len(files) > 1)} ({listed(kinds)})"
 
-def what_else(files):
-    """What files are that are no images, and the way from there, in words; "" if there are none."""
-    bases = [name.rpartition("/")[2] for name in files]
-    for patterns, what in FOREIGN.items():
-        found = [base for pattern in patterns.split() for base in fnmatch.filter(bases, pattern)]
-        if found:
-            return f"{found[0]}, {what}"
-    return count_kinds(files) if files else ""
+def what_it_is(files):
+    """What files that are no images are, and the way from there, in words; "" if not known."""
+    names = [name.rpartition("/")[2] for name in files]
+    return next((what for patterns, what in FOREIGN.items() for pattern in patterns.split()
+                 if fnmatch.filter(names, pattern)), "")
 
 def list_folder(source):
     """The paths of the files below a folder, and of the folders, which end in a /. Links are
@@ -1042,8 +1039,8 @@ def classes_of_folders(source, images, folders, flag):
         raise UserError(f"{source}: {listed(names)} look like parts of a set without classes: "
                         f"{unlabelled}; call classes otherwise")
     if all("/" in home for home in homes) and len(homes) > len(names):
-        raise UserError(f"{source} holds folders of folders ({listed(sorted(homes))}): name the one "
-                        f"whose folders are the classes ({choose(names[0])}), or {unlabelled}")
+        raise UserError(f"{source} holds folders of folders ({listed(sorted(homes))}): name the "
+                        f"one with a folder for each class ({choose(names[0])}), or {unlabelled}")
     empty = sorted(folders.difference(names))
     if empty:
         raise UserError(f"{source}/{empty[0]} holds no images, and later classes would get its "
@@ -1059,8 +1056,8 @@ def load_files(source, size, flag="--dataset"):
     from PIL import features
     if source.is_file() and is_image(source.name):
         raise UserError(f"{source} is one image: name a folder of images")
-    if source.is_file() and not zipfile.is_zipfile(source) and source.suffix != ".zip":
-        raise UserError(f"{source.parent}/{what_else([source.name])}")
+    if source.is_file() and what_it_is([source.name]):
+        raise UserError(f"{source} is {what_it_is([source.name])}")
     with explain(f"{source} cannot be read"):
         if source.is_file():
             names = open_zip(source, os.getpid()).namelist()
@@ -1075,8 +1072,8 @@ def load_files(source, size, flag="--dataset"):
     others = [path for path in paths if not is_image(path)
               and not path.endswith("/") and path != f"{top}dataset.json"]
     if not images:
-        also = f", but {what_else(others)}" if others else ""
-        raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}){also}")
+        found = what_it_is(others) or (count_kinds(others) if others else "nothing")
+        raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}), but {found}")
     if any(name.lower().endswith(".avif") for name in images) and not features.check("avif"):
         raise UserError(f"{source} holds .avif images, which need pillow 11.3 or newer")
     labels = names = None
@@ -1103,8 +1100,8 @@ def load_files(source, size, flag="--dataset"):
         if all("_" in name for name in images) and 1 < len(words) <= len(images) / 2:
             notes.append(f"{listed(words)} are classes if each is moved into a folder of its own")
     elif loose:
-        raise UserError(f"{place}/{loose[0]} has no label: other images lie in sub-folders, one for "
-                        "each class")
+        raise UserError(f"{place}/{loose[0]} has no label: other images lie in sub-folders, one "
+                        "for each class")
     else:
         names, labels = classes_of_folders(place, images, folders, flag)
         if any(name.count("/") > 1 for name in images):
