@@ -959,8 +959,8 @@ FOREIGN = {  # files that are no images, by their names: what they are, and the 
     "--dataset cifar10, without --data-dir, fetches it as plain bytes",
     "*.tar *.tar.gz *.tgz": "a tar: unpack it, that of a class into a folder of the class's name, "
     "and name the folder of those",
-    "*.pkl *.pickle": "a pickle, which could run code and is never read. If you trust EDM2's file of "
-    "statistics: np.savez('x.npz', **pickle.load(open('x.pkl', 'rb'))['fid']), and name x.npz",
+    "*.pkl *.pickle": "a pickle, which could run code and is never read. If it is EDM2's, and "
+    "you trust it: np.savez('x.npz', **pickle.load(open('x.pkl', 'rb'))['fid']) writes an .npz",
     "train_data_batch_*.npz": "ImageNet-64 in official batches: --dataset imagenet64 reads them, "
     "with --data-dir for their folder",
     "*.npz *.npy": "arrays: name the file itself",

@@ -409,6 +409,8 @@ def main():
     args = make_parser().parse_args()
     run = common.setup(args)
     dataset = open_samples(args.samples, args.size)
+    if run.main:
+        print(f"samples {dataset.describe()}")
     n = len(dataset)
     inception = Inception(args.inception, run.device)
     try:
