@@ -1625,8 +1625,9 @@ def settings_of_run(args, model_args):
         flags["--teacher"] = args["teacher"]
     return {key: show_value(value) for key, value in (flags | model_args).items()}
 
-def check_resumable(args, state, script, model_args):
-    """Raises UserError if the run of a checkpoint was another script's, or had other flags."""
+def check_resumable(args, state, script, model_args, data):
+    """Raises UserError if the run of a checkpoint was another script's, or had other flags or data.
+    data: a summary, as checkpoints hold one."""
     if state.get("script") != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose "
                         "another, or --overwrite it")
@@ -1635,9 +1636,10 @@ def check_resumable(args, state, script, model_args):
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
                for key in sorted({"--teacher", "--teacher-digest", *new})  # others do not apply
                if old.get(key, "none") != new.get(key, "none")]
+    changed += data_differences(state.get("data"), data)
     if changed:
-        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings "
-                        f"({'; '.join(changed)}); use its flags, choose another, or --overwrite it")
+        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings or images "
+                        f"({'; '.join(changed)}); use its own, choose another, or --overwrite it")
 
 def delete_run(out_dir):
     """`--overwrite`: what a run left in its folder is deleted."""
@@ -1722,11 +1724,7 @@ def resume(args, run, script, model_args, parts):
             delete_run(out_dir)
     elif (out_dir / "last.pt").exists():
         state = load_checkpoint(out_dir / "last.pt")
-        check_resumable(args, state, script, model_args)
-        changed = data_differences(state.get("data"), run.data)
-        if changed:
-            raise UserError(f"--out-dir {out_dir} holds a run on other images than {args.dataset} "
-                            f"({'; '.join(changed)}); choose another, or --overwrite it")
+        check_resumable(args, state, script, model_args, run.data)
     elif (out_dir / "ema.pt").exists():
         raise UserError(f"--out-dir {out_dir} holds an ema.pt without last.pt: --overwrite it?")
     if run.world > 1:

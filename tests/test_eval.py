@@ -1,4 +1,5 @@
 """FID, IS, precision, recall: against independent computations; `--eval` and tests/evaluate.py."""
+import contextlib
 import copy
 import hashlib
 import io
@@ -298,11 +299,11 @@ def test_cd_teacher_counts_its_guided_calls(command, here):
 @pytest.fixture
 def evaluation(here, capsys):
     """`evaluate.evaluate` of images that `draw` makes, with the stand-in: the line, the record."""
-    def run(draw, n, batch=64, y=None, **settings):
+    def run(draw, n, batch=64, y=None, trained=None, **settings):
         defaults = dict(eval=n, inception=None, dataset="data.npz", data_dir=None, labels=None,
                         seed=0, ckpt="x.pt")
         args = types.SimpleNamespace(**defaults | settings)
-        evaluate.evaluate(args, CPU, draw, y, (3, 16, 16), 1, {}, batch)
+        evaluate.evaluate(args, CPU, draw, y, (3, 16, 16), 1, trained or {}, batch)
         return capsys.readouterr().out.splitlines()[-1], last_record()
     return run
 
@@ -430,6 +431,30 @@ def test_the_reference_is_the_training_data_unless_named(dataset, data_dir, want
     trained = dict(args=dict(dataset="imagenet64", data_dir="there"))
     args = types.SimpleNamespace(dataset=dataset, data_dir=data_dir, ckpt="x.pt")
     assert evaluate.dataset_of(args, trained) == wanted
+
+
+def test_official_batches_and_a_network_of_another_order(tmp_path, monkeypatch):
+    """Of ImageNet-64, without the names of the classes: refused, but with what was trained on them.
+    Networks and samples without labels do not care."""
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 12288), np.uint8),
+             labels=np.array([1, 2, 3, 1]))
+    data = common.load_dataset("imagenet64", str(tmp_path), 64).summary()
+    args = types.SimpleNamespace(dataset="imagenet64", data_dir=str(tmp_path), ckpt="x.pt")
+    monkeypatch.setattr(evaluate, "data_features", lambda *_: types.SimpleNamespace(sha="none"))
+    for classes, script, known, right in ((1000, None, None, False), (0, None, None, True),
+                                          (1000, "cd", data | dict(n=5), False),
+                                          (1000, "cd", data, True), (None, None, None, True)):
+        trained = dict(script=script, model_args=dict(classes=classes), data=known)
+        wrong = pytest.raises(UserError, match="map_clsloc.txt.* another order than those of x.pt")
+        with contextlib.nullcontext() if right else wrong:
+            evaluate.reference_features(args, CPU, Fake(), 64, {} if classes is None else trained)
+
+
+def test_labels_that_occur_are_said(evaluation):
+    data = dict(n=5, names=None, present=[0, 3], digest="x")
+    trained = dict(data=data, model_args=dict(classes=10), script="cd", args={})
+    line, _ = evaluation(draw_noise, 10, y=torch.arange(10) % 2, trained=trained)
+    assert "10 samples, the 2 labels of its data in turn," in line
 
 
 WITH_FAKE = f"""
