@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -952,7 +953,8 @@ def read_file(source, name):
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
                   ".tiff", ".ppm", ".pgm")
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+SPLIT = re.compile("(train(ing)?|val(id|idation)?|dev|test(ing)?)[-_ ]?(set|images|data|[0-9]*)",
+                   re.IGNORECASE)
 FOREIGN = {  # files that are no images, by their names: what they are, and the way from there
     "data.mdb": "LSUN's lmdb: EDM's dataset_tool.py makes a zip of it",
     "data_batch_1 cifar-10-*.tar.gz": "CIFAR-10 as an archive or as pickles, which are never read: "
@@ -1017,7 +1019,7 @@ def top_folder(paths):
     inside = [path.removeprefix(f"{folder}/") for path in paths if path.startswith(f"{folder}/")]
     loose = [path for path in inside if "/" not in path]
     one_class = any(map(is_image, loose)) and "dataset.json" not in loose
-    if one_class and folder.lower() not in SPLITS:
+    if one_class and not SPLIT.fullmatch(folder):
         return ""
     return f"{folder}/{top_folder(inside)}"
 
@@ -1031,9 +1033,10 @@ def classes_of_folders(source, images, folders, flag):
 
     def choose(folder):
         return f"{flag} {source}/{folder}" if source.is_dir() else f"{flag} with a zip of {folder}"
-    if SPLITS.issuperset(name.lower() for name in names):
-        training = [name for name in names if "train" in name.lower()] or names
-        raise UserError(f"{source} holds splits and no classes ({listed(names)}): "
+    splits = list(filter(SPLIT.fullmatch, names))
+    if len(splits) > 1 or splits == names:
+        training = [name for name in splits if "train" in name.lower()] or splits
+        raise UserError(f"{source} holds splits, no classes ({listed(names)}): "
                         f"{choose(training[0])}")
     if all(name.isdecimal() and len(name) >= 5 for name in names):
         raise UserError(f"{source}: {listed(names)} look like parts of a set without classes: "

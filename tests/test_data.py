@@ -229,7 +229,7 @@ def test_splits_are_no_classes(tmp_path, source):
     source = tmp_path / source
     write(source, {"Train/cat/1.png": PNG, "val/cat/2.png": PNG, "classes.txt": b""})
     training = f"{source}/Train" if source.is_dir() else "with a zip of Train"
-    with one_line_error(source, "splits and no classes (Train, val)", f"--dataset {training}"):
+    with one_line_error(source, "splits, no classes (Train, val)", f"--dataset {training}"):
         load(source)
     with one_line_error(f"--data-dir {training}"):
         load(source, 16, "cat256")
@@ -237,6 +237,13 @@ def test_splits_are_no_classes(tmp_path, source):
     write(tmp_path / "flat" / source.name, {"test/1.png": PNG, "valid/2.png": PNG})
     with one_line_error("splits", "test"):
         load(tmp_path / "flat" / source.name)
+    (tmp_path / "coco").mkdir()
+    files = dict.fromkeys(("train2017/1.png", "val_set/2.png", "more/3.png"), PNG)
+    with one_line_error("splits", "train2017"):
+        load(write(tmp_path / "coco" / source.name, files))
+    (tmp_path / "vehicles").mkdir()
+    files = dict.fromkeys(("bus/1.png", "train/2.png"), PNG)
+    assert load(write(tmp_path / "vehicles" / source.name, files)).names == ["bus", "train"]
 
 
 @PLACES
