@@ -1023,6 +1023,10 @@ def top_folder(paths):
         return ""
     return f"{folder}/{top_folder(inside)}"
 
+def naming(flag, source, folder):
+    """How a folder of a data set is named on the command line."""
+    return f"{flag} {source}/{folder}" if source.is_dir() else f"{flag} with a zip of {folder}"
+
 def classes_of_folders(source, images, folders, flag):
     """The names of the classes, and the labels of `images`, which lie in `folders`, one a class.
     Raises UserError if the folders are something else."""
@@ -1030,20 +1034,17 @@ def classes_of_folders(source, images, folders, flag):
     names = sorted(set(class_of))
     homes = {name.rpartition("/")[0] for name in images}
     unlabelled = 'put a dataset.json there, {"labels": null}'
-
-    def choose(folder):
-        return f"{flag} {source}/{folder}" if source.is_dir() else f"{flag} with a zip of {folder}"
     splits = list(filter(SPLIT.fullmatch, names))
     if len(splits) > 1 or splits == names:
         training = [name for name in splits if "train" in name.lower()] or splits
         raise UserError(f"{source} holds splits, no classes ({listed(names)}): "
-                        f"{choose(training[0])}")
+                        f"{naming(flag, source, training[0])}")
     if all(name.isdecimal() and len(name) >= 5 for name in names):
         raise UserError(f"{source}: {listed(names)} look like parts of a set without classes: "
                         f"{unlabelled}; call classes otherwise")
     if all("/" in home for home in homes) and len(homes) > len(names):
-        raise UserError(f"{source} holds folders of folders ({listed(sorted(homes))}): name the "
-                        f"one with a folder for each class ({choose(names[0])}), or {unlabelled}")
+        raise UserError(f"{source} holds folders of folders ({listed(sorted(homes))}): which are "
+                        f"classes? {naming(flag, source, names[0])}, or {unlabelled}")
     empty = sorted(folders.difference(names))
     if empty:
         raise UserError(f"{source}/{empty[0]} holds no images, and later classes would get its "
@@ -1096,8 +1097,9 @@ def load_files(source, size, flag="--dataset"):
                 if len(label_of) > len(images):
                     notes.append(f"{len(label_of) - len(images):,} in dataset.json have no file")
     elif nested:
-        raise UserError(f"{place}/{nested[0]} is of that folder alone: {flag} {place}/"
-                        f"{nested[0].removesuffix('/dataset.json')}")
+        folder = nested[0].removesuffix("/dataset.json")
+        raise UserError(f"{place}/{nested[0]} is of that folder alone: "
+                        f"{naming(flag, place, folder)}")
     elif len(loose) == len(images):
         words = sorted({name.partition("_")[0] for name in images})  # ADM takes them for classes
         if all("_" in name for name in images) and 1 < len(words) <= len(images) / 2:

@@ -352,8 +352,10 @@ def test_dataset_json_of_a_folder_further_down(tmp_path, source):
     assert_holds(dataset, x, [2, 0, 1])
     assert dataset.describe().endswith("all of it in set/; 1 in dataset.json have no file")
     (tmp_path / "two").mkdir()
-    with one_line_error("set/dataset.json", f"--dataset {tmp_path}/two/{source}/set"):
-        load(write(tmp_path / "two" / source, files | {"other/a.png": PNG}))
+    source = tmp_path / "two" / source
+    way = f"{source}/set" if source.suffix != ".zip" else "with a zip of set"
+    with one_line_error("set/dataset.json", f"--dataset {way}"):
+        load(write(source, files | {"other/a.png": PNG}))
 
 
 def test_classes_in_the_names_of_files(tmp_path):
