@@ -195,7 +195,10 @@ def test_a_folder_is_described(tmp_path, source):
     assert one.endswith("1 images of 16x16 pixels, 1 class: x")
 
 
-def test_sizes_of_many_files_are_of_some(tmp_path):
+def test_sizes(tmp_path):
+    """Width by height; of many files those of some."""
+    np.save(tmp_path / "x.npy", pictures(3, 16, 20, 3))
+    assert "3 images of 20x16 pixels, no labels" in load(tmp_path / "x.npy").describe()
     files = {f"{i:02d}.png": PNG for i in range(40)} | {"00.png": b"garbage"}
     line = load(write(tmp_path / "set", files)).describe()
     assert line.endswith("set: 40 images of 16x16 pixels (of 16 looked at), no labels")
