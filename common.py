@@ -16,6 +16,7 @@ import colorsys
 import contextlib
 import datetime
 import difflib
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -824,22 +826,67 @@ def fit_image(image, size, source):
     left, above = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[above:above + size, left:left + size]
 
+LOOKED_AT = 16  # images whose sizes are reported
+
+def listed(words, most=4):
+    """The first of the words, as a text."""
+    return ", ".join([*map(str, words[:most]), *[".."] * (len(words) > most)])
+
 class Images:
-    """n images of `size` pixels: `read(i)` gives one, (size,size,3) uint8."""
-    def __init__(self, n, labels, size, source):
-        self.n, self.size, self.source = n, size, source
-        self.labels, self.classes = None, 0
+    """n images of `size` pixels: `read(i)` gives one, (size,size,3) uint8.
+
+    names: of the classes, in the order of the labels, or None. present: the labels that occur.
+    notes: what was left out, and why. own_order: the classes are in another order than others'.
+    """
+    own_order = False
+
+    def __init__(self, n, labels, size, source, names=None, notes=()):
+        self.n, self.size, self.source, self.notes = n, size, source, list(notes)
+        self.labels, self.names, self.classes, self.present = None, None, 0, []
         if labels is not None:
             labels = np.asarray(labels)
             whole = labels.dtype.kind in "iu"
             if labels.shape != (n,) or not whole or labels.min() < 0:
                 raise UserError(f"{source}: the labels must be {n} integers, none negative, and "
                                 f"are {labels.dtype} of shape {labels.shape}")
-            self.labels = labels.astype(np.int64)
-            self.classes = int(labels.max()) + 1
+            highest = int(labels.max())
+            if highest >= max(n, 1000):  # each class takes memory; 1000: a few images of ImageNet
+                raise UserError(f"{source} has a label {highest}, far beyond its {n} images: "
+                                "number the classes 0, 1, 2, ..")
+            if names is not None and highest >= len(names):
+                raise UserError(f"{source} has a label {highest}, and {len(names)} class names")
+            self.labels, self.names = labels.astype(np.int64), names
+            self.classes = len(names or range(highest + 1))
+            self.present = np.unique(self.labels).tolist()
 
     def __len__(self):
         return self.n
+
+    def describe(self):
+        """What it is, in one line."""
+        sizes = sorted(self.some_sizes(), key=math.prod)
+        ends = dict.fromkeys(f"{width}x{height}" for width, height in sizes[:1] + sizes[-1:])
+        pixels = f"{' to '.join(ends) or '?'} pixels"
+        if len(self.files) > LOOKED_AT:
+            pixels += f" (of {LOOKED_AT} looked at)"
+        classes = "no labels"
+        if self.classes:
+            classes = f"{self.classes} class{'es' * (self.classes > 1)}"
+            if len(self.present) < self.classes:
+                classes += f", of which {len(self.present)} occur"
+            names = self.names or range(self.classes)
+            classes += f": {listed([names[label] for label in self.present])}"
+        line = f"{self.source}: {self.n:,} images of {pixels}, {classes}"
+        line = "; ".join([line, *self.notes])
+        return line.encode(errors="replace").decode()  # of a name that is no text
+
+    def summary(self):
+        """What a checkpoint remembers of it."""
+        digest = hashlib.sha256(np.array(self.files).tobytes())
+        if self.classes:
+            digest.update(self.labels.tobytes())
+        return dict(n=self.n, names=self.names, present=self.present,
+                    digest=digest.hexdigest()[:12])
 
     def __getitems__(self, indices):
         images = np.stack([self.read(int(i)) for i in indices])  # (b,H,W,3)
@@ -851,9 +898,15 @@ class Images:
 
 class ArrayImages(Images):
     """Images in arrays (n,H,W,3) uint8, one after the other: in memory or memory-mapped."""
-    def __init__(self, parts, labels, size, source):
+    files = ()
+
+    def __init__(self, parts, labels, size, source, names=None, notes=()):
         self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-        super().__init__(int(self.ends[-1]), labels, size, source)
+        super().__init__(int(self.ends[-1]), labels, size, source, names, notes)
+
+    def some_sizes(self):
+        """(width, height) of the images."""
+        return [part.shape[2:0:-1] for part in self.parts]
 
     def read(self, i):
         from PIL import Image
@@ -866,13 +919,23 @@ class ArrayImages(Images):
 
 class FileImages(Images):
     """Image files of a folder or a zip, decoded when asked for."""
-    def __init__(self, source, names, labels, size):
-        self.names = np.array([os.fsencode(name) for name in names])  # bytes: compact, and shared
-        super().__init__(len(names), labels, size, source)
+    def __init__(self, source, files, labels, size, names=None, notes=()):
+        self.files = np.array([os.fsencode(name) for name in files])  # bytes: compact, and shared
+        super().__init__(len(files), labels, size, source, names, notes)
+
+    def some_sizes(self):
+        """(width, height) of LOOKED_AT of the images, by their headers."""
+        from PIL import Image
+        sizes = []
+        for name in self.files[::math.ceil(self.n / LOOKED_AT)]:
+            with contextlib.suppress(Exception):  # an unreadable one is named when it is read
+                file = io.BytesIO(read_file(self.source, os.fsdecode(name)))
+                sizes.append(Image.open(file).size)
+        return sizes
 
     def read(self, i):
         from PIL import Image
-        name = os.fsdecode(self.names[i])
+        name = os.fsdecode(self.files[i])
         with explain(f"{self.source}/{name} cannot be read as an image"):
             with Image.open(io.BytesIO(read_file(self.source, name))) as image:
                 image.load()
@@ -888,41 +951,170 @@ def read_file(source, name):
         return open_zip(source, os.getpid()).read(name)
     return (source / name).read_bytes()
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
+                  ".tiff", ".ppm", ".pgm")
+SPLIT = re.compile("(train(ing)?|val(id|idation)?|dev|test(ing)?)[-_ ]?(set|images|data|[0-9]*)",
+                   re.IGNORECASE)
+FOREIGN = {  # files that are no images, by their names: what they are, and the way from there
+    "data.mdb": "LSUN's lmdb: EDM's dataset_tool.py makes a zip of it",
+    "data_batch_1 cifar-10-*.tar.gz": "CIFAR-10 as an archive or as pickles, which are never read: "
+    "--dataset cifar10, without --data-dir, fetches it as plain bytes",
+    "*.tar *.tar.gz *.tgz": "a tar: unpack it, that of a class into a folder of the class's name, "
+    "and name the folder of those",
+    "*.pkl *.pickle": "a pickle, which could run code and is never read. If it is EDM2's, and "
+    "you trust it: np.savez('x.npz', **pickle.load(open('x.pkl', 'rb'))['fid']) writes an .npz",
+    "train_data_batch_*.npz": "ImageNet-64 in official batches: --dataset imagenet64 reads them, "
+    "with --data-dir for their folder",
+    "*.npz *.npy": "arrays: name the file itself",
+}
+
+def is_hidden(name):
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 def is_image(name):
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden
+    return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
-def load_files(source, size):
-    """A folder or zip of images, labelled by `dataset.json` (EDM's layout) or by sub-folders."""
+def count_kinds(files):
+    """How many files there are, and of which suffixes, in words."""
+    kinds = sorted({Path(name).suffix or Path(name).name for name in files})
+    return f"{len(files):,} file{'s' * (len(files) > 1)} ({listed(kinds)})"
+
+def what_it_is(files):
+    """What files that are no images are, and the way from there, in words; "" if not known."""
+    names = [name.rpartition("/")[2] for name in files]
+    return next((what for patterns, what in FOREIGN.items() for pattern in patterns.split()
+                 if fnmatch.filter(names, pattern)), "")
+
+def list_folder(source):
+    """The paths of the files below a folder, and of the folders, which end in a /. Links are
+    followed. Raises UserError if one leads nowhere, or to a folder that is there already."""
+    paths, pending = [], [""]
+    seen = {folder: folder for folder in Path(os.path.realpath(source)).parents}
+    while pending:
+        folder = pending.pop()
+        real = Path(os.path.realpath(source / folder))
+        if real in seen:
+            raise UserError(f"{source / folder} is {seen[real]} once more, by a link: its images "
+                            "would count twice; delete the link")
+        seen[real] = source / folder
+        for entry in os.scandir(source / folder):
+            path = folder + entry.name
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                path += "/"
+                pending.append(path)
+            elif entry.is_symlink() and not entry.is_file():
+                raise UserError(f"{source / path} is a link to nothing: mend it, or delete it")
+            paths.append(path)
+    return paths
+
+def top_folder(paths):
+    """The folder that a data set lies in if its `source` holds nothing else: "set/", say, or ""."""
+    folders = {path.split("/")[0] for path in paths if "/" in path}
+    loose = [path for path in paths if "/" not in path]
+    if len(folders) != 1 or "dataset.json" in loose or any(map(is_image, loose)):
+        return ""
+    folder, = folders
+    inside = [path.removeprefix(f"{folder}/") for path in paths if path.startswith(f"{folder}/")]
+    loose = [path for path in inside if "/" not in path]
+    one_class = any(map(is_image, loose)) and "dataset.json" not in loose
+    if one_class and not SPLIT.fullmatch(folder):
+        return ""
+    return f"{folder}/{top_folder(inside)}"
+
+def naming(flag, source, folder):
+    """How a folder of a data set is named on the command line."""
+    return f"{flag} {source}/{folder}" if source.is_dir() else f"{flag} with a zip of {folder}"
+
+def classes_of_folders(source, images, folders, flag):
+    """The names of the classes, and the labels of `images`, which lie in `folders`, one a class.
+    Raises UserError if the folders are something else."""
+    class_of = [name.split("/")[0] for name in images]
+    names = sorted(set(class_of))
+    homes = {name.rpartition("/")[0] for name in images}
+    unlabelled = 'put a dataset.json there, {"labels": null}'
+    splits = list(filter(SPLIT.fullmatch, names))
+    if len(splits) > 1 or splits == names:
+        training = [name for name in splits if "train" in name.lower()] or splits
+        raise UserError(f"{source} holds splits, no classes ({listed(names)}): "
+                        f"{naming(flag, source, training[0])}")
+    if all(name.isdecimal() and len(name) >= 5 for name in names):
+        raise UserError(f"{source}: {listed(names)} look like parts of a set without classes: "
+                        f"{unlabelled}; call classes otherwise")
+    if all("/" in home for home in homes) and len(homes) > len(names):
+        raise UserError(f"{source} holds folders of folders ({listed(sorted(homes))}): which are "
+                        f"classes? {naming(flag, source, names[0])}, or {unlabelled}")
+    empty = sorted(folders.difference(names))
+    if empty:
+        raise UserError(f"{source}/{empty[0]} holds no images, and later classes would get its "
+                        "label: fill it, or delete it")
+    if all(name.isascii() and name.isdecimal() for name in names):
+        names.sort(key=int)
+    label_of = {name: label for label, name in enumerate(names)}
+    return names, [label_of[name] for name in class_of]
+
+def load_files(source, size, flag="--dataset"):
+    """A folder or zip of images, labelled by `dataset.json` (EDM's layout) or by sub-folders.
+    flag: which named it."""
+    from PIL import features
+    if source.is_file() and is_image(source.name):
+        raise UserError(f"{source} is one image: name a folder of images")
+    if source.is_file() and what_it_is([source.name]):
+        raise UserError(f"{source} is {what_it_is([source.name])}")
     with explain(f"{source} cannot be read"):
         if source.is_file():
-            files = open_zip(source, os.getpid()).namelist()
+            names = open_zip(source, os.getpid()).namelist()
+            paths = sorted({name for name in names if not is_hidden(name)})
         else:
-            files = [Path(folder, file).relative_to(source).as_posix()  # a class may be a link
-                     for folder, _, names in os.walk(source, followlinks=True) for file in names]
-        index = read_file(source, "dataset.json") if "dataset.json" in files else None
-    names = sorted(filter(is_image, files))
-    if not names:
-        raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    labels = None
-    classes = [name.split("/")[0] if "/" in name else "" for name in names]
+            paths = sorted(list_folder(source))
+        top = top_folder(paths)
+        place = source / top
+        inside = [path.removeprefix(top) for path in paths if path.startswith(top)]
+        index = read_file(source, f"{top}dataset.json") if "dataset.json" in inside else None
+    images = list(filter(is_image, inside))
+    others = [path for path in paths if not is_image(path)
+              and not path.endswith("/") and path != f"{top}dataset.json"]
+    if not images:
+        found = what_it_is(others) or (count_kinds(others) if others else "nothing")
+        raise UserError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}), but {found}")
+    if any(name.lower().endswith(".avif") for name in images) and not features.check("avif"):
+        raise UserError(f"{source} holds .avif images, which need pillow 11.3 or newer")
+    labels = names = None
+    notes = [f"all of it in {top}"] if top else []
+    folders = {path.split("/")[0] for path in inside if "/" in path}
+    loose = [name for name in images if "/" not in name]
+    nested = [path for path in inside if path.endswith("/dataset.json")]
     if index is not None:
-        with explain(f"{source}/dataset.json does not list an integer label for each image"):
+        with explain(f"{place}/dataset.json does not list an integer label for each image"):
             pairs = json.loads(index)["labels"]
             if pairs is not None:
                 label_of = dict(pairs)
-                labels = [label_of[name] for name in names]
+                labels = [label_of[name] for name in images]
                 wrong = [label for label in labels if type(label) is not int]
                 if wrong:
                     raise ValueError(f"label {wrong[0]!r}")
-    elif source.is_dir() and any(classes):
-        if "" in classes:
-            raise UserError(f"{source}/{names[classes.index('')]} has no label: other images lie "
-                            "in sub-folders, one for each class")
-        labels = np.searchsorted(sorted(set(classes)), classes)
-    return FileImages(source, names, labels, size)
+                if len(label_of) > len(images):
+                    notes.append(f"{len(label_of) - len(images):,} in dataset.json have no file")
+    elif nested:
+        folder = nested[0].removesuffix("/dataset.json")
+        raise UserError(f"{place}/{nested[0]} is of that folder alone: "
+                        f"{naming(flag, place, folder)}")
+    elif len(loose) == len(images):
+        words = sorted({name.partition("_")[0] for name in images})  # ADM takes them for classes
+        if all("_" in name for name in images) and 1 < len(words) <= len(images) / 2:
+            notes.append(f"{listed(words)} are classes if each is moved into a folder of its own")
+    elif loose:
+        raise UserError(f"{place}/{loose[0]} has no label: other images lie in sub-folders, one "
+                        "for each class")
+    else:
+        names, labels = classes_of_folders(place, images, folders, flag)
+        if any(name.count("/") > 1 for name in images):
+            notes.append("folders within a class belong to it")
+    if others:
+        notes.append(f"skipped {count_kinds(others)}")
+    files = [top + name for name in images]
+    return FileImages(source, files, labels, size, names, notes)
 
 def map_array(path, key=None):
     """Memory-map a .npy, or one array of an .npz, unpacked beside it if it is compressed."""
@@ -953,20 +1145,39 @@ def map_stored(path, offset):
             raise ValueError("it holds pickled objects")
         return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
-IMAGE_KEYS, LABEL_KEYS = ("arr_0", "images", "x", "data"), ("arr_1", "labels", "y")
+IMAGE_KEYS = "arr_0", "images", "x", "data", "x_train"
+LABEL_KEYS = "arr_1", "labels", "label", "targets", "y", "y_train"
+NAME_KEYS = "names", "class_names"
+
+def one_key(path, keys, wanted):
+    """The one of the keys of an npz that is `wanted`, or None."""
+    found = [key for key in keys if key.lower() in wanted]
+    if len(found) > 1:
+        raise UserError(f"{path}: {' and '.join(found)} could both be meant: leave one of them out")
+    return found[0] if found else None
 
 def load_arrays(path, size):
-    """A .npy of images, or an .npz with them as one of IMAGE_KEYS, labels as one of LABEL_KEYS."""
-    key, labels = None, None
+    """A .npy of images, or an .npz: images, labels and names of classes by IMAGE_KEYS and so on."""
+    key = labels = names = None
+    notes = []
     if path.suffix == ".npz":
         with explain(f"{path} cannot be read as an npz"), zipfile.ZipFile(path) as archive:
             keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        key = next((key for key in IMAGE_KEYS if key in keys), None)
+        key, labels_key, names_key = (one_key(path, keys, wanted)
+                                      for wanted in (IMAGE_KEYS, LABEL_KEYS, NAME_KEYS))
         if key is None:
             raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0, labels arr_1")
-        for labels_key in LABEL_KEYS:
-            if labels is None and labels_key in keys:
-                labels = map_array(path, labels_key)
+        if labels_key:
+            labels = map_array(path, labels_key)
+        if labels_key and names_key:
+            names = map_array(path, names_key)
+            if names.dtype.kind != "U" or names.ndim != 1:
+                raise UserError(f"{path}: {names_key} must be the names of the classes, and are "
+                                f"{names.dtype} of shape {names.shape}")
+            names = names.tolist()
+        unused = [name for name in keys if name not in (key, labels_key, names_key)]
+        if unused:
+            notes.append(f"neither images nor labels: {listed(unused)}")
     images = map_array(path, key)
     shape, channels = images.shape, (1, 3, 4)
     if images.ndim == 3:
@@ -979,10 +1190,12 @@ def load_arrays(path, size):
                         f"{images.dtype} {shape}")
     if images.shape[3] == 1:  # grey
         images = np.broadcast_to(images, (*images.shape[:3], 3))
-    return ArrayImages([images[..., :3]], labels, size, path)
+    return ArrayImages([images[..., :3]], labels, size, path, names, notes)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                 "truck"]
 
 def load_cifar10(folder, size):
     """CIFAR-10's 50,000 training images; their archive is fetched into `folder` if missing."""
@@ -1001,7 +1214,7 @@ def load_cifar10(folder, size):
     rows = np.concatenate(parts).reshape(50000, 3073)  # one byte of label, then planes of 32x32
     planes = rows[:, 1:].reshape(-1, 3, 32, 32)
     images = planes.transpose(0, 2, 3, 1)
-    return ArrayImages([images], rows[:, 0], size, archive)
+    return ArrayImages([images], rows[:, 0], size, archive, CIFAR10_NAMES)
 
 def load_imagenet64(path, batches, size):
     """The official train_data_batch_*.npz, whose labels count from 1, in an order of their own.
@@ -1021,14 +1234,21 @@ def load_imagenet64(path, batches, size):
     labels = np.concatenate(labels).astype(np.int64) - 1
     if labels.min() < 0:  # it would count from the end of the list below
         raise UserError(f"{path}: the labels of the official batches count from 1, not from 0")
-    names = path / "map_clsloc.txt"
-    if names.exists():
-        with explain(f"{names} is not ImageNet's list of classes"):
-            lines = [line.split() for line in names.read_text().splitlines()]
+    index, names = path / "map_clsloc.txt", None
+    notes = ["the official batches, not shrunk like the images of EDM, CM and CTM: numbers do not "
+             "compare"]
+    if index.exists():
+        with explain(f"{index} is not ImageNet's list of classes"):
+            lines = [line.split() for line in index.read_text().splitlines()]
             wnid_of = {int(number): wnid for wnid, number, *_ in lines}
             wnids = [wnid_of[number] for number in sorted(wnid_of)]
-            labels = np.searchsorted(sorted(wnids), wnids)[labels]
-    return ArrayImages(parts, labels, size, path)
+            names = sorted(wnids)
+            labels = np.searchsorted(names, wnids)[labels]
+    else:
+        notes.append(f"its classes in an order of their own, without {index}")
+    dataset = ArrayImages(parts, labels, size, path, names, notes)
+    dataset.own_order = names is None
+    return dataset
 
 NAMED = "cifar10", "imagenet64", "bedroom256", "cat256"
 
@@ -1040,7 +1260,7 @@ def load_dataset(name, data_dir, size):
     """
     if name == "glyphs":
         images, labels = glyphs(20000, seed=0, size=size)
-        return ArrayImages([images], labels, size, name)
+        return ArrayImages([images], labels, size, name, list("0123456789"))
     known = name in NAMED
     if known and data_dir is None and name != "cifar10":
         raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images, or, of "
@@ -1051,18 +1271,44 @@ def load_dataset(name, data_dir, size):
         empty = not path.is_file() and not any(path.glob("*"))
         if data_dir is None or archive.exists() or empty:
             return load_cifar10(path, size)
+    flag = "--data-dir" if known else "--dataset"
     if not path.exists():
-        raise UserError(f"{'--data-dir' if known else '--dataset'} {path} does not exist; the "
-                        f"named data sets are glyphs, {', '.join(NAMED)}")
+        raise UserError(f"{flag} {path} does not exist; the named data sets are glyphs, "
+                        f"{', '.join(NAMED)}")
     if path.suffix in (".npz", ".npy"):
         return load_arrays(path, size)
     official = list(path.rglob("train_data_batch_*.npz")) if name == "imagenet64" else []
-    return load_imagenet64(path, official, size) if official else load_files(path, size)
+    return load_imagenet64(path, official, size) if official else load_files(path, size, flag)
 
 def open_dataset(args, run, size):
-    """`--dataset`, loaded by rank 0 first, which may have to fetch or unpack it."""
+    """`--dataset`, loaded by rank 0 first, which may have to fetch or unpack it, and says what it
+    is; `run.data` is what checkpoints remember of it."""
     with main_process_first(run):
-        return load_dataset(args.dataset, args.data_dir, size)
+        dataset = load_dataset(args.dataset, args.data_dir, size)
+    run.data = dataset.summary()
+    if run.main:
+        print(dataset.describe())
+    return dataset
+
+def data_differences(old, new):
+    """What data sets differ in, by their summaries: texts; none if one of them is not known."""
+    if not old or not new or old == new:
+        return []
+    before, now = (set(data["names"] or ()) for data in (old, new))
+    texts = []
+    if before != now:
+        texts.append(f"classes only there: {listed(sorted(before - now)) or 'none'}, only now: "
+                     f"{listed(sorted(now - before)) or 'none'}")
+    if old["n"] != new["n"]:
+        texts.append(f"{old['n']:,} images there, {new['n']:,} now")
+    return texts or ["other labels, or names of classes or files"]
+
+def check_class_order(dataset, script, data, path):
+    """Raises UserError if a network's classes are not in the order of official ImageNet-64 batches.
+    script, data: of its checkpoint; of before there are some that do not say their data."""
+    if dataset.own_order and data != dataset.summary() and (data or not script):
+        raise UserError(f"{dataset.source}: put ImageNet's map_clsloc.txt there; without it the "
+                        f"classes are in another order than those of {path}")
 
 def index_batches(n, seed, step, total_steps, batch_size, micro_batch, rank=0, world=1):
     """Yield the indices of micro-batches rank, rank + world, ... of every step from `step` on.
@@ -1227,7 +1473,7 @@ def setup(args):
     return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, restarted=restarts > 0,
                                  device=device, dtype=dtype, compile=compiled,
                                  checkpointing=getattr(args, "gradient_checkpointing", False),
-                                 capturable=device.type == "cuda")
+                                 capturable=device.type == "cuda", data=None)
 
 @contextlib.contextmanager
 def main_process_first(run):
@@ -1384,8 +1630,9 @@ def settings_of_run(args, model_args):
         flags["--teacher"] = args["teacher"]
     return {key: show_value(value) for key, value in (flags | model_args).items()}
 
-def check_resumable(args, state, script, model_args):
-    """Raises UserError if the run of a checkpoint was another script's, or had other flags."""
+def check_resumable(args, state, script, model_args, data):
+    """Raises UserError if the run of a checkpoint was another script's, or had other flags or data.
+    data: a summary, as checkpoints hold one."""
     if state.get("script") != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose "
                         "another, or --overwrite it")
@@ -1394,9 +1641,10 @@ def check_resumable(args, state, script, model_args):
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
                for key in sorted({"--teacher", "--teacher-digest", *new})  # others do not apply
                if old.get(key, "none") != new.get(key, "none")]
+    changed += data_differences(state.get("data"), data)
     if changed:
-        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings "
-                        f"({'; '.join(changed)}); use its flags, choose another, or --overwrite it")
+        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings or images "
+                        f"({'; '.join(changed)}); use its own, choose another, or --overwrite it")
 
 def delete_run(out_dir):
     """`--overwrite`: what a run left in its folder is deleted."""
@@ -1481,7 +1729,7 @@ def resume(args, run, script, model_args, parts):
             delete_run(out_dir)
     elif (out_dir / "last.pt").exists():
         state = load_checkpoint(out_dir / "last.pt")
-        check_resumable(args, state, script, model_args)
+        check_resumable(args, state, script, model_args, run.data)
     elif (out_dir / "ema.pt").exists():
         raise UserError(f"--out-dir {out_dir} holds an ema.pt without last.pt: --overwrite it?")
     if run.world > 1:
@@ -1526,7 +1774,8 @@ def save_run(args, run, script, step, skipped, model_args, parts, **more):
     if not run.main:
         return
     state = dict(script=script, step=step, images=step * args.batch_size, skipped=skipped,
-                 args=vars(args), model_args=model_args, torch_version=str(torch.__version__))
+                 args=vars(args), model_args=model_args, data=run.data,
+                 torch_version=str(torch.__version__))
     for key, part in parts.items():
         state[key] = part if part is None else part.state_dict()
     save_checkpoint(Path(args.out_dir, "last.pt"), state | more)
@@ -1785,19 +2034,26 @@ def draw_many(run, draw, n, y, shape, seed, batch=64):
         torch.distributed.all_reduce(images)
     return images.cpu().numpy()
 
+def labels_that_occur(net):
+    """Those of a network's labels that occur in the data it was trained on, as far as is known."""
+    data = getattr(net, "data", None)
+    return data["present"] if data and net.classes else list(range(net.classes))
+
 def sample_grid(args, run, step, draws, classes, shape, name="", columns=None):
     """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`,
-    see `draw_many`. classes: a column each, at most 10; 0: no labels, 8 columns."""
-    columns = columns or min(classes, 10) or 8
-    y = torch.arange(8 * columns, device=run.device) % classes if classes else None
+    see `draw_many`. classes: those that occur in turn, a column each, at most 10; 0: 8 columns."""
+    labels = run.data["present"] if run.data and classes else list(range(classes))
+    columns = columns or min(len(labels), 10) or 8
+    y = torch.tensor(labels * 8 * columns, device=run.device)[:8 * columns] if classes else None
     blocks = [draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch)
               for draw in draws]
     if run.main:
         save_grid(Path(args.out_dir, "samples", f"{step:06d}{name}.png"), blocks, columns)
 
 def labels_to_draw(args, net, n, device, key="labels"):
-    """`--labels` in turn, or all classes in turn, for n images: (n,) int64; None without labels."""
-    labels = getattr(args, key) or list(range(net.classes))
+    """`--labels` in turn, or all that occurred in training, for n images: (n,) int64; None without
+    labels."""
+    labels = getattr(args, key) or labels_that_occur(net)
     if labels and max(labels) >= net.classes:
         known = f"the labels 0 to {net.classes - 1}" if net.classes else "no labels"
         raise UserError(f"{flag_name(key)} {' '.join(map(str, labels))}: this network has {known}")
@@ -1809,6 +2065,7 @@ def labels_to_draw(args, net, n, device, key="labels"):
 def sampling_net(args, run, scripts):
     """The network of `--ckpt`, placed, and its checkpoint, see `load_network`."""
     net, trained = load_network(args.ckpt, scripts)
+    net.data = trained.get("data")
     return place(net, run), trained
 
 def sample_checkpoint(args, run, net, draw, calls, trained):
@@ -1827,7 +2084,7 @@ def sample_checkpoint(args, run, net, draw, calls, trained):
     images = draw_many(run, draw, n, y, shape, args.seed, args.micro_batch)
     if run.main:
         side = math.isqrt(n - 1) + 1
-        turn = len(args.labels or range(net.classes))
+        turn = len(args.labels or labels_that_occur(net))
         if not 0 < turn <= 16:
             turn = 1
         save_samples(path, images, y, columns=turn * max(round(side / turn), 1))  # a column a label
@@ -2113,6 +2370,7 @@ def open_teacher(args, run):
         args.teacher_digest = file_sha(args.teacher)
     if trained["args"].get("stage", "teacher") != "teacher":
         raise UserError(f"--teacher {args.teacher} holds a student, and no teacher")
+    teacher.data, teacher.script = trained.get("data"), trained["script"]
     return place(teacher, run), trained["model_args"]
 
 def teacher_denoiser(args, run, teacher, dataset):
@@ -2122,6 +2380,16 @@ def teacher_denoiser(args, run, teacher, dataset):
         if teacher.classes and dataset.classes != teacher.classes:
             raise UserError(f"--teacher {args.teacher} knows {teacher.classes} classes, and "
                             f"{args.dataset} has {dataset.classes}")
+        if teacher.classes:
+            check_class_order(dataset, teacher.script, teacher.data, args.teacher)
+        changed = data_differences(teacher.data, run.data)
+        named = teacher.classes and changed and teacher.data["names"] and dataset.names
+        if named and teacher.data["names"] != dataset.names:
+            raise UserError(f"--teacher {args.teacher} was trained on other classes than "
+                            f"{args.dataset} has ({changed[0]})")
+        if changed and run.main:
+            print(f"note: --teacher {args.teacher} was trained on other images than {args.dataset} "
+                  f"({'; '.join(changed)})")
         return net_denoiser(teacher), teacher.classes
     if args.class_cond and not dataset.classes:
         raise UserError(f"--class-cond: {args.dataset} has no labels")

@@ -656,7 +656,7 @@ def train(args, run, stop):
         log.step(step, finite, last, N=N, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm, lr=lr)
         if ended and run.main:
-            save_student(args, Path(args.out_dir, name), step, N, task, ema)
+            save_student(args, run, Path(args.out_dir, name), step, N, task, ema)
         if common.due(args.save_every, step) or last or ended:
             common.save_run(args, run, "guided_distill", step, log.skipped, task.model_args, parts,
                             N=N)
@@ -670,11 +670,11 @@ def train(args, run, stop):
     return step == args.total_steps
 
 
-def save_student(args, path, step, N, task, ema):
+def save_student(args, run, path, step, N, task, ema):
     """Write the student of a round, PATH.pt, and of a latent one the folder PATH for diffusers."""
     state = dict(
         script="guided_distill", step=step, images=step * args.batch_size, N=N,
-        args=vars(args), model_args=task.model_args,
+        args=vars(args), model_args=task.model_args, data=run.data,
         ema=ema.state_dict(), torch_version=str(torch.__version__))
     common.save_checkpoint(path.with_suffix(".pt"), state)
     if task.latent:
@@ -707,6 +707,7 @@ def open_student(path, run, encoder=False):
     and calls of the network for one of v where w > 0."""
     net, checkpoint = common.load_network(path, ("guided_distill", "cd"))
     script = checkpoint["script"]
+    net.data = checkpoint.get("data")
     student = trained_for(checkpoint, net=common.place(net, run), draw=draw)
     if encoder != (student.sampler == "encoder"):
         raise UserError(f"{path}: what --sampler encoder trains, and only that, is to be named as "

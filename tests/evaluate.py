@@ -246,7 +246,7 @@ def load_statistics(path, D):
 def holds_images(path):
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-    return any(f"{key}.npy" in names for key in common.IMAGE_KEYS)
+    return any(name.removesuffix(".npy").lower() in common.IMAGE_KEYS for name in names)
 
 
 def dataset_of(args, trained):
@@ -276,6 +276,10 @@ def reference_features(args, run, inception, size, trained):
     else:
         with common.main_process_first(run):
             dataset = common.load_dataset(name, data_dir, size)
+        if trained.get("model_args", {}).get("classes"):
+            common.check_class_order(dataset, trained["script"], trained.get("data"), args.ckpt)
+        if run.main:
+            print(f"reference {dataset.describe()}", flush=True)
         n = len(dataset)
         if n < 4:
             raise UserError(f"--dataset {name} holds {n} image(s), and precision and recall look "
@@ -332,6 +336,9 @@ def evaluate(args, run, draw, y, shape, calls, trained, batch):
         return
     results = measure(samples, reference)
     labels = "all labels in turn"
+    data = trained.get("data")
+    if data and len(data["present"]) < trained["model_args"]["classes"]:
+        labels = f"the {len(data['present'])} labels of its data in turn"
     if y is None:
         labels = "unconditional"
     elif args.labels:
@@ -373,7 +380,7 @@ def first_size(dataset):
     if isinstance(dataset, common.ArrayImages):
         return min(dataset.parts[0].shape[1:3])
     from PIL import Image
-    name = os.fsdecode(dataset.names[0])
+    name = os.fsdecode(dataset.files[0])
     with common.explain(f"{dataset.source}/{name} cannot be read as an image"):
         return min(Image.open(io.BytesIO(common.read_file(dataset.source, name))).size)
 
@@ -402,6 +409,8 @@ def main():
     args = make_parser().parse_args()
     run = common.setup(args)
     dataset = open_samples(args.samples, args.size)
+    if run.main:
+        print(f"samples {dataset.describe()}")
     n = len(dataset)
     inception = Inception(args.inception, run.device)
     try:

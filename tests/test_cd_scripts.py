@@ -230,6 +230,29 @@ def test_a_changed_teacher_is_noticed(trained, tmp_path):
     assert "--teacher-digest" in run("--teacher", "b.pt", *flags, cwd=tmp_path, code=2).stderr
 
 
+def test_data_other_than_the_teachers(tmp_path):
+    """Other classes are refused, also as many; other images of the same classes are noted."""
+    data = tmp_path / "set"
+    for name in ("cat", "dog"):
+        (data / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 80).save(data / name / "1.png")
+    data_flags = [*BATCHES, "--dataset", "set", "--total-steps", 1]
+    run(*data_flags, *NET, "--stage", "teacher", "--out-dir", "teacher", cwd=tmp_path, code=0)
+    student = [*data_flags, "--teacher", "teacher/last.pt", "--dist", "l2", "--out-dir"]
+    assert "note:" not in run(*student, "a", cwd=tmp_path, code=0).stdout
+    Image.effect_noise((8, 8), 80).save(data / "dog" / "2.png")
+    done = run(*student, "b", cwd=tmp_path, code=0)
+    assert ("note: --teacher teacher/last.pt was trained on other images than set (2 images there, "
+            "3 now)\n") in done.stdout
+    (data / "dog").rename(data / "hound")
+    assert_mistake([*student, "c"], "--teacher teacher/last.pt was trained on other classes than "
+                   "set has (classes only there: dog, only now: hound)", "cd.py", tmp_path)
+    state = last(tmp_path / "teacher")  # of before, it does not say
+    del state["data"]
+    torch.save(state, tmp_path / "teacher" / "last.pt")
+    assert "note:" not in run(*student, "d", cwd=tmp_path, code=0).stdout
+
+
 @pytest.mark.parametrize("flags", [["--no-stop-gradient"], ["--stop-gradient", "--w-max", 2]],
                          ids=["full", "pseudo, guided"])
 def test_continuous_distillation_runs_and_resumes(tmp_path, flags):

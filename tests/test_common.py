@@ -17,7 +17,7 @@ import common
 from util import TINY, fill
 
 RUN = types.SimpleNamespace(rank=0, world=1, main=True, restarted=False, device=torch.device("cpu"),
-                            dtype=torch.float32, compile=False, checkpointing=False)
+                            dtype=torch.float32, compile=False, checkpointing=False, data=None)
 STOP = types.SimpleNamespace(number=0)
 
 

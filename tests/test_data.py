@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
@@ -63,10 +64,11 @@ def read(dataset):
     return images.permute(0, 2, 3, 1).numpy(), labels.tolist()
 
 
-def assert_holds(dataset, images, labels):
+def assert_holds(dataset, images, labels, classes=None):
     """The data set has these images and labels, None if it has none."""
     n = len(images)
-    assert len(dataset) == n and dataset.classes == (0 if labels is None else max(labels) + 1)
+    classes = classes or (0 if labels is None else max(labels) + 1)
+    assert len(dataset) == n and dataset.classes == classes
     assert np.array_equal(read(dataset)[0], images)
     assert read(dataset)[1] == ([0] * n if labels is None else list(labels))
     assert dataset.labels is None if labels is None else dataset.labels.tolist() == list(labels)
@@ -118,7 +120,7 @@ def test_glyphs_show_the_digit_their_label_says():
 def test_glyphs_are_the_default_data_set(monkeypatch):
     few = common.glyphs(7, seed=0)
     monkeypatch.setattr(common, "glyphs", lambda n, seed, size: few)
-    assert_holds(load("glyphs"), *few)
+    assert_holds(load("glyphs"), *few, classes=10)
 
 
 # ---- folders and zips
@@ -143,13 +145,19 @@ def test_classes_may_be_links(tmp_path):
     assert load(tmp_path / "set").labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("source, name", [("set", "{}.png"), ("set.zip", "folder{}/a.png")])
-@pytest.mark.parametrize("index", [{}, {"dataset.json": b'{"labels": null}'}], ids=["", "null"])
+NO_LABELS = {"dataset.json": b'{"labels": null}'}
+
+
+@pytest.mark.parametrize("name, index", [("{}.png", {}), ("{}.png", NO_LABELS),
+                                         ("0000{}/a.png", NO_LABELS), ("a/b/{}.png", NO_LABELS)])
+@PLACES
 def test_images_without_labels(tmp_path, source, name, index):
-    """In a zip, only a dataset.json gives labels."""
+    """Loose ones, or wherever a dataset.json says so."""
     x = pictures(3, 16, 16, 3)
     files = {name.format(i): encoded(x[i]) for i in (2, 0, 1)}
-    assert_holds(load(write(tmp_path / source, files | index)), x, None)
+    dataset = load(write(tmp_path / source, files | index))
+    assert_holds(dataset, x, None)
+    assert dataset.names is None and dataset.present == [] and "no labels" in dataset.describe()
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -169,6 +177,239 @@ def test_nothing_is_decoded_before_it_is_asked_for(tmp_path):
     assert len(dataset) == 6 and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
     with one_line_error(tmp_path / "set/b/1.jpg", "image"):
         dataset.__getitems__(np.array([4]))
+
+
+# ---- what a data set is, said before it is used
+
+@PLACES
+def test_a_folder_is_described(tmp_path, source):
+    wide, tall = encoded(pictures(20, 30, 3)), encoded(pictures(17, 16))
+    files = {"bird/a.png": wide, "cat/b.JPG": tall, "dog/list.txt": b"", "dog/README": b"",
+             "ant/deep/er.png": PNG, "dog/c.webp": PNG, "eel/f.png": PNG, "eel/deep/f.png": PNG,
+             ".hidden/g.txt": b""}
+    dataset = load(write(tmp_path / source, files))
+    assert dataset.describe() == (
+        f"{tmp_path / source}: 6 images of 16x16 to 30x20 pixels, 5 classes: ant, bird, cat, dog, "
+        "..; folders within a class belong to it; skipped 2 files (.txt, README)")
+    assert dataset.names == ["ant", "bird", "cat", "dog", "eel"] and dataset.present == [*range(5)]
+    one = load(write(tmp_path / "one", {"x/a.png": PNG})).describe()
+    assert one.endswith("1 images of 16x16 pixels, 1 class: x")
+
+
+def test_sizes(tmp_path):
+    """Width by height; of many files those of some."""
+    np.save(tmp_path / "x.npy", pictures(3, 16, 20, 3))
+    assert "3 images of 20x16 pixels, no labels" in load(tmp_path / "x.npy").describe()
+    files = {f"{i:02d}.png": PNG for i in range(40)} | {"00.png": b"garbage"}
+    line = load(write(tmp_path / "set", files)).describe()
+    assert line.endswith("set: 40 images of 16x16 pixels (of 16 looked at), no labels")
+    assert load(numbered(tmp_path / "bad", 1)).describe().endswith("2 classes, of which 1 occur: 1")
+    (tmp_path / "bad" / "000.png").write_bytes(b"garbage")
+    assert "1 images of ? pixels" in load(tmp_path / "bad").describe()
+
+
+def test_built_in_sets_know_their_classes(cifar10, monkeypatch):
+    monkeypatch.setattr(common, "glyphs", lambda n, seed, size: common_glyphs(200, seed, size))
+    dataset = load("glyphs")
+    assert dataset.describe() == "glyphs: 200 images of 16x16 pixels, 10 classes: 0, 1, 2, 3, .."
+    monkeypatch.setattr(common, "CIFAR10_URL", cifar10.as_uri())
+    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(cifar10.read_bytes()).hexdigest())
+    names = load(cifar10.parent, 32, "cifar10").names
+    assert names == "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+common_glyphs = common.glyphs
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    dataset = load(write(tmp_path / "set", {f"{name}/a.png": PNG, "b/b.png": PNG}))
+    assert dataset.names == ["b", name] and "2 classes: b, caf?" in dataset.describe()
+
+
+@PLACES
+def test_splits_are_no_classes(tmp_path, source):
+    """The command that is meant is said, with the flag that named the folder."""
+    source = tmp_path / source
+    write(source, {"Train/cat/1.png": PNG, "val/cat/2.png": PNG, "classes.txt": b""})
+    training = f"{source}/Train" if source.is_dir() else "with a zip of Train"
+    with one_line_error(source, "splits, no classes (Train, val)", f"--dataset {training}"):
+        load(source)
+    with one_line_error(f"--data-dir {training}"):
+        load(source, 16, "cat256")
+    (tmp_path / "flat").mkdir()
+    write(tmp_path / "flat" / source.name, {"test/1.png": PNG, "valid/2.png": PNG})
+    with one_line_error("splits", "test"):
+        load(tmp_path / "flat" / source.name)
+    (tmp_path / "coco").mkdir()
+    files = dict.fromkeys(("train2017/1.png", "val_set/2.png", "more/3.png"), PNG)
+    with one_line_error("splits", "train2017"):
+        load(write(tmp_path / "coco" / source.name, files))
+    (tmp_path / "vehicles").mkdir()
+    files = dict.fromkeys(("bus/1.png", "train/2.png"), PNG)
+    assert load(write(tmp_path / "vehicles" / source.name, files)).names == ["bus", "train"]
+
+
+@PLACES
+def test_a_set_that_lies_alone_in_folders(tmp_path, source):
+    """They are stepped into, and the line says so; empty splits beside it are refused."""
+    x = pictures(3, 16, 16, 3)
+    names = "a/train/cat/1.png", "a/train/cat/2.png", "a/train/dog/0.png"
+    files = dict(zip(names, map(encoded, x)))
+    (tmp_path / "deep").mkdir()
+    dataset = load(write(tmp_path / "deep" / source, files | {"a/notes.txt": b""}))
+    assert_holds(dataset, x, [0, 0, 1])
+    assert dataset.names == ["cat", "dog"] and dataset.describe().endswith(
+        "2 classes: cat, dog; all of it in a/train/; skipped 1 file (.txt)")
+    files = {f"train/{i}.png": encoded(x[i]) for i in range(3)}
+    assert_holds(load(write(tmp_path / source, files)), x, None)
+    write(tmp_path / "half", {"train/cat/1.png": PNG})
+    (tmp_path / "half" / "val").mkdir()
+    with one_line_error(f"--dataset {tmp_path / 'half'}/train"):
+        load(tmp_path / "half")
+
+
+@PLACES
+def test_parts_are_no_classes(tmp_path, source):
+    files = {"00000/1.png": PNG, "01000/2.png": PNG}
+    with one_line_error(source, "00000, 01000", "parts", '{"labels": null}'):
+        load(write(tmp_path / source, files))
+    (tmp_path / "with").mkdir()
+    assert load(write(tmp_path / "with" / source, files | NO_LABELS)).classes == 0
+
+
+@PLACES
+def test_folders_of_folders_are_no_classes(tmp_path, source):
+    files = {"animals/cat/1.png": PNG, "animals/dog/2.png": PNG, "cars/vw/3.png": PNG}
+    with one_line_error(source, "folders of folders (animals/cat, animals/dog, cars/vw)", "animals",
+                        '{"labels": null}'):
+        load(write(tmp_path / source, files))
+    del files["animals/cat/1.png"]  # one each: whichever are the classes, the labels are the same
+    (tmp_path / "one each").mkdir()
+    dataset = load(write(tmp_path / "one each" / source, files))
+    assert dataset.names == ["animals", "cars"] and dataset.labels.tolist() == [0, 1]
+
+
+@PLACES
+def test_a_class_without_images(tmp_path, source):
+    """It would vanish, and the labels of those after it would move."""
+    for i, empty in enumerate(("bird/notes.txt", "bird/")):
+        place = tmp_path / str(i) / source
+        place.parent.mkdir()
+        files = {"ant/1.png": PNG, "cat/1.png": PNG, empty: b""}
+        if empty.endswith("/") and not source.endswith(".zip"):
+            del files[empty]
+            (place / "bird").mkdir(parents=True)
+        with one_line_error(place / "bird", "no images"):
+            load(write(place, files))
+    dataset = load(write(tmp_path / "loose", {"1.png": PNG, "masks/notes.txt": b""}))
+    assert dataset.classes == 0 and "skipped 1 file (.txt)" in dataset.describe()
+
+
+def test_links(tmp_path):
+    """To nothing, to a folder above, to a class, to themselves: none vanishes or counts twice."""
+    source = write(tmp_path / "set", {"cat/1.png": PNG, "cat/2.png": PNG, "dog/1.png": PNG})
+    link = source / "dog" / "more"
+    for target, words in (("nowhere", "a link to nothing"), (source, "once more"),
+                          (tmp_path, "once more"), ("/", "is / once more"),
+                          (source / "cat", "once more"), (link, "symbolic links")):
+        link.symlink_to(target)
+        with one_line_error(source, words):
+            load(source)
+        link.unlink()
+    assert len(load(source)) == 3
+    (source / "dog" / "2.png").symlink_to("nowhere.png")
+    with one_line_error(source / "dog" / "2.png", "a link to nothing"):
+        load(source)
+
+
+def test_a_class_that_cannot_be_read(tmp_path, monkeypatch):
+    source, scan = write(tmp_path / "set", {"cat/1.png": PNG, "dog/1.png": PNG}), os.scandir
+
+    def forbidding(path):
+        if Path(path).name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+    monkeypatch.setattr(os, "scandir", forbidding)
+    with one_line_error(source / "cat", "Permission denied"):
+        load(source)
+
+
+@PLACES
+def test_numbers_are_sorted_as_numbers(tmp_path, source):
+    x = pictures(12, 16, 16, 3)
+    dataset = load(write(tmp_path / source, {f"{i}/a.png": encoded(x[i]) for i in range(12)}))
+    assert dataset.names == [str(i) for i in range(12)]
+    images, labels = read(dataset)
+    assert sorted(labels) == [*range(12)] and np.array_equal(images, x[labels])
+
+
+@pytest.mark.parametrize("name", ["0000{0}/img{0}.png", "{}.png"])
+@PLACES
+def test_dataset_json_of_a_folder_further_down(tmp_path, source, name):
+    """If all lies there, its names are counted from there; else it is refused."""
+    x = pictures(3, 16, 16, 3)
+    names = list(map(name.format, range(3)))
+    labels = dict(zip(names, [2, 0, 1])) | {"00009/gone.png": 0}
+    files = {f"set/{name}": encoded(image) for name, image in zip(names, x)}
+    files["set/dataset.json"] = json.dumps({"labels": list(labels.items())}).encode()
+    dataset = load(write(tmp_path / source, files))
+    assert_holds(dataset, x, [2, 0, 1])
+    assert dataset.describe().endswith("all of it in set/; 1 in dataset.json have no file")
+    (tmp_path / "two").mkdir()
+    source = tmp_path / "two" / source
+    way = f"{source}/set" if source.suffix != ".zip" else "with a zip of set"
+    with one_line_error("set/dataset.json", f"--dataset {way}"):
+        load(write(source, files | {"other/a.png": PNG}))
+
+
+def test_classes_in_the_names_of_files(tmp_path):
+    """ADM's naming is not followed, frame_001.png looks the same, but said."""
+    files = {f"{name}_{i}.png": PNG for name in ("dog", "cat") for i in range(3)}
+    dataset = load(write(tmp_path / "set", files))
+    assert dataset.classes == 0 and "; cat, dog are classes if each" in dataset.describe()
+    for other in ({f"dog_{i}.png": PNG for i in range(6)}, {f"{i}_dog.png": PNG for i in range(6)},
+                  files | {"plain.png": PNG}):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert load(write(folder, other)).describe().endswith(", no labels")
+
+
+def test_labels_that_do_not_occur(tmp_path):
+    labels = np.array([217, 0, 491, 482, 0])
+    np.savez(tmp_path / "x.npz", pictures(5, 16, 16, 3), labels)
+    dataset = load(tmp_path / "x.npz")
+    assert dataset.classes == 492 and dataset.present == [0, 217, 482, 491]
+    assert dataset.describe().endswith("492 classes, of which 4 occur: 0, 217, 482, 491")
+    for far in (1000, 20_000_000, 2**63 - 1):
+        np.savez(tmp_path / "x.npz", pictures(5, 16, 16, 3), np.array([0, 1, 2, 3, far], np.uint64))
+        with one_line_error(tmp_path / "x.npz", f"label {far}, far beyond its 5 images"):
+            load(tmp_path / "x.npz")
+
+
+def test_what_a_checkpoint_remembers(tmp_path):
+    """Other names, labels, numbers of images are noticed, and named; what is not known is not."""
+    files = {"cat/1.png": PNG, "cat/2.png": PNG, "dog/1.png": PNG}
+    summary = load(write(tmp_path / "set", files)).summary()
+    state = dict(n=3, names=["cat", "dog"], present=[0, 1])
+    assert {key: summary[key] for key in state} == state and len(summary["digest"]) == 12
+    assert json.loads(json.dumps(summary)) == summary == load(tmp_path / "set").summary()
+    assert load(write(tmp_path / "set.zip", files)).summary() == summary  # the same, packed
+    for i, (changed, words) in enumerate([
+            ({"cat/1.png": 1, "cat/2.png": 1, "hound/1.png": 1},
+             ["classes only there: dog, only now: hound"]),
+            (files | {"eel/1.png": 1}, ["classes only there: none, only now: eel",
+                                        "3 images there, 4 now"]),
+            ({"cat/1.png": 1, "dog/1.png": 1, "dog/2.png": 1}, ["other labels"]),
+            ({"cat/1.png": 1, "cat/3.png": 1, "dog/1.png": 1}, ["other labels"])]):
+        other = load(write(tmp_path / str(i), dict.fromkeys(changed, PNG))).summary()
+        texts = common.data_differences(summary, other)
+        assert len(texts) == len(words) and all(map(str.startswith, texts, words)), texts
+    assert common.data_differences(summary, dict(summary)) == []
+    assert common.data_differences(None, summary) == common.data_differences(summary, None) == []
+    np.savez(tmp_path / "a.npz", pictures(3, 16, 16, 3), [0, 1, 1])
+    np.savez(tmp_path / "b.npz", pictures(3, 16, 16, 3), [0, 0, 1])
+    a, b = (load(tmp_path / name).summary() for name in ("a.npz", "b.npz"))
+    assert common.data_differences(a, b)
 
 
 # ---- pixels
@@ -272,7 +513,9 @@ def test_shapes_of_arrays(tmp_path, layout, larger):
     assert_holds(load(tmp_path / "x.npy"), x, None)
 
 
-@pytest.mark.parametrize("keys", [("arr_0", "arr_1"), ("images", "labels"), ("x", "y"), ("data",)])
+@pytest.mark.parametrize("keys", [
+    ("arr_0", "arr_1"), ("images", "labels"), ("x", "y"), ("data",), ("images", "label"),
+    ("data", "targets"), ("X_train", "y_train")])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz(tmp_path, save, keys):
     x, y = pictures(6, 16, 16, 3), np.array([3, 1, 0, 0, 2, 1], np.int32)
@@ -280,6 +523,34 @@ def test_npz(tmp_path, save, keys):
     dataset = load(tmp_path / "x.npz")
     assert isinstance(dataset.parts[0], np.memmap)
     assert_holds(dataset, x, y if len(keys) == 2 else None)
+
+
+def test_other_arrays_of_an_npz_are_named(tmp_path):
+    x, path = pictures(4, 16, 16, 3), tmp_path / "x.npz"
+    arrays = dict(x_train=x, y_train=[1, 0, 1, 0], x_test=x, y_test=[0, 1, 1, 1])
+    np.savez(path, **arrays)
+    dataset = load(path)
+    assert_holds(dataset, x, [1, 0, 1, 0])
+    assert dataset.describe() == (f"{path}: 4 images of 16x16 pixels, 2 classes: 0, 1; neither "
+                                  "images nor labels: x_test, y_test")
+    for more in ("labels", "images"):
+        np.savez(path, **arrays, **{more: arrays["x_train"]})
+        with one_line_error(path, more, "could both be meant"):
+            load(path)
+
+
+def test_names_of_classes_in_an_npz(tmp_path):
+    x, path = pictures(4, 16, 16, 3), tmp_path / "x.npz"
+    np.savez(path, images=x, labels=[1, 0, 1, 0], names=["cat", "dog", "eel"])
+    dataset = load(path)
+    assert_holds(dataset, x, [1, 0, 1, 0], classes=3)
+    assert dataset.names == ["cat", "dog", "eel"]
+    assert dataset.describe().endswith("3 classes, of which 2 occur: cat, dog")
+    for names, words in ((["cat"], "label 1, and 1 class names"), ([3, 4], "names of the classes"),
+                         ([["cat", "dog"]], "names of the classes")):
+        np.savez(path, images=x, labels=[1, 0, 1, 0], names=names)
+        with one_line_error(path, words):
+            load(path)
 
 
 def test_stored_arrays_are_mapped_in_place(tmp_path):
@@ -332,6 +603,31 @@ def test_official_imagenet64(tmp_path):
     assert all(isinstance(part, np.memmap) for part in dataset.parts)
     half = read(load(tmp_path, 32, "imagenet64"))[0]
     assert np.abs(half - x.reshape(20, 32, 2, 32, 2, 3).mean((2, 4))).max() <= 1
+
+
+def test_official_batches_with_a_network_of_another_order(tmp_path):
+    """Without map_clsloc.txt classes are not in the order of released networks: those are refused,
+    as is one that says it was trained on something else. Older ones do not say."""
+    write_imagenet64(tmp_path, batches=1)
+    dataset = load(tmp_path, 64, "imagenet64")
+    assert "numbers do not compare; its classes in an order of their own" in dataset.describe()
+    own, other = dataset.summary(), dataset.summary() | dict(names=["n100"])
+    teacher = types.SimpleNamespace(classes=1000, script=None, data=None)
+    run = types.SimpleNamespace(data=own, main=True)
+    args = types.SimpleNamespace(teacher="edm.pt", dataset="imagenet64")
+    for script, data, right in ((None, None, False), (None, other, False), ("cd", other, False),
+                                ("cd", own, True), ("cd", None, True)):
+        teacher.script, teacher.data = script, data
+        with contextlib.nullcontext() if right else one_line_error("map_clsloc.txt", "edm.pt"):
+            assert common.teacher_denoiser(args, run, teacher, dataset)[1] == 1000
+    teacher.script, teacher.data, teacher.classes = None, None, 0  # it hears of no labels
+    common.teacher_denoiser(args, run, teacher, dataset)
+    lines = (f"n{1000 - number:03d} {number} x" for number in range(1, 1001))
+    (tmp_path / "map_clsloc.txt").write_text("\n".join(lines))
+    dataset, teacher.classes = load(tmp_path, 64, "imagenet64"), 1000
+    assert dataset.names == [f"n{i:03d}" for i in range(1000)]
+    assert "numbers do not compare" in dataset.describe() and "order" not in dataset.describe()
+    common.teacher_denoiser(args, run, teacher, dataset)
 
 
 def test_imagenet_classes_are_renumbered_by_their_names(tmp_path):
@@ -416,7 +712,7 @@ def test_a_named_data_set_from_other_images(tmp_path, name):
     x = pictures(2, 32, 32, 3)
     files = {f"n{i}/a.png": encoded(x[i]) for i in range(2)}
     assert_holds(load(write(tmp_path / "set", files), 32, name), x, [0, 1])
-    assert_holds(load(write(tmp_path / "set.zip", files), 32, name), x, None)
+    assert_holds(load(write(tmp_path / "set.zip", files), 32, name), x, [0, 1])
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real images: {REAL.name} is not there")
@@ -491,6 +787,42 @@ def test_nothing_there(tmp_path):
 def test_loose_files_beside_class_folders(tmp_path):
     with one_line_error(tmp_path / "set" / "loose.png"):
         load(write(tmp_path / "set", {"cat/1.png": PNG, "loose.png": PNG, "dog/1.png": PNG}))
+
+
+@pytest.mark.parametrize("files, words", [
+    (["data.mdb", "lock.mdb"], "LSUN's lmdb"), (["lsun/data.mdb"], "dataset_tool.py"),
+    (["n01440764.tar", "n01443537.tar"], "but a tar: unpack it"),
+    (["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/batches.meta"], "--dataset cifar10"),
+    (["cifar-10-python.tar.gz"], "--dataset cifar10"),
+    (["train_data_batch_1.npz"], "--dataset imagenet64"), (["x.npz"], "name the file itself"),
+    (["imagenet64.pkl"], "pickle.load"), (["a.heic", "b.heic"], "but 2 files (.heic)")])
+@PLACES
+def test_something_else_than_images(tmp_path, source, files, words):
+    """What was found, and the way from there."""
+    with one_line_error(tmp_path / source, "holds no images", words):
+        load(write(tmp_path / source, dict.fromkeys(files, b"something")))
+
+
+@pytest.mark.parametrize("name, words", [
+    ("photo.JPG", "one image"), ("ILSVRC2012_img_train.tar", "a tar: unpack"),
+    ("cifar-10-binary.tar.gz", "--dataset cifar10"), ("data.mdb", "lmdb"),
+    ("edm2-img64.pkl", "np.savez('x.npz'"), ("x.parquet", "not a zip file")])
+def test_a_file_that_is_no_data_set(tmp_path, name, words):
+    (tmp_path / name).write_bytes(JPEG)
+    with one_line_error(tmp_path / name, words):
+        load(tmp_path / name)
+
+
+def test_avif_and_jfif(tmp_path, monkeypatch):
+    from PIL import features
+    files = {"a.jfif": JPEG, "b.avif": PNG}
+    monkeypatch.setattr(features, "check", lambda name: name == "avif")
+    assert len(load(write(tmp_path / "set", files))) == 2
+    monkeypatch.setattr(features, "check", lambda name: name != "avif")
+    with one_line_error(tmp_path / "set", ".avif", "pillow 11.3"):
+        load(tmp_path / "set")
+    (tmp_path / "set" / "b.avif").unlink()
+    assert len(load(tmp_path / "set")) == 1
 
 
 @pytest.mark.parametrize("text, word", [

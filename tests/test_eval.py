@@ -1,4 +1,5 @@
 """FID, IS, precision, recall: against independent computations; `--eval` and tests/evaluate.py."""
+import contextlib
 import copy
 import hashlib
 import io
@@ -215,7 +216,7 @@ def last_record():
 
 @pytest.fixture
 def command(here, monkeypatch, capsys):
-    """Run a script, or tests/evaluate.py, in this process; returns what it printed."""
+    """Run a script, or tests/evaluate.py, in this process; returns its last line."""
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *map(str, flags)])
         with pytest.raises(SystemExit) as end:
@@ -223,7 +224,7 @@ def command(here, monkeypatch, capsys):
                 evaluate.main()
             runpy.run_path(sys.argv[0], run_name="__main__")
         assert end.value.code == 0
-        return capsys.readouterr().out.strip()
+        return capsys.readouterr().out.strip().splitlines()[-1]
     return run
 
 
@@ -267,7 +268,7 @@ def test_every_script_measures_what_it_saves(command, here, script):
     assert [record[key] for key in MEASURES] == pytest.approx(wanted, rel=1e-4)
     numbers = line.split(":")[0]
     assert numbers.startswith(f"FID@30 {record['FID@30']:.3f}, IS {record['IS']:.3f}, precision ")
-    assert "30 samples, labels 2 5 in turn," in line and words in line and "\n" not in line
+    assert "30 samples, labels 2 5 in turn," in line and words in line
     end = f"reference data.npz, 40 images, sha {record['reference_sha']}; Inception fa4e"
     assert "seed 3, EMA weights of" in line and line.endswith(end)
     assert (record["n"], record["seed"], record["step"]) == (30, 3, 7)
@@ -298,12 +299,12 @@ def test_cd_teacher_counts_its_guided_calls(command, here):
 @pytest.fixture
 def evaluation(here, capsys):
     """`evaluate.evaluate` of images that `draw` makes, with the stand-in: the line, the record."""
-    def run(draw, n, batch=64, y=None, **settings):
+    def run(draw, n, batch=64, y=None, trained=None, **settings):
         defaults = dict(eval=n, inception=None, dataset="data.npz", data_dir=None, labels=None,
                         seed=0, ckpt="x.pt")
         args = types.SimpleNamespace(**defaults | settings)
-        evaluate.evaluate(args, CPU, draw, y, (3, 16, 16), 1, {}, batch)
-        return capsys.readouterr().out.strip(), last_record()
+        evaluate.evaluate(args, CPU, draw, y, (3, 16, 16), 1, trained or {}, batch)
+        return capsys.readouterr().out.splitlines()[-1], last_record()
     return run
 
 
@@ -432,6 +433,30 @@ def test_the_reference_is_the_training_data_unless_named(dataset, data_dir, want
     assert evaluate.dataset_of(args, trained) == wanted
 
 
+def test_official_batches_and_a_network_of_another_order(tmp_path, monkeypatch):
+    """Of ImageNet-64, without the names of the classes: refused, but with what was trained on them.
+    Networks and samples without labels do not care."""
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((4, 12288), np.uint8),
+             labels=np.array([1, 2, 3, 1]))
+    data = common.load_dataset("imagenet64", str(tmp_path), 64).summary()
+    args = types.SimpleNamespace(dataset="imagenet64", data_dir=str(tmp_path), ckpt="x.pt")
+    monkeypatch.setattr(evaluate, "data_features", lambda *_: types.SimpleNamespace(sha="none"))
+    for classes, script, known, right in ((1000, None, None, False), (0, None, None, True),
+                                          (1000, "cd", data | dict(n=5), False),
+                                          (1000, "cd", data, True), (None, None, None, True)):
+        trained = dict(script=script, model_args=dict(classes=classes), data=known)
+        wrong = pytest.raises(UserError, match="map_clsloc.txt.* another order than those of x.pt")
+        with contextlib.nullcontext() if right else wrong:
+            evaluate.reference_features(args, CPU, Fake(), 64, {} if classes is None else trained)
+
+
+def test_labels_that_occur_are_said(evaluation):
+    data = dict(n=5, names=None, present=[0, 3], digest="x")
+    trained = dict(data=data, model_args=dict(classes=10), script="cd", args={})
+    line, _ = evaluation(draw_noise, 10, y=torch.arange(10) % 2, trained=trained)
+    assert "10 samples, the 2 labels of its data in turn," in line
+
+
 WITH_FAKE = f"""
 sys.path.append({str(ROOT / 'tests')!r})
 import conftest, evaluate
@@ -449,14 +474,17 @@ def test_two_processes_equal_one(command, here):
     one = last_record()
     two = dict(cwd=here, ranks=2, code=0)
     done = run_script(*flags, script="ctm.py", prelude=WITH_FAKE, **two)
-    assert done.stdout.strip() == lines[0]
+    assert done.stdout.splitlines() == [
+        "reference many.npz: 150 images of 16x16 pixels, no labels", lines[0]]
     record = last_record()
     for key in ("FID@130", "IS", "precision", "recall"):
         assert record.pop(key) == pytest.approx(one.pop(key), rel=1e-6)
     assert record == one
     run_evaluate = WITH_FAKE + "sys.argv[0] = 'evaluate.py'\nevaluate.main()"
     done = run_script(*alone, script="tests/evaluate.py", prelude=run_evaluate, **two)
-    assert done.stdout.strip() == lines[1]
+    assert done.stdout.splitlines() == [
+        "samples many.npz: 150 images of 16x16 pixels, no labels",
+        "reference data.npz: 40 images of 16x16 pixels, 10 classes: 0, 1, 2, 3, ..", lines[1]]
 
 
 def test_what_cannot_be_written_was_printed(evaluation, here, capsys):
@@ -464,7 +492,7 @@ def test_what_cannot_be_written_was_printed(evaluation, here, capsys):
     with pytest.raises(UserError, match="cannot write eval.jsonl: Is a directory"):
         evaluation(draw_data, 10)
     (here / "eval.jsonl").rmdir()
-    assert capsys.readouterr().out.startswith("FID@10 ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FID@10 ")
 
 
 # ---- Inception itself
@@ -524,8 +552,8 @@ def test_the_whole_with_inception(weights, here):
     np.save("same.npy", images)
     done = run_script("few.npz", "--reference", "same.npy", "--inception", weights,
                       script="tests/evaluate.py", cwd=here, code=0)
-    line, sha = done.stdout.strip(), common.file_sha(weights)
-    assert line.startswith("FID@10 0.000, IS ") and "\n" not in line
+    line, sha = done.stdout.splitlines()[-1], common.file_sha(weights)
+    assert line.startswith("FID@10 0.000, IS ")
     assert "precision 1.000, recall 1.000: 10 samples of few.npz, 16 pixels" in line
     assert line.endswith(f"Inception {sha}, {weights}, not the weights of published numbers")
 

@@ -312,6 +312,73 @@ def test_images_with_workers_and_no_labels(tmp_path):
     assert state["model_args"]["classes"] == 0 and state["target"] is not None
 
 
+# ---- the data of a run
+
+def save_images(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 80).save(folder / name)
+
+
+SHORT = [*RUN, "--total-steps", 1, "--dataset", "set", "--out-dir", "run"]
+
+
+def test_a_run_notices_other_data(tmp_path):
+    """It says what they are, and refuses a renamed, an added or a moved class and another image;
+    runs of before, which do not know their data, go on."""
+    save_images(tmp_path / "set", "cat/1.png", "cat/2.png", "dog/1.png")
+    for _ in range(2):
+        done = run_script(*SHORT, cwd=tmp_path, code=0)
+        assert "set: 3 images of 16x16 pixels, 2 classes: cat, dog\n" in done.stdout
+    state = last(tmp_path / "run")
+    assert state["data"]["names"] == ["cat", "dog"] and state["data"]["n"] == 3
+    data, cat, dog = (tmp_path / "set" / name for name in (".", "cat", "dog"))
+    changes = [
+        (lambda: dog.rename(data / "hound"), "(classes only there: dog, only now: hound)"),
+        (lambda: cat.rename(data / "zebra"), "only there: cat, dog, only now: hound, zebra"),
+        (lambda: save_images(data, "ant/1.png"), "classes 2 there, 3 now; classes only there: ")]
+    for change, words in changes:
+        change()
+        assert_mistake(SHORT, words, "ct.py", tmp_path)
+    shutil.rmtree(data)
+    save_images(data, "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
+    assert_mistake(SHORT, "(3 images there, 4 now)", "ct.py", tmp_path)
+    del state["data"]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    run_script(*SHORT, cwd=tmp_path, code=0)
+
+
+def test_labels_that_occur_are_drawn(tmp_path):
+    """In grids and by --sample; others by name."""
+    labels = np.array([0, 217, 482, 491, 0])
+    np.savez(tmp_path / "set.npz", np.zeros((5, 16, 16, 3), np.uint8), labels)
+    watch = """
+whole = common.draw_part
+def draw_part(draw, part, y, *more):
+    print("drawn:", *y.tolist())
+    return whole(draw, part, y, *more)
+common.draw_part = draw_part
+"""
+    flags = ["--dataset", "set.npz", "--total-steps", 1, "--sample-every", 1]
+    done = run_script(*RUN, *flags, cwd=tmp_path, prelude=watch, code=0)
+    assert "set.npz: 5 images of 16x16 pixels, 492 classes, of which 4 occur: 0, 217, 482, 491" in \
+        done.stdout
+    drawn = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("drawn:")]
+    assert sum(drawn, [])[:32] == ["0", "217", "482", "491"] * 8
+    assert Image.open(tmp_path / "out/ct/samples/000001.png").width == 3 * (2 * 4 * 16 + 4)
+    sample = ["--ckpt", "out/ct/last.pt", *CPU, "--sample", 6, "--save", "x.npz"]
+    for more, wanted in ([], [0, 217, 482, 491, 0, 217]), (["--labels", 5], [5] * 6):
+        run_script(*sample, *more, cwd=tmp_path, code=0)
+        assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == wanted
+    assert_mistake([*sample, "--labels", 492], "labels 0 to 491", "ct.py", tmp_path)
+    run_script(*sample[:-1], "x.png", cwd=tmp_path, code=0)
+    assert Image.open(tmp_path / "x.png").size == (3 * 4 * 16, 3 * 2 * 16)  # a column a label
+    run_script(*RUN, *flags, "--no-class-cond", "--out-dir", "plain", cwd=tmp_path, code=0)
+    run_script("--ckpt", "plain/last.pt", *CPU, "--sample", 3, "--save", "y.npz", cwd=tmp_path,
+               code=0)
+    assert "arr_1" not in np.load(tmp_path / "y.npz")
+
+
 # ---- sampling
 
 @pytest.fixture
