@@ -197,7 +197,7 @@ def edit_images(args, run, net, f):
     if read:
         originals = torch.stack([image for image, _ in read]).to(run.device)
         before = originals
-    hole = common.read_mask(args.mask, size).to(run.device)
+    hole = common.read_mask(args.mask, size, args.image or ()).to(run.device)
     known = known_part(task, hole, factor)
     if known:
         before = grey(originals) if task == "colorize" else known(originals)

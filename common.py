@@ -656,6 +656,12 @@ def net_settings(words):
             settings[key] = parse_like(settings[key], value)
         except (ValueError, KeyError):
             raise UserError(f"--net {change}: {key} is like {like}") from None
+    maps = [settings["image_size"] // 2**level for level in range(len(settings["mult"]))]
+    lost = [size for size in settings["attention"] if size not in maps]
+    if lost:
+        raise UserError(f"--net: attention={lost[0]} does nothing, the maps have "
+                        f"{show_value(tuple(maps))} pixels: name some of these, or attention= for "
+                        "none but the middle's")
     return settings
 
 def make_net(settings):
@@ -805,16 +811,50 @@ def glyphs(n, seed, size=16):
         images[i] = np.round(255 * (back + m * (front - back)))
     return images, labels
 
+ORIENTATION = 0x0112  # the EXIF tag: how a camera was held, 1 upright
+
+def upright(image):
+    """A Pillow image, turned and mirrored as its EXIF orientation says."""
+    from PIL import ImageOps
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+def is_transparent(image):
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+def to_rgb(image, source):
+    """A Pillow image as RGB of 8 bits, what is transparent on white. Raises UserError where the
+    range of its numbers is not known."""
+    from PIL import Image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        if is_transparent(image):
+            raise UserError(f"{source} is grey of 16 bits with a transparent value: save it with 8")
+        grey = np.asarray(image).clip(0, 65535) / 257
+    elif image.mode == "I":
+        raise UserError(f"{source} has integers of 32 bits, whose range is not known: save it with "
+                        "8 or 16")
+    elif image.mode == "F":
+        grey = 255 * np.asarray(image)
+        if not (grey.min() >= 0 and grey.max() <= 255):  # nor is it if there is a NaN
+            raise UserError(f"{source} has floating-point numbers that are not all in [0, 1]: save "
+                            "it with integers of 8 or 16 bits")
+    elif is_transparent(image):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    else:
+        return image.convert("RGB")
+    return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+
 def fit_image(image, size, source):
-    """A Pillow image as (size,size,3) uint8 RGB, shrunk to `size` on its short side and cropped.
+    """A Pillow image as (size,size,3) uint8 RGB, upright, what is transparent on white, shrunk to
+    `size` on its short side and cropped.
 
     As ADM does: halve with a box filter while twice too large, then bicubic.
     """
     from PIL import Image
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    image = image.convert("RGB")
+    image = to_rgb(upright(image), source)
     if min(image.size) < size:
         raise UserError(f"{source} is {image.width}x{image.height}, smaller than the network's "
                         f"{size} pixels")
@@ -1190,7 +1230,7 @@ def load_arrays(path, size):
                         f"{images.dtype} {shape}")
     if images.shape[3] == 1:  # grey
         images = np.broadcast_to(images, (*images.shape[:3], 3))
-    return ArrayImages([images[..., :3]], labels, size, path, names, notes)
+    return ArrayImages([images], labels, size, path, names, notes)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -2439,27 +2479,53 @@ def add_zero_shot_flags(parser):
     group.flag("--noisy", only=dict(edit="denoise"), action="store_true",
                help="the images carry that noise already; add none")
 
-def read_image(path, size, factor=None, flag="--image"):
-    """An image file -> (3,size,size) in [-1, 1], and whether it was whole: with `factor` one of
+def read_image(path, size, factor=None):
+    """An `--image` file -> (3,size,size) in [-1, 1], and whether it was whole: with `factor` one of
     size / factor pixels will do too, and is not."""
     from PIL import Image
-    with explain(f"{flag} {path} cannot be read as an image"), Image.open(path) as image:
-        image.load()
+    what = f"--image {path}"
+    with explain(f"{what} cannot be read as an image"), Image.open(path) as image:
+        image = to_rgb(upright(image), what)
         small = factor is not None and image.size == (size // factor, size // factor)
         if small:
             image = image.resize((size, size), Image.Resampling.NEAREST)
-        pixels = torch.from_numpy(fit_image(image, size, f"{flag} {path}").copy())
+        pixels = torch.from_numpy(fit_image(image, size, what).copy())
         return pixels.permute(2, 0, 1) / 127.5 - 1, not small
 
-def read_mask(path, size):
-    """(1,1,size,size): 1 where the mask is nearer to white; without one, the central square."""
+def read_mask(path, size, images=()):
+    """(1,1,size,size): 1 where the mask is transparent, or, if it is so nowhere, nearer to white
+    than to black; without one, the central square.
+
+    images: the files that it is for, whose aspect ratio it must have: it is cropped as they are.
+    """
+    from PIL import Image
     mask = torch.zeros(1, 1, size, size)
     if path is None:
         middle = slice(size // 4, size - size // 4)
         mask[..., middle, middle] = 1
         return mask
-    image, _ = read_image(path, size, flag="--mask")
-    return (image.mean(0) > 0).float().expand_as(mask)
+    what = f"--mask {path}"
+    with explain(f"{what} cannot be read as an image"), Image.open(path) as image:
+        image = upright(image)
+        alpha = np.asarray(image.convert("RGBA").getchannel("A")) if is_transparent(image) else None
+        white = np.asarray(to_rgb(image, what)).mean(2)
+    if alpha is not None and alpha.min() < 255:
+        white = 255.0 - alpha
+    elif white.max() <= 1:  # a mask of 0 and 1
+        white = 255 * white
+    height, width = white.shape
+    for name in images:
+        with explain(f"--image {name} cannot be read as an image"), Image.open(name) as image:
+            wide, high = upright(image).size
+        if abs(wide * height - high * width) > max(wide, high, width, height):  # a pixel or more
+            raise UserError(f"{what} is {width}x{height}, of another shape than {name}, {wide}x"
+                            f"{high}: it would be in the wrong place")
+    grey = Image.fromarray(white.round().astype(np.uint8))
+    mask[0, 0] = torch.from_numpy(fit_image(grey, size, what)[..., 0] > 127.5)
+    if mask.min() == mask.max():
+        raise UserError(f"{what} paints {'everything' if mask.max() else 'nothing'}: it should be "
+                        "white where to paint, black elsewhere")
+    return mask
 
 def check_images(args, net, key="labels"):
     """Raises UserError if `--edit` has no --image, or not one label, or one for each image."""

@@ -812,7 +812,7 @@ def edit_images(args, run, student):
     common.check_images(args, net)
     images = [common.read_image(name, net.image_size)[0] for name in args.image]
     x0 = torch.stack(images).to(run.device)
-    hole = common.read_mask(args.mask, net.image_size).to(run.device)
+    hole = common.read_mask(args.mask, net.image_size, args.image).to(run.device)
     start = student.N
     if task == "img2img":
         start = math.floor(args.strength * student.N + 0.5)

@@ -1,0 +1,178 @@
+"""What an image is: upright, on white, in a known range; masks; files that are none; the cache of
+unpacked arrays; packing."""
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+from test_data import PNG, as_read, encoded, load, one_line_error, pictures, read, write
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def on_white(rgb, alpha):
+    """(H,W,3) and (H,W), both uint8: the composite, not rounded."""
+    a = alpha[..., None] / 255
+    return rgb * a + 255 * (1 - a)
+
+
+# ---- pixels
+
+TURNS = {  # EXIF orientation -> what a viewer does to the array to see it upright
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1), 8: lambda x: np.rot90(x)}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_orientation(orientation, kind):
+    x = pictures(16, 16, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(x, kind, exif=exif)
+    assert np.array_equal(as_read(content), TURNS[orientation](x))
+
+
+def test_a_photograph_held_upright_in_training_and_editing(tmp_path):
+    """Of a tall picture stored lying the middle is what is seen in the middle."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    x = np.zeros((64, 128, 3), np.uint8)
+    x[:32] = 255, 0, 0  # what is stored above is seen at the right
+    content = encoded(x, "JPEG", exif=exif, quality=95)
+    dataset = load(write(tmp_path / "set", {"a.jpg": content}), 64)
+    edited, _ = common.read_image(tmp_path / "set/a.jpg", 64)
+    edited = common.to_uint8(edited[None])[0].numpy()
+    for seen in (read(dataset)[0][0].astype(int), edited.astype(int)):
+        assert abs(seen[:, 40:] - (255, 0, 0)).max() < 6 and seen[:, :24].max() < 6
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparency_is_on_white(mode):
+    """RGBA, LA and P with degrees of it; RGB and L with one transparent colour."""
+    alpha = pictures(16, 16, seed=1)
+    if mode == "P":
+        rgb, degrees = pictures(8, 3), pictures(8, seed=1)
+        which = pictures(16, 16) % 8
+        image = Image.fromarray(which, "P")
+        image.putpalette(rgb.tobytes())
+        content = encoded(image, transparency=degrees.tobytes())
+        rgb, alpha = rgb[which], degrees[which]
+    elif mode in ("RGB", "L"):
+        rgb = pictures(16, 16, 3) if mode == "RGB" else np.stack([pictures(16, 16)] * 3, 2)
+        alpha = 255 * (rgb != rgb[0, 0]).any(2).astype(np.uint8)
+        key = tuple(rgb[0, 0].tolist()) if mode == "RGB" else int(rgb[0, 0, 0])
+        image = Image.fromarray(rgb if mode == "RGB" else rgb[..., 0])
+        content = encoded(image, transparency=key)
+    elif mode == "LA":
+        grey = pictures(16, 16)
+        rgb = np.stack([grey] * 3, 2)
+        content = encoded(np.stack([grey, alpha], 2))
+    else:
+        rgb = pictures(16, 16, 3)
+        content = encoded(np.dstack([rgb, alpha]))
+    assert (alpha < 128).any()
+    assert np.abs(as_read(content) - on_white(rgb, alpha)).max() <= 1
+    whole = on_white(rgb, alpha)[alpha == 255]
+    assert np.array_equal(as_read(content)[alpha == 255], whole)
+
+
+def test_transparency_of_arrays(tmp_path):
+    """In the size of the network, and shrunk."""
+    x = pictures(3, 16, 16, 4)
+    np.savez(tmp_path / "x.npz", x)
+    wanted = np.stack([on_white(image[..., :3], image[..., 3]) for image in x])
+    assert np.abs(read(load(tmp_path / "x.npz"))[0] - wanted).max() <= 1
+    wanted = wanted.reshape(3, 8, 2, 8, 2, 3).mean((2, 4))
+    assert np.abs(read(load(tmp_path / "x.npz", 8))[0] - wanted).max() <= 1.5
+
+
+def test_floating_point():
+    x = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    assert np.array_equal(as_read(encoded(x, "TIFF"))[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("x, word", [
+    (np.full((16, 16), 1.5, np.float32), "[0, 1]"), (np.full((16, 16), -0.5, np.float32), "[0, 1]"),
+    (np.full((16, 16), np.nan, np.float32), "[0, 1]"), (np.full((16, 16), 200, np.int32), "32")])
+def test_ranges_that_are_not_known(x, word):
+    with one_line_error("here", word, "bits" if word == "32" else "save"):
+        as_read(encoded(x, "TIFF"))
+
+
+def test_sixteen_bits_in_every_form():
+    """PNG, PGM and TIFF, which Pillow opens in different modes."""
+    x = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
+    pgm = b"P5 16 16 65535\n" + x.astype(">u2").tobytes()
+    for content in (encoded(x), encoded(x, "TIFF"), pgm):
+        assert np.array_equal(as_read(content), np.stack([np.rint(x / 257)] * 3, 2))
+
+
+# ---- masks
+
+HOLE = np.pad(np.ones((8, 8), bool), ((2, 6), (4, 4)))  # above the middle, of 16 pixels
+
+
+def mask_read(tmp_path, mask, photo=(16, 16), **options):
+    Image.new("RGB", photo).save(tmp_path / "photo.png")
+    image = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+    image.save(tmp_path / "mask.png", **options)
+    read = common.read_mask(tmp_path / "mask.png", 16, [tmp_path / "photo.png"])
+    assert read.shape == (1, 1, 16, 16)
+    return read[0, 0].numpy()
+
+
+ALPHA = np.dstack([pictures(16, 16, 3), 255 * ~HOLE])
+
+
+@pytest.mark.parametrize("mask", [
+    HOLE, 255 * HOLE, HOLE.astype(np.uint8), ALPHA.astype(np.uint8),
+    np.dstack([255 * HOLE] * 3 + [np.full_like(HOLE, 255, int)]).astype(np.uint8),
+    65535 * HOLE.astype(np.uint16)], ids=["bits", "grey", "0 and 1", "alpha", "whole alpha", "16"])
+def test_forms_of_a_mask(tmp_path, mask):
+    mask = mask.astype(np.uint8) if mask.dtype == int else mask
+    assert np.array_equal(mask_read(tmp_path, mask), HOLE)
+
+
+def test_a_mask_is_cropped_as_its_image_is(tmp_path):
+    """Of a wide photograph the middle is kept; the mask may be of another resolution."""
+    wide = np.zeros((32, 64), np.uint8)
+    wide[:, 16:24] = 255  # at the left of the middle
+    wanted = np.zeros((16, 16), bool)
+    wanted[:, :4] = True
+    assert np.array_equal(mask_read(tmp_path, wide, photo=(128, 64)), wanted)
+    assert np.array_equal(mask_read(tmp_path, wide, photo=(129, 64)), wanted)
+    with one_line_error("mask.png", "64x32", "photo.png", "64x64"):
+        mask_read(tmp_path, wide, photo=(64, 64))
+
+
+@pytest.mark.parametrize("level, what", [(0, "nothing"), (255, "everything"), (1, "everything")])
+def test_masks_that_paint_nothing_or_everything(tmp_path, level, what):
+    with one_line_error("mask.png", what):
+        mask_read(tmp_path, np.full((16, 16), level, np.uint8))
+
+
+# ---- settings
+
+@pytest.mark.parametrize("words, lost, maps", [
+    ("glyphs attention=13", 13, "16,8"), ("cifar-small image_size=28", 16, "28,14,7"),
+    ("imagenet64 attention=32,16,4", 4, "64,32,16,8")])
+def test_attention_where_there_is_no_map(words, lost, maps):
+    with one_line_error("--net", f"attention={lost}", maps):
+        common.net_settings(words.split())
+
+
+def test_attention_where_there_is_one():
+    for name in common.NETS:
+        assert common.net_settings([name])["attention"] == common.NETS[name]["attention"]
+    assert common.net_settings("glyphs attention=".split())["attention"] == ()
