@@ -34,6 +34,7 @@ import time
 import types
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -948,6 +949,13 @@ class ArrayImages(Images):
         """(width, height) of the images."""
         return [part.shape[2:0:-1] for part in self.parts]
 
+    def check(self):
+        """Raises UserError if the images are smaller than the network's."""
+        for width, height in self.some_sizes():
+            if min(width, height) < self.size:
+                raise UserError(f"{self.source} has images of {width}x{height} pixels, smaller than "
+                                f"the network's {self.size}")
+
     def read(self, i):
         from PIL import Image
         part = int(np.searchsorted(self.ends, i, side="right"))
@@ -973,6 +981,32 @@ class FileImages(Images):
                 sizes.append(Image.open(file).size)
         return sizes
 
+    def check(self):
+        """Look at the header of each file: 0.1 ms, on a network disk what 16 threads cannot hide.
+        Raises UserError that names those that are empty, no images, or smaller than the network's.
+        """
+        with ThreadPoolExecutor(16) as pool:
+            problems = pool.map(self.problem, range(self.n))
+            refuse_images(self.source, self.n, filter(None, progress_bar(
+                problems, total=self.n, unit="file", leave=False, disable=self.n < 20000)))
+
+    def problem(self, i):
+        """What is wrong with file i, by its header, in words; None if nothing is."""
+        from PIL import Image
+        name = os.fsdecode(self.files[i])
+        try:
+            with open_file(self.source, name) as file:
+                if not file.read(1):
+                    return f"{name} is empty"
+                file.seek(0)
+                with Image.open(file) as image:
+                    if min(image.size) >= self.size:
+                        return None
+                    return (f"{name} is {image.width}x{image.height}, smaller than the network's "
+                            f"{self.size} pixels")
+        except Exception as error:  # damage surfaces in many ways
+            return f"{name} cannot be read as an image: {first_line(error)}"
+
     def read(self, i):
         from PIL import Image
         name = os.fsdecode(self.files[i])
@@ -985,11 +1019,23 @@ class FileImages(Images):
 def open_zip(path, pid):  # one handle a process: forked ones would share their place in the file
     return zipfile.ZipFile(path)
 
+def open_file(source, name):
+    """A file of a folder or zip, open to be read."""
+    if source.is_file():
+        return open_zip(source, os.getpid()).open(name)
+    return open(source / name, "rb")
+
 def read_file(source, name):
     """A file's bytes, of a folder or zip."""
-    if source.is_file():
-        return open_zip(source, os.getpid()).read(name)
-    return (source / name).read_bytes()
+    with open_file(source, name) as file:
+        return file.read()
+
+def refuse_images(source, n, problems):
+    """Raises UserError if there are `problems`, texts, with some of its n images."""
+    problems = list(problems)
+    if problems:
+        raise UserError(f"{source}: {len(problems):,} of {n:,} images cannot be used: "
+                        f"{listed(problems, 10)}; mend or remove them")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
                   ".tiff", ".ppm", ".pgm")
@@ -1156,34 +1202,70 @@ def load_files(source, size, flag="--dataset"):
     files = [top + name for name in images]
     return FileImages(source, files, labels, size, names, notes)
 
-def map_array(path, key=None):
-    """Memory-map a .npy, or one array of an .npz, unpacked beside it if it is compressed."""
-    kind = "an array" if key is None else f"an npz with {key}"
-    with explain(f"{path} cannot be read as {kind}"):
-        if key is None:
-            return np.lib.format.open_memmap(path, mode="r")
-        with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo(f"{key}.npy")
-            if member.compress_type == zipfile.ZIP_STORED:
-                return map_stored(path, member.header_offset)
-            unpacked = path.with_name(f"{path.stem}.{key}.npy")
-            if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
-                with archive.open(member) as source, atomic_file(unpacked) as target:
-                    shutil.copyfileobj(source, target, 1 << 24)
-        return np.lib.format.open_memmap(unpacked, mode="r")
+def read_header(file):
+    """Of an open .npy: shape, is it in Fortran's order, dtype; `file` is at its numbers then."""
+    version, _ = np.lib.format.read_magic(file)
+    shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    return shape, fortran, dtype
 
-def map_stored(path, offset):
-    """Memory-map an array that lies in a zip as it is, from the member's header at `offset` on."""
-    with open(path, "rb") as file:
-        file.seek(offset + 26)  # a header has 30 bytes, then name and extra field, of these lengths
-        lengths = np.frombuffer(file.read(4), "<u2")
-        file.seek(lengths.sum(dtype=int), os.SEEK_CUR)
-        version, _ = np.lib.format.read_magic(file)
-        read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
-        shape, fortran, dtype = read_header(file)
-        if dtype.hasobject:
-            raise ValueError("it holds pickled objects")
-        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+def header_of(path, key=None):
+    """Shape and dtype of a .npy, or of one array of an .npz."""
+    with explain(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}"):
+        if key is None:
+            with open(path, "rb") as file:
+                shape, _, dtype = read_header(file)
+        else:
+            with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+                shape, _, dtype = read_header(file)
+        return shape, dtype
+
+def map_array(path, key=None, cache_dir=None):
+    """Memory-map a .npy, or one array of an .npz; a compressed one is unpacked first, see
+    `unpacked`."""
+    with explain(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}"):
+        offset = 0
+        if key is not None:
+            with zipfile.ZipFile(path) as archive:
+                member = archive.getinfo(f"{key}.npy")
+            offset = member.header_offset
+            if member.compress_type != zipfile.ZIP_STORED:
+                path, key = unpacked(path, member, cache_dir), None
+        with open(path, "rb") as file:
+            if key is not None:  # 30 bytes, then name and extra field, of these lengths
+                file.seek(offset + 26)
+                lengths = np.frombuffer(file.read(4), "<u2")
+                file.seek(lengths.sum(dtype=int), os.SEEK_CUR)
+            shape, fortran, dtype = read_header(file)
+            return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+def unpacked(path, member, cache_dir=None):
+    """The file that a member of an .npz was unpacked into, once: in `cache_dir`, by default in
+    .unpacked beside it, or in the user's cache where that cannot be written.
+
+    It is called after the size and checksum of what it holds, and appears whole or not at all: runs
+    may unpack at the same time, and another .npz in the place of the first is another file.
+    """
+    name = f"{path.stem}.{member.filename.removesuffix('.npy')}.{member.CRC:08x}.npy"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "few-step-diffusion"
+    folders = [Path(cache_dir)] if cache_dir else [path.parent / ".unpacked", home]
+    for folder in folders:
+        file = folder / name
+        if file.exists() and file.stat().st_size == member.file_size:
+            return file
+    with zipfile.ZipFile(path) as archive, archive.open(member) as source:
+        read_header(source)  # of objects nothing is unpacked
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(path) as archive, archive.open(member) as source, \
+                    atomic_file(folder / name) as target:
+                shutil.copyfileobj(source, target, 1 << 24)  # checks the checksum at its end
+            return folder / name
+        except (OSError, UserError) as error:
+            problem = error
+    raise UserError(f"{path} has to be unpacked: {first_line(problem)}; name a --cache-dir")
 
 IMAGE_KEYS = "arr_0", "images", "x", "data", "x_train"
 LABEL_KEYS = "arr_1", "labels", "label", "targets", "y", "y_train"
@@ -1196,7 +1278,7 @@ def one_key(path, keys, wanted):
         raise UserError(f"{path}: {' and '.join(found)} could both be meant: leave one of them out")
     return found[0] if found else None
 
-def load_arrays(path, size):
+def load_arrays(path, size, cache_dir=None):
     """A .npy of images, or an .npz: images, labels and names of classes by IMAGE_KEYS and so on."""
     key = labels = names = None
     notes = []
@@ -1208,9 +1290,9 @@ def load_arrays(path, size):
         if key is None:
             raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0, labels arr_1")
         if labels_key:
-            labels = map_array(path, labels_key)
+            labels = map_array(path, labels_key, cache_dir)
         if labels_key and names_key:
-            names = map_array(path, names_key)
+            names = map_array(path, names_key, cache_dir)
             if names.dtype.kind != "U" or names.ndim != 1:
                 raise UserError(f"{path}: {names_key} must be the names of the classes, and are "
                                 f"{names.dtype} of shape {names.shape}")
@@ -1218,16 +1300,19 @@ def load_arrays(path, size):
         unused = [name for name in keys if name not in (key, labels_key, names_key)]
         if unused:
             notes.append(f"neither images nor labels: {listed(unused)}")
-    images = map_array(path, key)
-    shape, channels = images.shape, (1, 3, 4)
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim == 4 and images.shape[3] not in channels:  # planar
-        images = images.transpose(0, 2, 3, 1)
-    shaped = images.ndim == 4 and images.shape[3] in channels and len(images) > 0
-    if images.dtype != np.uint8 or not shaped:
+    shape, dtype = header_of(path, key)
+    channels = 1, 3, 4
+    grey = len(shape) == 3
+    planar = len(shape) == 4 and shape[3] not in channels
+    shaped = grey or (len(shape) == 4 and (shape[1] if planar else shape[3]) in channels)
+    if dtype != np.uint8 or not shaped or shape[0] == 0:  # before it is unpacked
         raise UserError(f"{path}: images must be uint8 of shape (n, height, width, 3), got "
-                        f"{images.dtype} {shape}")
+                        f"{dtype} {shape}")
+    images = map_array(path, key, cache_dir)
+    if grey:
+        images = images[..., None]
+    if planar:
+        images = images.transpose(0, 2, 3, 1)
     if images.shape[3] == 1:  # grey
         images = np.broadcast_to(images, (*images.shape[:3], 3))
     return ArrayImages([images], labels, size, path, names, notes)
@@ -1256,7 +1341,7 @@ def load_cifar10(folder, size):
     images = planes.transpose(0, 2, 3, 1)
     return ArrayImages([images], rows[:, 0], size, archive, CIFAR10_NAMES)
 
-def load_imagenet64(path, batches, size):
+def load_imagenet64(path, batches, size, cache_dir=None):
     """The official train_data_batch_*.npz, whose labels count from 1, in an order of their own.
 
     With ImageNet's map_clsloc.txt ("n02119789 1 kit_fox") beside them the classes are renumbered to
@@ -1265,12 +1350,12 @@ def load_imagenet64(path, batches, size):
     batches.sort(key=lambda batch: (len(batch.stem), batch.stem))  # 10 comes after 9
     parts, labels = [], []
     for batch in batches:
-        data = map_array(batch, "data")
+        data = map_array(batch, "data", cache_dir)
         if data.dtype != np.uint8 or data.shape[1:] != (3 * 64 * 64,):
             raise UserError(f"{batch}: the images must be uint8 of shape (n, 12288)")
         planes = data.reshape(-1, 3, 64, 64)
         parts.append(planes.transpose(0, 2, 3, 1))
-        labels.append(map_array(batch, "labels"))
+        labels.append(map_array(batch, "labels", cache_dir))
     labels = np.concatenate(labels).astype(np.int64) - 1
     if labels.min() < 0:  # it would count from the end of the list below
         raise UserError(f"{path}: the labels of the official batches count from 1, not from 0")
@@ -1292,11 +1377,11 @@ def load_imagenet64(path, batches, size):
 
 NAMED = "cifar10", "imagenet64", "bedroom256", "cat256"
 
-def load_dataset(name, data_dir, size):
+def load_dataset(name, data_dir, size, cache_dir=None):
     """The images of `size` pixels called `name`: glyphs, one of NAMED, or a path.
 
     A folder or zip of images, an .npz or .npy. data_dir: where a named one lies, in any of those
-    forms; cifar10 is fetched into it.
+    forms; cifar10 is fetched into it. cache_dir: see `unpacked`.
     """
     if name == "glyphs":
         images, labels = glyphs(20000, seed=0, size=size)
@@ -1316,18 +1401,21 @@ def load_dataset(name, data_dir, size):
         raise UserError(f"{flag} {path} does not exist; the named data sets are glyphs, "
                         f"{', '.join(NAMED)}")
     if path.suffix in (".npz", ".npy"):
-        return load_arrays(path, size)
+        return load_arrays(path, size, cache_dir)
     official = list(path.rglob("train_data_batch_*.npz")) if name == "imagenet64" else []
-    return load_imagenet64(path, official, size) if official else load_files(path, size, flag)
+    if official:
+        return load_imagenet64(path, official, size, cache_dir)
+    return load_files(path, size, flag)
 
 def open_dataset(args, run, size):
-    """`--dataset`, loaded by rank 0 first, which may have to fetch or unpack it, and says what it
-    is; `run.data` is what checkpoints remember of it."""
+    """`--dataset`, loaded by rank 0 first, which may have to fetch or unpack it, says what it is,
+    and looks at each file; `run.data` is what checkpoints remember of it."""
     with main_process_first(run):
-        dataset = load_dataset(args.dataset, args.data_dir, size)
+        dataset = load_dataset(args.dataset, args.data_dir, size, args.cache_dir)
+        if run.main:
+            print(dataset.describe())
+            dataset.check()
     run.data = dataset.summary()
-    if run.main:
-        print(dataset.describe())
     return dataset
 
 def data_differences(old, new):
@@ -1659,7 +1747,7 @@ def file_sha(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 # Flags that may change when a run is resumed: where things lie, what is reported, the machine
-FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every",
+FREE_FLAGS = {"data_dir", "cache_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every",
               "save_every", "workers", "device", "compile", "ckpt", "micro_batch",
               "micro_batch_limit", "gradient_checkpointing"}
 
@@ -2265,6 +2353,9 @@ def add_shared_flags(parser, net_only):
               "sub-folder) or zip of images, an .npz or .npy of uint8 images")
     data.flag("--data-dir", only=[dict(ckpt=False, dataset=NAMED), measured], metavar="DIR",
               help="where a named data set lies; cifar10 is fetched into it (data)")
+    data.flag("--cache-dir", only=[dict(ckpt=False), measured], metavar="DIR",
+              help="where compressed arrays are unpacked (default: in .unpacked beside them, or, "
+              "where that cannot be written, in ~/.cache)")
     net = parser.group("data and network, training", ckpt=False)
     net.flag("--class-cond", only=net_only, action=switch,
              help="condition on the labels (default: as the paper; for a path, if it has any)")
@@ -2561,3 +2652,75 @@ def draw_edits(args, run, net, draw, rows, each, summary, before=None, after=Non
     save_samples(path, images, y, columns)
     print(f"{args.edit}: {rows} row(s), {each} result(s) each, {summary}, EMA weights of "
           f"{args.ckpt}: {args.save}")
+
+# --------------------------------------------------------------------------------------------------
+# Packing: python common.py IMAGES OUT.npz --size 64
+# --------------------------------------------------------------------------------------------------
+
+class Packed:
+    """Batches of a data set for `pack`: images (b,H,W,C) uint8, black where one cannot be read; and
+    what was wrong, texts."""
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices):
+        size, problems = self.dataset.size, []
+        images = np.zeros((len(indices), size, size, 3), np.uint8)
+        for place, i in enumerate(indices):
+            try:
+                images[place] = self.dataset.read(i)
+            except UserError as error:
+                problems.append(str(error))
+        return images, problems
+
+def pack(path, dataset, workers):
+    """Write a data set to an .npz that need not be unpacked: arr_0 the images (n,size,size,3) uint8,
+    centre-cropped and shrunk as ADM does; arr_1 the labels, class_names the names of the classes,
+    if there are. Raises UserError that names all images that cannot be read; nothing is left then.
+    """
+    n, shape = len(dataset), (len(dataset), dataset.size, dataset.size, 3)
+    pieces = np.array_split(np.arange(n), math.ceil(n / 64))
+    loader = make_loader(Packed(dataset), pieces, workers, torch.device("cpu"))
+    problems = []
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        def member(name):
+            return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+        with member("arr_0") as target:
+            header = dict(descr="|u1", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(target, header)
+            for images, wrong in progress_bar(loader, total=len(pieces), unit="batch"):
+                target.write(images)
+                problems += wrong
+        refuse_images(dataset.source, n, problems)
+        extra = dict(arr_1=dataset.labels) if dataset.classes else {}
+        if dataset.names:
+            extra["class_names"] = np.array(dataset.names)
+        for name, array in extra.items():
+            with member(name) as target:
+                np.lib.format.write_array(target, array, allow_pickle=False)
+
+def main():
+    """Pack the images that the command line names."""
+    parser = argparse.ArgumentParser(
+        description="Make of any data set one .npz that the scripts map into memory: its images are "
+        "cropped and shrunk once, not at every step.")
+    parser.add_argument("images", help="as --dataset: a folder, a zip, an .npz, cifar10, imagenet64")
+    parser.add_argument("out", type=Path, help="the .npz to write")
+    parser.add_argument("--size", type=number(int, 8), required=True, help="pixels of a side")
+    parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where compressed arrays are unpacked")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), metavar="N",
+                        help="processes that decode (default: one a core)")
+    args = parser.parse_args()
+    if args.out.suffix != ".npz" or args.out.exists():
+        raise UserError(f"{args.out}: name an .npz that does not exist yet")
+    dataset = load_dataset(args.images, args.data_dir, args.size, args.cache_dir)
+    print(dataset.describe())
+    dataset.check()
+    pack(args.out, dataset, args.workers)
+    print(f"{args.out}: {len(dataset):,} images of {args.size} pixels, {dataset.classes} classes, "
+          f"{args.out.stat().st_size / 1e6:,.1f} MB, SHA-256 {file_sha(args.out)}..")
+
+if __name__ == "__main__":
+    sys.excepthook = one_line_errors
+    main()

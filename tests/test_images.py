@@ -176,3 +176,176 @@ def test_attention_where_there_is_one():
     for name in common.NETS:
         assert common.net_settings([name])["attention"] == common.NETS[name]["attention"]
     assert common.net_settings("glyphs attention=".split())["attention"] == ()
+
+
+# ---- files that are no images, found before the run begins
+
+BAD = {"a/empty.png": b"", "b/small.png": encoded(pictures(8, 16, 3)), "b/text.jpg": b"Not found"}
+
+
+@pytest.mark.parametrize("source", ["set", "set.zip"])
+def test_all_bad_files_are_named_at_once(tmp_path, source):
+    good = {f"{kind}/{i}.png": PNG for kind in "ab" for i in range(3)}
+    dataset = load(write(tmp_path / source, good | BAD))
+    with one_line_error(tmp_path / source, "3 of 9 images", "a/empty.png is empty",
+                        "b/small.png is 16x8", "16 pixels", "b/text.jpg cannot be read"):
+        dataset.check()
+    assert load(write(tmp_path / f"good_{source}", good)).check() is None
+
+
+def test_many_bad_files_are_counted(tmp_path):
+    dataset = load(write(tmp_path / "set", {f"{i:02d}.png": b"" for i in range(30)}))
+    with one_line_error("30 of 30", "00.png is empty", "09.png is empty, ..;"):
+        dataset.check()
+
+
+def test_a_run_looks_at_the_files_first(tmp_path, capsys):
+    source = write(tmp_path / "set", BAD)
+    args = types.SimpleNamespace(dataset=str(source), data_dir=None, cache_dir=None)
+    run = types.SimpleNamespace(world=1, main=True)
+    with one_line_error("3 of 3 images"):
+        common.open_dataset(args, run, 16)
+    assert "3 images" in capsys.readouterr().out  # what it is was said before
+
+
+def test_arrays_that_are_too_small(tmp_path):
+    np.save(tmp_path / "x.npy", pictures(3, 16, 12, 3))
+    with one_line_error("x.npy", "12x16", "16"):
+        load(tmp_path / "x.npy").check()
+
+
+# ---- the cache of unpacked arrays
+
+def cached(folder):
+    return sorted(folder.rglob("*.npy"))
+
+
+def test_an_older_npz_moved_into_place(tmp_path):
+    """By its time it would be the one unpacked already."""
+    x, y = pictures(2, 4, 16, 16, 3)
+    for name, images in (("x", x), ("old", y)):
+        np.savez_compressed(tmp_path / f"{name}.npz", images)
+    os.utime(tmp_path / "old.npz", (1, 1))
+    assert np.array_equal(read(load(tmp_path / "x.npz"))[0], x)
+    os.replace(tmp_path / "old.npz", tmp_path / "x.npz")
+    assert np.array_equal(read(load(tmp_path / "x.npz"))[0], y)
+
+
+def test_a_users_own_file_stays(tmp_path):
+    x = pictures(4, 16, 16, 3)
+    np.savez_compressed(tmp_path / "x.npz", images=x)
+    np.save(tmp_path / "x.images.npy", x[:1])
+    assert np.array_equal(read(load(tmp_path / "x.npz"))[0], x)
+    assert np.array_equal(np.load(tmp_path / "x.images.npy"), x[:1])
+    file, = cached(tmp_path / ".unpacked")
+    assert file.name.startswith("x.images.") and [file] == [
+        path for path in cached(tmp_path) if path.name != "x.images.npy"]
+
+
+def test_half_an_unpacked_file_is_not_used(tmp_path):
+    x = pictures(4, 16, 16, 3)
+    np.savez_compressed(tmp_path / "x.npz", x)
+    load(tmp_path / "x.npz")
+    file, = cached(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert np.array_equal(read(load(tmp_path / "x.npz"))[0], x)
+
+
+def test_two_unpack_at_once(tmp_path):
+    """The second begins and ends while the first has unpacked half."""
+    x = pictures(4, 16, 16, 3)
+    np.savez_compressed(tmp_path / "x.npz", x)
+    copy, first = common.shutil.copyfileobj, threading.Event()
+
+    def slow(source, target, length):
+        if not first.is_set():
+            first.set()
+            target.write(source.read(100))
+            assert np.array_equal(read(load(tmp_path / "x.npz"))[0], x)
+        copy(source, target, length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.shutil, "copyfileobj", slow)
+        assert np.array_equal(read(load(tmp_path / "x.npz"))[0], x)
+    assert first.is_set() and len(cached(tmp_path)) == 1 and not [*tmp_path.rglob("*.tmp")]
+
+
+def test_where_it_is_unpacked(tmp_path, monkeypatch):
+    """In --cache-dir if it is named; else beside the data; where that cannot be, at home."""
+    x, home = pictures(4, 16, 16, 3), tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    (tmp_path / "data").mkdir()
+    np.savez_compressed(tmp_path / "data/x.npz", x)
+    dataset = common.load_dataset(str(tmp_path / "data/x.npz"), None, 16, str(tmp_path / "named"))
+    assert np.array_equal(read(dataset)[0], x)
+    assert len(cached(tmp_path / "named")) == len(cached(tmp_path)) == 1
+    (tmp_path / "data/.unpacked").write_text("a file, so that no folder can be made")
+    assert np.array_equal(read(load(tmp_path / "data/x.npz"))[0], x)
+    assert len(cached(home)) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data/.unpacked"))
+    with one_line_error("x.npz", "--cache-dir"):
+        load(tmp_path / "data/x.npz")
+
+
+@pytest.mark.parametrize("images", [np.array([{}, {}]), np.zeros((2, 16, 16, 3), np.float32),
+                                    np.zeros((2, 16), np.uint8)])
+def test_nothing_is_unpacked_that_cannot_be_used(tmp_path, images):
+    np.savez_compressed(tmp_path / "x.npz", images)
+    with one_line_error("x.npz"):
+        load(tmp_path / "x.npz")
+    assert not cached(tmp_path)
+
+
+def test_a_checksum_that_is_wrong(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", pictures(4, 16, 16, 3) // 64)
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    at = content.find(b"PK\1\2") + 16  # the checksum in the directory
+    content[at] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    with one_line_error("x.npz", "CRC"):
+        load(tmp_path / "x.npz")
+    assert not cached(tmp_path)
+
+
+# ---- packing
+
+def pack(*words):
+    command = [sys.executable, str(ROOT / "common.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("source", ["set", "set.zip"])
+def test_packed_images_are_those_of_the_files(tmp_path, source):
+    """And labels, and the classes' names; it is mapped as it is, and not unpacked."""
+    files = {f"{kind}/{i}.png": encoded(pictures(20 + i, 40, 3, seed=i))
+             for kind in ("cat", "dog", "eel") for i in range(3)}
+    before = load(write(tmp_path / source, files))
+    done = pack(tmp_path / source, tmp_path / "x.npz", "--size", 16, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "9 images" in done.stdout and "3 classes" in done.stdout
+    assert common.file_sha(tmp_path / "x.npz") in done.stdout
+    after = load(tmp_path / "x.npz")
+    assert all(np.array_equal(a, b) for a, b in zip(read(after), read(before)))
+    assert after.names == before.names == ["cat", "dog", "eel"] and not cached(tmp_path)
+    with np.load(tmp_path / "x.npz") as arrays:  # other tools read it too
+        assert arrays["arr_0"].shape == (9, 16, 16, 3) and arrays["arr_1"].dtype == np.int64
+    again = pack(tmp_path / source, tmp_path / "x.npz", "--size", 16)
+    assert again.returncode == 2 and "does not exist yet" in again.stderr
+
+
+def test_packing_without_labels_twice_gives_the_same_file(tmp_path):
+    np.save(tmp_path / "x.npy", pictures(70, 16, 16, 3))
+    for name in "ab":
+        assert pack(tmp_path / "x.npy", tmp_path / f"{name}.npz", "--size", 8).returncode == 0
+    assert common.file_sha(tmp_path / "a.npz") == common.file_sha(tmp_path / "b.npz")
+    assert load(tmp_path / "a.npz", 8).classes == 0
+
+
+def test_packing_names_every_damaged_image_and_leaves_nothing(tmp_path):
+    """The headers of these are whole."""
+    cut = {f"{i:03d}.png": PNG if i % 50 else PNG[:-99] for i in range(150)}
+    done = pack(write(tmp_path / "set", cut), tmp_path / "x.npz", "--size", 16)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert "3 of 150 images" in error
+    assert all(f"{name}.png" in error for name in ("000", "050", "100"))
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
