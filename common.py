@@ -953,8 +953,8 @@ class ArrayImages(Images):
         """Raises UserError if the images are smaller than the network's."""
         for width, height in self.some_sizes():
             if min(width, height) < self.size:
-                raise UserError(f"{self.source} has images of {width}x{height} pixels, smaller than "
-                                f"the network's {self.size}")
+                raise UserError(f"{self.source} has images of {width}x{height} pixels, smaller "
+                                f"than the network's {self.size}")
 
     def read(self, i):
         from PIL import Image
@@ -1747,8 +1747,8 @@ def file_sha(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 # Flags that may change when a run is resumed: where things lie, what is reported, the machine
-FREE_FLAGS = {"data_dir", "cache_dir", "teacher", "out_dir", "overwrite", "log_every", "sample_every",
-              "save_every", "workers", "device", "compile", "ckpt", "micro_batch",
+FREE_FLAGS = {"data_dir", "cache_dir", "teacher", "out_dir", "overwrite", "log_every",
+              "sample_every", "save_every", "workers", "device", "compile", "ckpt", "micro_batch",
               "micro_batch_limit", "gradient_checkpointing"}
 
 def settings_of_run(args, model_args):
@@ -2674,8 +2674,8 @@ class Packed:
         return images, problems
 
 def pack(path, dataset, workers):
-    """Write a data set to an .npz that need not be unpacked: arr_0 the images (n,size,size,3) uint8,
-    centre-cropped and shrunk as ADM does; arr_1 the labels, class_names the names of the classes,
+    """Write a data set to an .npz that need not be unpacked: arr_0 the images, (n,size,size,3)
+    uint8, cropped and shrunk as ADM does; arr_1 the labels, class_names the names of the classes,
     if there are. Raises UserError that names all images that cannot be read; nothing is left then.
     """
     n, shape = len(dataset), (len(dataset), dataset.size, dataset.size, 3)
@@ -2702,9 +2702,9 @@ def pack(path, dataset, workers):
 def main():
     """Pack the images that the command line names."""
     parser = argparse.ArgumentParser(
-        description="Make of any data set one .npz that the scripts map into memory: its images are "
-        "cropped and shrunk once, not at every step.")
-    parser.add_argument("images", help="as --dataset: a folder, a zip, an .npz, cifar10, imagenet64")
+        description="Make of any data set one .npz that the scripts map into memory: its images "
+        "are cropped and shrunk once, not at every step.")
+    parser.add_argument("images", help="as --dataset: a folder, a zip, an .npz, cifar10, ..")
     parser.add_argument("out", type=Path, help="the .npz to write")
     parser.add_argument("--size", type=number(int, 8), required=True, help="pixels of a side")
     parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")

@@ -275,7 +275,8 @@ def reference_features(args, run, inception, size, trained):
         reference.holds = "statistics without images for precision and recall"
     else:
         with common.main_process_first(run):
-            dataset = common.load_dataset(name, data_dir, size, args.cache_dir)
+            cache_dir = getattr(args, "cache_dir", None)  # of the scripts' flags alone
+            dataset = common.load_dataset(name, data_dir, size, cache_dir)
         if trained.get("model_args", {}).get("classes"):
             common.check_class_order(dataset, trained["script"], trained.get("data"), args.ckpt)
         if run.main:

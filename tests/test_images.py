@@ -1,12 +1,10 @@
 """What an image is: upright, on white, in a known range; masks; files that are none; the cache of
 unpacked arrays; packing."""
-import json
 import os
 import subprocess
 import sys
 import threading
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
