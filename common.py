@@ -12,6 +12,7 @@ et al. 2024, arXiv 2406.14548. EDM = Karras et al. 2022, arXiv 2206.00364. ADM =
 2021, arXiv 2105.05233.
 """
 import argparse
+import atexit
 import colorsys
 import contextlib
 import datetime
@@ -1414,7 +1415,7 @@ FREE_FLAGS = {"data_dir", "teacher", "out_dir", "overwrite", "log_every", "sampl
               "save_every", "workers", "device", "compile", "ckpt", "micro_batch",
               "micro_batch_limit", "gradient_checkpointing"}
 
-LOCKS = {}  # open files, by their folder; to close one would release its lock
+locked = set()  # the folders that are this process' own
 
 def lock_folder(folder, run, make=True):
     """Keep other runs out of a folder, if it is there or `make`, for the life of this process.
@@ -1427,7 +1428,7 @@ def take_lock(folder, name, make):
     """Returns None, or why the lock of a folder cannot be had. It is a POSIX one, as fcntl's: over
     NFS it holds on all nodes; it goes with the process, and unlike flock's does not stay with a
     loader's workers that outlive it."""
-    if folder in LOCKS or not (make or folder.exists()):
+    if folder in locked or not (make or folder.exists()):
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1447,7 +1448,8 @@ def take_lock(folder, name, make):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    LOCKS[folder] = file
+    atexit.register(file.close)  # not before: that would release the lock
+    locked.add(folder)
     for pattern in (".*.pt*.tmp", ".log.jsonl*.tmp"):  # what a killed run was writing
         for old in folder.glob(pattern):
             old.unlink(missing_ok=True)
