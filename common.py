@@ -744,27 +744,25 @@ def import_beside(name, need):
 def atomic_file(path, mode="wb", later=None):
     """Open a file that appears at `path` whole or not at all; what stood there stays till then.
 
-    later: None, or a dictionary that receives path: temporary name, for the caller to rename it.
+    later: a dictionary that receives path: temporary name, for the caller to rename it; or None.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # one a writer
-    kept = False
     try:
         with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        kept = later is not None
-        if kept:
-            later[path] = temporary
-        else:
+        if later is None:
             os.replace(temporary, path)
+        else:
+            later[path] = temporary
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:
-        if not kept:
+        if later is None or path not in later:
             temporary.unlink(missing_ok=True)
 
 # --------------------------------------------------------------------------------------------------
@@ -1373,7 +1371,6 @@ def finish(run, stop=None):
 # --------------------------------------------------------------------------------------------------
 
 RENAMED = {"times": "p_t", "extra": "cond"}  # settings of older checkpoints
-
 ABOUT = "few_step"  # the place of what ema.pt knows of itself, in the `_metadata` of a state dict
 
 def load_checkpoint(path):
@@ -1382,12 +1379,12 @@ def load_checkpoint(path):
     An ema.pt that knows what it is reads like the last.pt beside it, but for what only resumes.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):  # torch does not look at the checksums
             with zipfile.ZipFile(path) as archive:
                 wrong = archive.testzip()
             if wrong:
                 raise ValueError(f"the checksum of {wrong} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
@@ -1397,9 +1394,9 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint, or is damaged: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
-    about = getattr(state, "_metadata", {}).get(ABOUT)
-    if about:
-        state = about | dict(ema=state)
+    metadata = getattr(state, "_metadata", None)
+    if isinstance(metadata, dict) and isinstance(metadata.get(ABOUT), dict):
+        state = metadata[ABOUT] | dict(ema=state)
     for part in ("args", "model_args"):
         if isinstance(state.get(part), dict):
             settings = state[part].items()
@@ -1683,17 +1680,14 @@ def settings_of_weights(path, state, scripts):
         with torch.device("meta"):
             net = UNet(**settings | changes)
         wanted = shapes_of(net.state_dict())
-        differ[name] = [key for key in wanted | shapes if wanted.get(key) != shapes.get(key)]
+        differ[name] = [f"{key} {show_shape(shapes.get(key))}, not {show_shape(wanted.get(key))}"
+                        for key in wanted | shapes if wanted.get(key) != shapes.get(key)]
         if not differ[name]:
             return name, settings | changes
     near = min(NETS, key=lambda name: len(differ[name]))
-    with torch.device("meta"):
-        wanted = shapes_of(UNet(**NETS[near] | changes).state_dict())
-    first = [f"{key} is {show_shape(shapes.get(key))}, not {show_shape(wanted.get(key))}"
-             for key in differ[near][:3]]
     raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}; nearest is "
-                    f"{near}, where {len(differ[near])} tensors differ: {', '.join(first)}. Of a "
-                    "run of these scripts name last.pt")
+                    f"{near}, where {len(differ[near])} tensors differ: "
+                    f"{'; '.join(differ[near][:3])}. Of a run of these scripts name last.pt")
 
 def show_shape(shape):
     return "absent" if shape is None else "x".join(map(str, shape)) or "a number"
@@ -1767,9 +1761,9 @@ class Log:
         lines = []
         if step and self.path.exists():
             lines = self.path.read_bytes().splitlines()
-        strange = sum(step_of(line) == math.inf for line in lines[:-1])  # the last: half-written
+        strange = sum(step_of(line) == math.inf for line in lines)
         if strange:
-            print(f"note: {strange} lines of {self.path} are no records of steps: dropped")
+            print(f"note: {strange} line(s) of {self.path} hold no step, or half of one: dropped")
         with atomic_file(self.path) as file:
             for line in lines:
                 if step_of(line) <= step:

@@ -663,7 +663,7 @@ def train(args, run, stop):
         name = f"N{N:04d}" if N else "stage1"
         log.step(step, finite, last, N=N, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm, lr=lr)
-        if ended and run.main:
+        if ended and run.main and not common.not_finite(ema.state_dict()):
             save_student(args, run, Path(args.out_dir, name), step, N, task, ema, log)
         if common.due(args.save_every, step) or last or ended:
             common.save_run(args, run, "guided_distill", step, log, task.model_args, parts,
@@ -681,7 +681,7 @@ def save_student(args, run, path, step, N, task, ema, log):
     about = common.about_run(args, run, "guided_distill", step, task.model_args, N=N)
     state = about | dict(ema=ema.state_dict())
     common.save_checkpoint(path.with_suffix(".pt"), state, log.written)
-    if task.latent:
+    if task.latent and log.sound:
         task.export(ema, path)
 
 
