@@ -1156,7 +1156,7 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
     if log.last:
         if log.sound:
             yield k, [(0, batch)], True
-        log.end(totals.numbers.isfinite().all().item())
+        log.end((~totals.numbers.isfinite()).any().item())
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
@@ -1639,7 +1639,8 @@ def save_run(args, run, script, step, log, model_args, parts, **more):
 
 def not_finite(weights):
     """The name of a tensor of a state dict in which a number is not finite, None if all are."""
-    return next((name for name, value in weights.items() if not value.isfinite().all()), None)
+    wrong = torch.stack([(~value.isfinite()).any() for value in weights.values()]).tolist()
+    return next((name for name, bad in zip(weights, wrong) if bad), None)
 
 def shapes_of(state):
     return {name: value.shape for name, value in state.items()}
@@ -1812,11 +1813,11 @@ class Log:
             os.replace(temporary, path)
         self.written, self.saved = {}, self.written_at
 
-    def end(self, finite):
-        """After the last step: keep what it has saved, or leave with exit code 1. finite: whether
-        the loss of its weights is."""
-        unsaved = self.run.main and not self.written
-        if any_rank(self.run, unsaved or not self.sound or not finite):
+    def end(self, bad):
+        """After the last step: keep what it has saved, or leave with exit code 1. bad: the loss of
+        its weights is not finite."""
+        unsaved = self.run.main and self.written_at < self.done
+        if any_rank(self.run, unsaved or bad or not self.sound):
             self.fail("ended while the loss or the weights were not finite")
         self.confirm()
 
@@ -1954,7 +1955,7 @@ def draw_part(draw, part, y, shape, seed):
     y_part = None if y is None else y[part]
     noise = SeededNoise(part, seed)
     x = draw(y_part, noise, (len(part), *shape))
-    if not x.isfinite().all():
+    if (~x.isfinite()).any():
         raise UserError("the network draws what is not finite: it has diverged, or --precision "
                         "fp32 helps")
     return to_uint8(x)
