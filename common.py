@@ -1432,6 +1432,8 @@ def take_lock(folder, name, make):
         file = open(folder / ".lock", "a+")
     except OSError as error:
         return f"--out-dir {name}: {error.strerror}"
+    locked.add(folder)
+    atexit.register(file.close)  # not before: that would release the lock
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1442,12 +1444,12 @@ def take_lock(folder, name, make):
     except (OSError, ImportError) as error:  # a file system without locks; Windows
         print(f"note: --out-dir {name} cannot be locked ({first_line(error)}): start no other run "
               "in it")
+        return None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    atexit.register(file.close)  # not before: that would release the lock
-    locked.add(folder)
-    for pattern in (".*.pt*.tmp", ".log.jsonl*.tmp"):  # what a killed run was writing
+    # What a killed run was writing
+    for pattern in (".*.pt*.tmp", ".log.jsonl*.tmp", "samples/.*.png.*.tmp"):
         for old in folder.glob(pattern):
             old.unlink(missing_ok=True)
     return None

@@ -98,8 +98,9 @@ def lock_and_wait(folder, pipe):
 
 def test_only_the_first_process_deletes_what_was_left_half_written(tmp_path):
     left = [".last.pt.0123abcd.tmp", ".N0004.pt.0123abcd.tmp", ".log.jsonl.0123abcd.tmp",
-            ".last.pt.tmp"]
-    others = [".mine.tmp", "last.pt", ".npz.tmp"]
+            ".last.pt.tmp", "samples/.000500.png.0123abcd.tmp"]
+    others = [".mine.tmp", "last.pt", "samples/000500.png"]
+    (tmp_path / "samples").mkdir()
     for name in left + others:
         (tmp_path / name).write_bytes(b"x")
     ours, theirs = multiprocessing.Pipe()
@@ -108,7 +109,8 @@ def test_only_the_first_process_deletes_what_was_left_half_written(tmp_path):
     process.start()
     try:
         assert ours.recv() == "locked"
-        assert {path.name for path in tmp_path.iterdir()} == {".lock", *others}
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert {str(path.relative_to(tmp_path)) for path in files} == {".lock", *others}
         (tmp_path / left[0]).write_bytes(b"x")  # the other's, who is writing it
         with pytest.raises(common.UserError, match=f"process {process.pid} on"):
             common.lock_folder(tmp_path, RUN)
@@ -122,7 +124,10 @@ def test_no_locks_are_said(tmp_path, monkeypatch, capsys):
     def fail(file, how):
         raise OSError(37, "No locks available")
     monkeypatch.setattr("fcntl.lockf", fail)
-    common.lock_folder(tmp_path, RUN)
+    (tmp_path / ".last.pt.0123abcd.tmp").write_bytes(b"")
+    for _ in range(2):
+        common.lock_folder(tmp_path, RUN)
+    assert (tmp_path / ".last.pt.0123abcd.tmp").exists()  # another may be at it
     line, = capsys.readouterr().out.splitlines()
     assert "cannot be locked" in line and "No locks available" in line
 
