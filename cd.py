@@ -369,6 +369,7 @@ def train_first_teacher(args, run, stop, script, label_dropout):
     args.teacher names it afterwards. Stopped on the way, the process ends here.
     """
     out_dir = Path(args.out_dir)
+    common.lock_folder(out_dir, run, make=False)
     if (out_dir / "last.pt").exists() and not args.overwrite:
         writer = common.load_checkpoint(out_dir / "last.pt").get("script")
         if writer != script:  # now, not after days of the teacher's training
@@ -444,7 +445,7 @@ def train(args, run, stop):
         draws.append(partial(draw, w=w_max or 2.0))
     elif distil:
         draws.append(partial(sample, ema, args.sigmas))
-    all_steps = common.steps(args, run, log, dataset, step, {"a step": step}, [optimizer])
+    all_steps = common.steps(args, run, log, totals, dataset, step, {"a step": step}, [optimizer])
     for step, micro_batches, trial in all_steps:
         # ------------------------------------------------------------------------ one training step
         gradients.zero_()
@@ -495,13 +496,11 @@ def train(args, run, stop):
         log.step(step, finite, last, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm)
         if common.due(args.save_every, step) or last:
-            common.save_run(args, run, "cd", step, log.skipped, model_args, parts)
-        if common.due(args.sample_every, step, step == args.total_steps):
+            common.save_run(args, run, "cd", step, log, model_args, parts)
+        if log.sound and common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, step, draws, classes, (3, size, size))
-        if stopping:
-            break
     log.close()
-    return step == args.total_steps
+    return log.done == args.total_steps
 
 
 # --------------------------------------------------------------------------------------------------

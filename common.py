@@ -12,6 +12,7 @@ et al. 2024, arXiv 2406.14548. EDM = Karras et al. 2022, arXiv 2206.00364. ADM =
 2021, arXiv 2105.05233.
 """
 import argparse
+import atexit
 import colorsys
 import contextlib
 import datetime
@@ -28,6 +29,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import time
@@ -748,22 +750,29 @@ def import_beside(name, need):
         raise UserError(f"{need}, which must lie beside this script: {error}") from error
 
 @contextlib.contextmanager
-def atomic_file(path, mode="wb"):
-    """Open a file that appears at `path` whole or not at all; what stood there stays till then."""
+def atomic_file(path, mode="wb", later=None):
+    """Open a file that appears at `path` whole or not at all; what stood there stays till then.
+
+    later: a dictionary that receives path: temporary name, for the caller to rename it; or None.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # left by a killed process, it is overwritten
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # one a writer
     try:
         with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if later is None:
+            os.replace(temporary, path)
+        else:
+            later[path] = temporary
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or cause
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if later is None or path not in later:
+            temporary.unlink(missing_ok=True)
 
 # --------------------------------------------------------------------------------------------------
 # Data: uint8 until it is on the device. A data set answers len() and __getitems__(indices) with a
@@ -1488,12 +1497,12 @@ def micro_batches(args, run):
     """The numbers of this rank's micro-batches in every step."""
     return range(run.rank, args.batch_size // args.micro_batch, run.world)
 
-def steps(args, run, log, dataset, step, kinds, optimizers):
+def steps(args, run, log, totals, dataset, step, kinds, optimizers):
     """Yield (step, micro-batches (m, batch) of this rank, is it a trial?) for the steps to come.
 
     First a micro-batch of each of `kinds`, {name: a step like it}, is tried, and its gradients are
     to be discarded: networks are compiled, and a run whose steps do not fit into memory does not
-    begin.
+    begin. Once more after the last step: is the loss of the weights that it has made finite?
     """
     loader = batches(args, run, dataset, step)  # its workers start now: afterwards threads run
     if step < args.total_steps:
@@ -1516,6 +1525,12 @@ def steps(args, run, log, dataset, step, kinds, optimizers):
         log.restart_clock()
     for k in range(step, args.total_steps):
         yield k, zip(micro_batches(args, run), loader), False
+        if log.last:
+            break
+    if log.last:
+        if log.sound:
+            yield k, [(0, batch)], True
+        log.end((~totals.numbers.isfinite()).any().item())
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
@@ -1697,6 +1712,14 @@ def sum_over_ranks(run, stop, gradients, totals):
         torch.distributed.all_reduce(totals.buffer)
     return totals.stop.item() > 0
 
+def any_rank(run, flag):
+    """Whether `flag` is set on any rank; all of them ask."""
+    if run.world == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=run.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return flags.item() > 0
+
 class StopSignal:
     """Remembers SIGTERM or Ctrl-C, for the loop to finish its step and save. A second kills."""
     def __init__(self):
@@ -1722,10 +1745,19 @@ def finish(run, stop=None):
 # --------------------------------------------------------------------------------------------------
 
 RENAMED = {"times": "p_t", "extra": "cond"}  # settings of older checkpoints
+ABOUT = "few_step"  # the place of what ema.pt knows of itself, in the `_metadata` of a state dict
 
 def load_checkpoint(path):
-    """Read a checkpoint. Raises UserError if it is missing, damaged, or could run code."""
+    """Read a checkpoint. Raises UserError if it is missing, damaged, or could run code.
+
+    An ema.pt that knows what it is reads like the last.pt beside it, but for what only resumes.
+    """
     try:
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+            if wrong:
+                raise ValueError(f"the checksum of {wrong} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
@@ -1736,6 +1768,9 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint, or is damaged: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    metadata = getattr(state, "_metadata", None)
+    if isinstance(metadata, dict) and isinstance(metadata.get(ABOUT), dict):
+        state = metadata[ABOUT] | dict(ema=state)
     for part in ("args", "model_args"):
         if isinstance(state.get(part), dict):
             settings = state[part].items()
@@ -1751,9 +1786,56 @@ FREE_FLAGS = {"data_dir", "cache_dir", "teacher", "out_dir", "overwrite", "log_e
               "sample_every", "save_every", "workers", "device", "compile", "ckpt", "micro_batch",
               "micro_batch_limit", "gradient_checkpointing"}
 
+locked = set()  # the folders that are this process' own
+
+def lock_folder(folder, run, make=True):
+    """Keep other runs out of a folder, if it is there or `make`, for the life of this process.
+    Raises UserError, on all ranks, if one is in it."""
+    refused = take_lock(Path(folder).resolve(), folder, make) if run.main else None
+    if any_rank(run, refused is not None):
+        raise UserError(refused or f"--out-dir {folder} is in use by another run")
+
+def take_lock(folder, name, make):
+    """Returns None, or why the lock of a folder cannot be had. It is a POSIX one, as fcntl's: over
+    NFS it holds on all nodes; it goes with the process, and unlike flock's does not stay with a
+    loader's workers that outlive it."""
+    if folder in locked or not (make or folder.exists()):
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        return f"--out-dir {name}: {error.strerror}"
+    locked.add(folder)
+    atexit.register(file.close)  # not before: that would release the lock
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        return (f"--out-dir {name} is in use by another run ({file.read().strip()}): wait for its "
+                "end, stop it, or choose another")
+    except (OSError, ImportError) as error:  # a file system without locks; Windows
+        print(f"note: --out-dir {name} cannot be locked ({first_line(error)}): start no other run "
+              "in it")
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    # What a killed run was writing
+    for pattern in (".*.pt*.tmp", ".log.jsonl*.tmp", "samples/.*.png.*.tmp"):
+        for old in folder.glob(pattern):
+            old.unlink(missing_ok=True)
+    return None
+
+def spans_the_run(args):
+    """Whether a schedule depends on --total-steps: N(k), ECT's stages, rounds of distillation."""
+    return "s1" in args or "round_steps" in args or args.get("stages", 1) > 1
+
 def settings_of_run(args, model_args):
     """What a resumed run must share with the one before, as written on the command line."""
-    flags = {flag_name(key): value for key, value in args.items() if key not in FREE_FLAGS}
+    free = FREE_FLAGS if spans_the_run(args) else FREE_FLAGS | {"total_steps"}
+    flags = {flag_name(key): value for key, value in args.items() if key not in free}
     if args.get("teacher") in ("ideal", "none"):  # of a file the digest counts
         flags["--teacher"] = args["teacher"]
     return {key: show_value(value) for key, value in (flags | model_args).items()}
@@ -1771,8 +1853,15 @@ def check_resumable(args, state, script, model_args, data):
                if old.get(key, "none") != new.get(key, "none")]
     changed += data_differences(state.get("data"), data)
     if changed:
-        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings or images "
-                        f"({'; '.join(changed)}); use its own, choose another, or --overwrite it")
+        why = ""
+        if old.get("--total-steps") != new.get("--total-steps"):
+            why = "; its schedule spans all its steps, so a longer run has to start anew"
+        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings or "
+                        f"images ({'; '.join(changed)}){why}; use its own, choose another, "
+                        "or --overwrite it")
+    if args.total_steps < state["step"]:
+        raise UserError(f"--total-steps {args.total_steps}: the run in --out-dir {args.out_dir} is "
+                        f"at step {state['step']}; name more, choose another, or --overwrite it")
 
 def delete_run(out_dir):
     """`--overwrite`: what a run left in its folder is deleted."""
@@ -1851,13 +1940,19 @@ def resume(args, run, script, model_args, parts):
 
     Returns its step, and how many steps it has left out; 0, 0 for a new run.
     """
+    lock_folder(args.out_dir, run)
     out_dir, state = Path(args.out_dir), dict(step=0, skipped=0, args={})
     if args.overwrite and not run.restarted:  # a restarted run has obeyed --overwrite already
         if run.main:
             delete_run(out_dir)
     elif (out_dir / "last.pt").exists():
         state = load_checkpoint(out_dir / "last.pt")
-        check_resumable(args, state, script, model_args, run.data)
+        with explain(f"{out_dir}/last.pt cannot be resumed"):
+            check_resumable(args, state, script, model_args, run.data)
+            before = state["args"]["total_steps"]
+        if args.total_steps != before and run.main:
+            print(f"note: --total-steps {args.total_steps}, and {before} until now: "
+                  f"{args.total_steps - state['step']} more steps")
     elif (out_dir / "ema.pt").exists():
         raise UserError(f"--out-dir {out_dir} holds an ema.pt without last.pt: --overwrite it?")
     if run.world > 1:
@@ -1892,28 +1987,65 @@ def load_optimizer(optimizer, state):
             if value.shape == p.shape:
                 values[key] = torch.empty_like(p).copy_(value)
 
-def save_checkpoint(path, state):
-    """Write `state` to `path`, whole or not at all. Raises UserError if it cannot be written."""
-    with atomic_file(path) as file:
+def save_checkpoint(path, state, later=None):
+    """Write `state` to `path`, see `atomic_file`. Raises UserError if it cannot be written."""
+    with atomic_file(path, later=later) as file:
         torch.save(state, file)
 
-def save_run(args, run, script, step, skipped, model_args, parts, **more):
-    """Write last.pt, which resumes the run, and ema.pt, which other tools can load; on rank 0."""
-    if not run.main:
+def about_run(args, run, script, step, model_args, **more):
+    """What a checkpoint says of itself, in plain values."""
+    return dict(script=script, step=step, images=step * args.batch_size, args=vars(args),
+                model_args=model_args, data=run.data,
+                torch_version=str(torch.__version__), **more)
+
+def save_run(args, run, script, step, log, model_args, parts, **more):
+    """Write last.pt, which resumes the run, and ema.pt, which other tools can load; on rank 0.
+
+    Not while steps are left out; and they get their names by `log.confirm`.
+    """
+    if not run.main or not log.sound:
         return
-    state = dict(script=script, step=step, images=step * args.batch_size, skipped=skipped,
-                 args=vars(args), model_args=model_args, data=run.data,
-                 torch_version=str(torch.__version__))
-    for key, part in parts.items():
-        state[key] = part if part is None else part.state_dict()
-    save_checkpoint(Path(args.out_dir, "last.pt"), state | more)
-    save_checkpoint(Path(args.out_dir, "ema.pt"), state["ema"])
+    about = about_run(args, run, script, step, model_args, skipped=log.skipped, **more)
+    state = {key: part if part is None else part.state_dict() for key, part in parts.items()}
+    wrong = not_finite(state["net"]) or not_finite(state["ema"])
+    if wrong:
+        return log.say(f"step {step} is not saved: its weights are not finite ({wrong})")
+    save_checkpoint(Path(args.out_dir, "last.pt"), about | state, log.written)
+    state["ema"]._metadata[ABOUT] = about
+    save_checkpoint(Path(args.out_dir, "ema.pt"), state["ema"], log.written)
+    log.written_at = step
+
+def not_finite(weights):
+    """The name of a tensor of a state dict in which a number is not finite, None if all are."""
+    wrong = torch.stack([(~value.isfinite()).any() for value in weights.values()]).tolist()
+    return next((name for name, bad in zip(weights, wrong) if bad), None)
 
 def shapes_of(state):
     return {name: value.shape for name, value in state.items()}
 
+PREFIXES = "module.", "_orig_mod."  # of DistributedDataParallel and of torch.compile
+NESTED = "ema", "params_ema", "state_dict", "model"  # where others keep weights; averages first
+
+def plain_weights(state):
+    """The tensors of another tool's checkpoint by their name, in float32; what was done to get
+    them, a list of words."""
+    done = []
+    for key in NESTED:
+        inner = state.get(key)
+        if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
+            state = inner
+            done.append(f"its {key!r}")
+            break
+    weights = {str(name): value.float() for name, value in state.items()
+               if isinstance(value, Tensor)}
+    for prefix in PREFIXES * 2:  # one may stand within the other
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+            done.append(f"without {prefix!r} before each name")
+    return weights, done
+
 def settings_of_weights(path, state, scripts):
-    """The settings of the one of NETS that a plain state dict fits. Raises UserError."""
+    """The one of NETS that a plain state dict fits: name and settings. Raises UserError."""
     shapes, changes = shapes_of(state), dict(classes=0)
     if shapes.get("label_emb.weight"):
         changes["classes"] = shapes["label_emb.weight"][0]
@@ -1922,24 +2054,39 @@ def settings_of_weights(path, state, scripts):
         if "ctm" not in scripts:
             raise UserError(f"{path} has one more input: a trajectory model, which goes to ctm.py "
                             "--ckpt, or a guided student, of which name last.pt")
-    for settings in NETS.values():
+    differ = {}
+    for name, settings in NETS.items():
         with torch.device("meta"):
             net = UNet(**settings | changes)
-        if shapes_of(net.state_dict()) == shapes:
-            return settings | changes
-    raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}")
+        wanted = shapes_of(net.state_dict())
+        differ[name] = [f"{key} {show_shape(shapes.get(key))}, not {show_shape(wanted.get(key))}"
+                        for key in wanted | shapes if wanted.get(key) != shapes.get(key)]
+        if not differ[name]:
+            return name, settings | changes
+    near = min(NETS, key=lambda name: len(differ[name]))
+    raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}; nearest is "
+                    f"{near}, where {len(differ[near])} tensors differ: "
+                    f"{'; '.join(differ[near][:3])}. Of a run of these scripts name last.pt")
+
+def show_shape(shape):
+    return "absent" if shape is None else "x".join(map(str, shape)) or "a number"
 
 def load_network(path, scripts):
-    """The network to sample with: `ema` of a checkpoint of one of the `scripts`, or plain weights.
+    """The network to sample with: `ema` of a checkpoint of one of the `scripts`, or plain weights,
+    of which rank 0 says what they are taken for.
 
     Returns the net in eval mode on the CPU, without gradients; and the checkpoint, of which
     `script`, `args` (None and {} for plain weights) and `model_args` say what it is.
     """
     state = load_checkpoint(path)
     if "model_args" not in state:
-        weights = {str(name): value.float() for name, value in state.items()
-                   if isinstance(value, Tensor)}
-        settings = settings_of_weights(path, weights, scripts)
+        weights, done = plain_weights(state)
+        name, settings = settings_of_weights(path, weights, scripts)
+        labels = f"{settings['classes']} classes, none of them a null label"
+        done += [f"{settings['image_size']} pixels", f"heads of {settings['head_channels']}",
+                 labels if settings["classes"] else "no labels"]
+        if environ("RANK") == 0:
+            print(f"{path} does not say what it is, and is taken for {name}: {', '.join(done)}")
         state = dict(script=None, args={}, model_args=settings)
     elif state.get("script") not in scripts:
         writer = f"{state['script']}.py" if state.get("script") else "another tool"
@@ -1950,6 +2097,9 @@ def load_network(path, scripts):
             weights = state["ema"]
         net = UNet(**state["model_args"])
         net.load_state_dict(weights)
+    wrong = not_finite(net.state_dict())
+    if wrong:
+        raise UserError(f"{path}: its weights are not finite ({wrong}): name one from before")
     return net.requires_grad_(False).eval(), state
 
 # --------------------------------------------------------------------------------------------------
@@ -1967,6 +2117,13 @@ def append_record(path, record):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
+def step_of(line):
+    """The step of a line of log.jsonl, inf if it is no record of one."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return math.inf
+
 class Log:
     """A run's progress bar and `log.jsonl`, of which what a killed run wrote after the step that it
     resumes from is dropped. On other ranks than 0 it only counts."""
@@ -1974,17 +2131,22 @@ class Log:
         self.args, self.run, self.skipped = args, run, skipped
         self.path = Path(args.out_dir, "log.jsonl")
         self.bad_in_a_row, self.values = {}, {}
+        self.sound, self.last = True, False  # was the last step of each player taken? does it end?
+        self.done = self.written_at = self.saved = step
+        self.written = {}  # at that step, see `confirm`
         self.reported = step, time.perf_counter()
         if not run.main:
             return
         lines = []
         if step and self.path.exists():
-            lines = self.path.read_text().splitlines()
-        with atomic_file(self.path, "w") as file:
+            lines = self.path.read_bytes().splitlines()
+        strange = sum(step_of(line) == math.inf for line in lines)
+        if strange:
+            print(f"note: {strange} line(s) of {self.path} hold no step, or half of one: dropped")
+        with atomic_file(self.path) as file:
             for line in lines:
-                with contextlib.suppress(ValueError):  # the last line may be half-written
-                    if json.loads(line)["step"] <= step:
-                        file.write(line + "\n")
+                if step_of(line) <= step:
+                    file.write(line + b"\n")
         self.bar = progress_bar(total=args.total_steps, initial=step, unit="step")
 
     def say(self, text):
@@ -2007,16 +2169,41 @@ class Log:
         self.values |= values
         self.bad_in_a_row[player] = 0 if finite else self.bad_in_a_row.get(player, 0) + 1
         self.skipped += not finite
+        if self.sound and not finite:
+            self.say(f"step {step} is left out, its loss or gradient is not finite: nothing is "
+                     "saved until one is")
+        self.sound, self.last = not any(self.bad_in_a_row.values()), last
+        if self.sound:
+            self.confirm()
+        self.done = step
         if self.bad_in_a_row[player] == 10:
-            self.close()
             values.pop("loss_bins", None)
-            raise SystemExit(f"{Path(sys.argv[0]).name}: stopped at step {step}: the loss or its "
-                             f"gradient was not finite 10 steps in a row ({values}); what "
-                             f"{self.args.out_dir} holds is older. Start anew with a lower --lr")
+            self.fail(f"stopped at step {step}: the loss or its gradient was not finite 10 steps "
+                      f"in a row ({values})")
         if self.run.main:
             self.bar.update()
             if due(self.args.log_every, step, last):
                 self.report(step)
+
+    def confirm(self):
+        """What was written when weights were new replaces what was there: their loss is finite."""
+        for path, temporary in self.written.items():
+            os.replace(temporary, path)
+        self.written, self.saved = {}, self.written_at
+
+    def end(self, bad):
+        """After the last step: keep what it has saved, or leave with exit code 1. bad: the loss of
+        its weights is not finite."""
+        unsaved = self.run.main and self.written_at < self.done
+        if any_rank(self.run, unsaved or bad or not self.sound):
+            self.fail("ended while the loss or the weights were not finite")
+        self.confirm()
+
+    def fail(self, why):
+        self.close()
+        kept = f"holds step {self.saved}" if self.saved else "holds no checkpoint"
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {why}. {self.args.out_dir} {kept}; start anew "
+                         "with a lower --lr")
 
     def report(self, step):
         before, then = self.reported
@@ -2038,6 +2225,8 @@ class Log:
     def close(self):
         if self.run.main:
             self.bar.close()
+        for temporary in self.written.values():
+            temporary.unlink(missing_ok=True)
 
 def due(every, step, last=False):
     return every > 0 and (step % every == 0 or last)
@@ -2143,7 +2332,11 @@ def draw_part(draw, part, y, shape, seed):
     """Images `part` (b,) of those that `draw_many` draws: (b,H,W,C) uint8."""
     y_part = None if y is None else y[part]
     noise = SeededNoise(part, seed)
-    return to_uint8(draw(y_part, noise, (len(part), *shape)))
+    x = draw(y_part, noise, (len(part), *shape))
+    if (~x.isfinite()).any():
+        raise UserError("the network draws what is not finite: it has diverged, or --precision "
+                        "fp32 helps")
+    return to_uint8(x)
 
 def draw_many(run, draw, n, y, shape, seed, batch=64):
     """n images (n,H,W,C) uint8, shared out among the ranks; image i depends on (seed, i) alone.
@@ -2502,6 +2695,8 @@ def open_teacher(args, run):
     if trained["args"].get("stage", "teacher") != "teacher":
         raise UserError(f"--teacher {args.teacher} holds a student, and no teacher")
     teacher.data, teacher.script = trained.get("data"), trained["script"]
+    if trained["script"] is None and run.main:
+        print(f"--teacher {args.teacher} is taken for a teacher")
     return place(teacher, run), trained["model_args"]
 
 def teacher_denoiser(args, run, teacher, dataset):

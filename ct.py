@@ -305,7 +305,7 @@ def train(args, run, stop):
 
     one_step = partial(sample, ema, [common.T_MAX])
     draws = [one_step, partial(sample, ema, args.sigmas)]
-    all_steps = common.steps(args, run, log, dataset, step, {"a step": step}, [optimizer])
+    all_steps = common.steps(args, run, log, totals, dataset, step, {"a step": step}, [optimizer])
     for step, micro_batches, trial in all_steps:
         # ------------------------------------------------------------------------ one training step
         N = mu = stage = None
@@ -358,13 +358,11 @@ def train(args, run, stop):
         log.step(step, finite, last, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm, N=N, mu=mu, stage=stage)
         if common.due(args.save_every, step) or last:
-            common.save_run(args, run, "ct", step, log.skipped, model_args, parts)
-        if common.due(args.sample_every, step, step == args.total_steps):
+            common.save_run(args, run, "ct", step, log, model_args, parts)
+        if log.sound and common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, step, draws, classes, (3, size, size))
-        if stopping:
-            break
     log.close()
-    return step == args.total_steps
+    return log.done == args.total_steps
 
 
 # --------------------------------------------------------------------------------------------------

@@ -553,7 +553,7 @@ def train(args, run, stop):
         first = max(step, args.disc_start)  # its player may be either
         kinds |= {"a step with the critic": first, "the other player's": first + 1}
         optimizers.append(critic_optimizer)
-    all_steps = common.steps(args, run, log, dataset, step, kinds, optimizers)
+    all_steps = common.steps(args, run, log, totals, dataset, step, kinds, optimizers)
     for step, micro_batches, trial in all_steps:
         # ------------------------------------------------------------------------ one training step
         rng = np.random.default_rng((common.SOLVER, args.seed, step))
@@ -624,13 +624,11 @@ def train(args, run, stop):
                 values[name] = totals[name]
         log.step(step, finite, last, player=critics_turn, **values)
         if common.due(args.save_every, step) or last:
-            common.save_run(args, run, "ctm", step, log.skipped, model_args, parts)
-        if common.due(args.sample_every, step, step == args.total_steps):
+            common.save_run(args, run, "ctm", step, log, model_args, parts)
+        if log.sound and common.due(args.sample_every, step, step == args.total_steps):
             common.sample_grid(args, run, step, draws, classes, (3, size, size))
-        if stopping:
-            break
     log.close()
-    return step == args.total_steps
+    return log.done == args.total_steps
 
 
 # --------------------------------------------------------------------------------------------------

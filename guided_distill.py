@@ -213,6 +213,7 @@ def draw(v, angle, N, sampler, w, device, y, noise, shape):
 class Latents:
     """An .npz of latents (n,C,h,w), and embeddings (n,L,D) with `null` (L,D), or labels (n,)."""
     def __init__(self, path):
+        self.path = path
         with common.explain(f"--dataset {path} holds no latents"):
             with np.load(path) as file:
                 text = "embeddings" in file
@@ -221,6 +222,8 @@ class Latents:
         self.parts = arrays[:2]
         self.latents, self.conditions = self.parts
         self.null = torch.tensor(arrays[2], dtype=torch.float32) if text else None
+        if text and not self.null.isfinite().all():
+            raise UserError(f"--dataset {path}: null holds inf or nan")
         self.dtype = torch.float32 if text else torch.int64
         self.shapes = {key: array.shape for key, array in zip(keys, arrays)}
 
@@ -229,7 +232,12 @@ class Latents:
 
     def __getitems__(self, indices):
         latents = torch.tensor(self.latents[indices], dtype=torch.float32)
-        return latents, torch.tensor(self.conditions[indices], dtype=self.dtype)
+        conditions = torch.tensor(self.conditions[indices], dtype=self.dtype)
+        for i, *parts in zip(indices, latents, conditions):
+            if not all(part.isfinite().all() for part in parts):
+                raise UserError(f"--dataset {self.path}: sample {i}, counted from 0, holds inf or "
+                                "nan")
+        return latents, conditions
 
 
 class LatentModel:
@@ -600,7 +608,7 @@ def train(args, run, stop):
     N, stage1_steps = rounds[0]
     if N == 0 and step < stage1_steps:
         kinds["a step of stage 2"] = stage1_steps
-    all_steps = common.steps(args, run, log, task.dataset, step, kinds, [optimizer])
+    all_steps = common.steps(args, run, log, totals, task.dataset, step, kinds, [optimizer])
     for step, micro_batches, trial in all_steps:
         N, done, steps = round_of(step, rounds)
         # From the raw weights of the last round, whose net is the teacher: GD Alg. 2.
@@ -655,29 +663,25 @@ def train(args, run, stop):
         name = f"N{N:04d}" if N else "stage1"
         log.step(step, finite, last, N=N, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm, lr=lr)
-        if ended and run.main:
-            save_student(args, run, Path(args.out_dir, name), step, N, task, ema)
+        if ended and run.main and not common.not_finite(ema.state_dict()):
+            save_student(args, run, Path(args.out_dir, name), step, N, task, ema, log)
         if common.due(args.save_every, step) or last or ended:
-            common.save_run(args, run, "guided_distill", step, log.skipped, task.model_args, parts,
+            common.save_run(args, run, "guided_distill", step, log, task.model_args, parts,
                             N=N)
-        if common.due(args.sample_every, step, ended):
+        if log.sound and common.due(args.sample_every, step, ended):
             draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
                      for w in shown_weights]
             common.sample_grid(args, run, step, draws, name=f"_{name}", **task.grid)
-        if stopping:
-            break
     log.close()
-    return step == args.total_steps
+    return log.done == args.total_steps
 
 
-def save_student(args, run, path, step, N, task, ema):
+def save_student(args, run, path, step, N, task, ema, log):
     """Write the student of a round, PATH.pt, and of a latent one the folder PATH for diffusers."""
-    state = dict(
-        script="guided_distill", step=step, images=step * args.batch_size, N=N,
-        args=vars(args), model_args=task.model_args, data=run.data,
-        ema=ema.state_dict(), torch_version=str(torch.__version__))
-    common.save_checkpoint(path.with_suffix(".pt"), state)
-    if task.latent:
+    about = common.about_run(args, run, "guided_distill", step, task.model_args, N=N)
+    state = about | dict(ema=ema.state_dict())
+    common.save_checkpoint(path.with_suffix(".pt"), state, log.written)
+    if task.latent and log.sound:
         task.export(ema, path)
 
 

@@ -52,8 +52,8 @@ def write_and_stop(self, record):
     write(self, record)
     if record["step"] == {STOPS}.get(str(self.path.parent)):
         os.kill(os.getpid(), signal.SIGTERM)
-def save_and_keep(path, state):
-    save_checkpoint(path, state)
+def save_and_keep(path, state, later=None):
+    save_checkpoint(path, state, later)
     if path.name == "last.pt":
         save_checkpoint(path.with_name(f"{{state['step']}}.pt"), state)
 common.Log.write, common.save_checkpoint = write_and_stop, save_and_keep

@@ -57,6 +57,7 @@ def assert_fits_none(folder, state):
     with pytest.raises(common.UserError) as error, warnings.catch_warnings(action="error"):
         common.load_network(folder / "weights.pt", ("cd", "ct"))
     assert str(error.value).startswith(f"{folder / 'weights.pt'}: these weights fit none of")
+    assert "nearest is " in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -103,7 +104,7 @@ WRONG = {
     "one class, no axis": WEIGHTS | {"label_emb.weight": torch.tensor(1.0)},
     "guided-diffusion's Conv1d": squeezed(WEIGHTS),  # ADM's own qkv channels have another order
     "numbered": WEIGHTS | {0: torch.zeros(3)},
-    "wrapped": dict(model=WEIGHTS),
+    "wrapped twice": dict(model=dict(net=WEIGHTS)),
     "empty": {},
     "NVIDIA's": {f"model.{name}": value for name, value in WEIGHTS.items()},
 }

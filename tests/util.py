@@ -402,7 +402,9 @@ def last(out_dir):
 
 
 def snapshot(folder):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    """When each file was changed, and its size; a lock is nobody's."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+            for path in folder.rglob("*") if path.name != ".lock"}
 
 
 def assert_mistake(flags, message, script, folder, prelude=None):
