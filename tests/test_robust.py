@@ -1,4 +1,5 @@
 """What happens to a run and its samples: a small /dev/shm, dead workers, Ctrl-C, old samples."""
+import collections
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import common
+import torture
 from util import ROOT, SMALL, end_workers, run_script
 
 CPU = torch.device("cpu")
@@ -240,3 +242,34 @@ monkeypatch.setattr(os, "fsync", full)""")
 def test_overwrite_does_not_apply_to_measuring(trained):
     done = run_script("--ckpt", "run/last.pt", "--eval", 10, "--overwrite", cwd=trained, code=2)
     assert "--overwrite does not apply with --eval 10" in error_line(done)
+
+
+# ---- the harness that kills runs and damages files, in little
+
+def test_three_kills(tmp_path, capsys):
+    assert torture.kill_runs(tmp_path, 3, 12, True, 0)
+    said = capsys.readouterr().out
+    assert "runs that ended as the undisturbed one" in said and "0 spoilt runs" in said
+
+
+def test_three_damaged_files(tmp_path, capsys):
+    kinds = ["png", "npy", "dataset.json"]
+    assert torture.damage_files(tmp_path, 3, kinds, 0)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in table[1:]] == [*kinds, "all"]
+    assert sum(map(int, table[-1][1:])) == 3
+
+
+def test_what_the_harness_calls_bad(tmp_path, capsys):
+    good, other = "a" * 64, "b" * 64
+    judged = [torture.judge(good, good, set(), True), torture.judge(other, good, {"note"}, True),
+              torture.judge(other, good, set(), False), torture.judge("hang", good, set(), True),
+              torture.judge(other, good, set(), True)]
+    assert judged == ["right", "said", "untold", "hang", "silent"]
+    for outcome, well in zip(judged, (True, True, True, False, False)):
+        counts = collections.defaultdict(collections.Counter)
+        counts["png"][outcome] += 1
+        assert torture.report(counts) == well
+    states = [dict(net=dict(w=torch.ones(2)), step=3), dict(net=dict(w=torch.zeros(2)), step=3)]
+    assert torture.digest(*torture.tensors_of(states[0])) != torture.digest(
+        *torture.tensors_of(states[1]))
