@@ -695,9 +695,12 @@ def progress_bar(*iterable, **settings):
 
 def one_line_errors(kind, error, trace):
     """An excepthook: a UserError, a GPU that is full, a compiler that is not there are one line and
-    exit code 2."""
+    exit code 2, Ctrl-C one and 130."""
     dynamo = sys.modules.get("torch._dynamo.exc")  # imported by what compiles alone
-    if issubclass(kind, torch.OutOfMemoryError):
+    code = 2
+    if issubclass(kind, KeyboardInterrupt):
+        error, code = "interrupted", 128 + signal.SIGINT
+    elif issubclass(kind, torch.OutOfMemoryError):
         error = f"out of memory, lower --micro-batch: {first_line(error)}"
     elif dynamo is not None and issubclass(kind, dynamo.TorchDynamoException):
         cause = getattr(error, "inner_exception", error)
@@ -705,14 +708,15 @@ def one_line_errors(kind, error, trace):
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
     rank = environ("RANK")
-    if ranks_differ or environ("LOCAL_RANK") == 0:
+    alone = "MASTER_ADDR" not in os.environ  # a LOCAL_RANK is left over, then
+    if ranks_differ or alone or environ("LOCAL_RANK") == 0:
         for bar in bars:
             bar.close()
         message = str(error).strip().splitlines()[-1]  # after a loader's worker's traceback
         message = message.removeprefix("common.UserError: ")
         where = f"rank {rank}: " if rank else ""
         print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 def first_line(error):
     text = str(error).strip() or type(error).__name__
@@ -1467,6 +1471,23 @@ def leave_group(worker):
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 
+def in_shared_memory(batch):
+    """The batch of a worker. A full /dev/shm is an error here; on the way to the main process the
+    batch would be lost, and that would wait for ever."""
+    with explain("--workers: shared memory is full, --workers 0 does without; a container gets "
+                 "more of it by --shm-size=8g"):
+        return tuple(part.share_memory_() for part in batch)
+
+def batches_of(loader):
+    """The batches of a DataLoader; a worker that died is a UserError."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise UserError("the system killed a process of --workers: for want of memory, which fewer "
+                        "of them spare, or because a file changed that it was reading") from error
+
 def make_loader(dataset, batches, workers, device):
     """The batches that the iterator of indices `batches` asks for, decoded ahead by `workers`."""
     if workers is None:
@@ -1483,9 +1504,15 @@ def make_loader(dataset, batches, workers, device):
         ahead = dict(prefetch_factor=4, worker_init_fn=leave_group)
         if sys.platform == "linux":  # Python 3.14's default would copy the arrays
             ahead["multiprocessing_context"] = "fork"
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=tuple, num_workers=workers,
-        pin_memory=device.type == "cuda", **ahead))
+    with explain(f"--workers {workers}: cannot start them"):
+        loader = iter(torch.utils.data.DataLoader(
+            dataset, batch_sampler=batches, num_workers=workers,
+            collate_fn=in_shared_memory if workers else tuple,
+            pin_memory=device.type == "cuda", **ahead))
+    with contextlib.suppress(AttributeError, ValueError):  # on Windows, in another thread
+        # torch's handler raises the death of a worker anywhere; the loader notices it too.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches_of(loader)
 
 def batches(args, run, dataset, step):
     """This rank's micro-batches (uint8 images, labels), from step `step` on."""
@@ -1549,7 +1576,7 @@ def to_device(batch, device, flip):
 
 def environ(name, default=0):
     """A number that torchrun tells its processes."""
-    return int(os.environ.get(name, default))
+    return int(os.environ.get(name) or default)
 
 def choose_device(name, local):
     """The torch.device of `--device`, of this process. Raises UserError if it is not there."""
@@ -1576,7 +1603,9 @@ def join_processes(device, rank, world, restarts):
     # Imported later, as by the optimizer, its default arguments would hold the group, whose threads
     # then outlive destroy_process_group and at times abort the process.
     import torch.distributed.nn.functional
-    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    with explain(f"WORLD_SIZE={world}: the other processes do not come, were they started?"):
+        wait = datetime.timedelta(minutes=10)
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=wait))
     if environ("GROUP_WORLD_SIZE") == 1:
         # One node keeps its store when it restarts its workers, with the dead ones' addresses.
         store = torch.distributed.PrefixStore(f"restart {restarts}", store)
@@ -1600,6 +1629,11 @@ def setup(args):
     """
     rank, local = environ("RANK"), environ("LOCAL_RANK")
     world, restarts = environ("WORLD_SIZE", 1), environ("TORCHELASTIC_RESTART_COUNT")
+    launcher = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    absent = [name for name in launcher if not os.environ.get(name)]
+    if absent and (rank, local, world) != (0, 0, 1):
+        raise UserError(f"the environment holds RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}"
+                        f", but no {absent[0]}: start with torchrun, or unset them")
     device = choose_device(args.device, local)
     if world > 1:
         restarts = join_processes(device, rank, world, restarts)
@@ -2282,19 +2316,36 @@ def save_grid(path, blocks, columns):
     with atomic_file(path) as file:
         picture.resize(enlarged, Image.Resampling.NEAREST).save(file, "PNG")
 
-def make_save_path(path):
-    """See that samples can be saved at `path`, before hours are spent on drawing them."""
-    path = Path(path)
+def saved_samples(folder):
+    """What `save_samples` has left in a folder: 000000.png and on, and its dataset.json."""
+    files = [file for file in folder.glob("??????*.png") if file.stem.isdecimal()]
+    if folder / "000000.png" in files:  # else it is not ours
+        files += folder.glob("dataset.json")
+    return files
+
+def delete_samples(folder):
+    for file in saved_samples(folder)[::-1]:  # dataset.json first
+        file.unlink(missing_ok=True)
+
+def make_save_path(args):
+    """See that samples can be saved at `--save`, before hours are spent on drawing them."""
+    path = Path(args.save)
     if path.suffix not in ("", ".png", ".npz"):
         raise UserError(f"--save {path}: name a .png, an .npz or a folder")
     folder = path.parent if path.suffix else path
     with explain(f"--save {path}"):
         folder.mkdir(parents=True, exist_ok=True)
+        files = [] if path.suffix else list(path.iterdir())
+    old = saved_samples(path) if args.overwrite else []
+    for file in files:
+        if file not in old and (is_image(file.name) or file.name == "dataset.json"):
+            raise UserError(f"--save {path} holds {file.name}, and would mix old images with new: "
+                            "choose another, or --overwrite what samples it holds")
     return path
 
 def save_samples(path, images, labels, columns):
-    """Write samples (n,H,W,C) uint8 as a .png grid, a folder of PNGs, or an .npz as ADM's evaluator
-    reads it: arr_0 the images, arr_1 the labels."""
+    """Write samples (n,H,W,C) uint8 as a .png grid, a folder of PNGs that is a data set, or an .npz
+    as ADM's evaluator reads it: arr_0 the images, arr_1 the labels. All of a folder, or nothing."""
     from PIL import Image
     if path.suffix == ".png":
         save_grid(path, [images], columns)
@@ -2303,9 +2354,19 @@ def save_samples(path, images, labels, columns):
         with atomic_file(path) as file:
             np.savez(file, *arrays)
     else:
-        for i, image in enumerate(images):
-            with atomic_file(path / f"{i:06d}.png") as file:
-                Image.fromarray(image).save(file, "PNG")
+        delete_samples(path)  # of before, with --overwrite
+        names = [f"{i:06d}.png" for i in range(len(images))]
+        try:
+            for name, image in zip(names, images):
+                with atomic_file(path / name) as file:
+                    Image.fromarray(image).save(file, "PNG")
+            if labels is not None:
+                pairs = list(zip(names, labels.tolist()))
+                with atomic_file(path / "dataset.json", "w") as file:
+                    json.dump({"labels": pairs}, file)
+        except BaseException:  # a full disk, Ctrl-C
+            delete_samples(path)
+            raise
 
 # --------------------------------------------------------------------------------------------------
 # Samples
@@ -2401,7 +2462,7 @@ def sample_checkpoint(args, run, net, draw, calls, trained):
     if args.eval:
         evaluate = import_beside("evaluate", "--eval measures with tests/evaluate.py")
         return evaluate.evaluate(args, run, draw, y, shape, calls, trained, args.micro_batch)
-    path = make_save_path(args.save)
+    path = make_save_path(args)
     images = draw_many(run, draw, n, y, shape, args.seed, args.micro_batch)
     if run.main:
         side = math.isqrt(n - 1) + 1
@@ -2566,7 +2627,6 @@ def add_shared_flags(parser, net_only):
     train.flag("--out-dir", default=out_dir, metavar="DIR",
                help=f"receives last.pt, ema.pt, log.jsonl, samples/ (default {out_dir}). A run "
                "found there is resumed")
-    train.flag("--overwrite", default=False, action="store_true", help="start anew in --out-dir")
     train.flag("--total-steps", type=positive, metavar="K", help="optimizer steps of the whole run")
     train.flag("--batch-size", type=positive, metavar="B", help="images a step, of all processes")
     train.flag("--lr", type=number(float, 0), metavar="LR",
@@ -2602,6 +2662,8 @@ def add_shared_flags(parser, net_only):
     both = parser.group("sampling and training")
     both.flag("--ckpt", metavar="FILE",
               help="sample with this checkpoint's EMA weights instead of training")
+    both.flag("--overwrite", only=[dict(ckpt=False), dict(eval=False)], default=False,
+              action="store_true", help="start anew in --out-dir; delete old samples in --save DIR")
     both.flag("--seed", default=0, type=count, metavar="S", help="of everything random (default 0)")
     both.flag("--micro-batch", type=positive, metavar="B",
               help="images a pass through the network, part of the seed: when training it divides "
@@ -2827,7 +2889,7 @@ def draw_edits(args, run, net, draw, rows, each, summary, before=None, after=Non
 
     draw: see `draw_many`. before, after: (rows,C,H,W), shown at the ends of a .png's rows, or None.
     """
-    path = make_save_path(args.save)
+    path = make_save_path(args)
     y = labels_to_draw(args, net, rows, run.device)
     if y is not None:
         y = y.repeat_interleave(each)

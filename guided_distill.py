@@ -240,6 +240,14 @@ class Latents:
         return latents, conditions
 
 
+# diffusers' samplers of a network that predicts noise, v or x, at the discrete times of its betas
+SCHEDULERS = (
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+
+
 class LatentModel:
     """A UNet2DConditionModel on text or classes, predicting noise, v or x; its student and data."""
     latent = True
@@ -254,16 +262,13 @@ class LatentModel:
         file = self.path / "scheduler" / "scheduler_config.json"
         with common.explain(f"--teacher {teacher}: cannot read {unet} and {file}"):
             settings = json.loads(file.read_text())
+            self.scheduler = self.make_scheduler(teacher, settings)
             digest = hashlib.sha256(json.dumps(settings).encode())
             for part in sorted(unet.iterdir()):
                 digest.update(part.read_bytes())
-            net = self.diffusers.UNet2DConditionModel.from_pretrained(unet)
+            net = self.read(self.diffusers.UNet2DConditionModel, unet)
         self.digest = digest.hexdigest()[:12]
         self.teacher = net.requires_grad_(False).eval().to(run.device)
-        # What a student of N steps is sampled with: from the top, to alpha = 1, unclipped.
-        self.scheduler = self.diffusers.DDIMScheduler.from_config(
-            settings, timestep_spacing="trailing", clip_sample=False, thresholding=False,
-            set_alpha_to_one=True)
         self.prediction = self.scheduler.config.prediction_type
         self.times = self.scheduler.config.num_train_timesteps
         alpha = self.scheduler.alphas_cumprod.double().sqrt()
@@ -291,6 +296,36 @@ class LatentModel:
         self.model_args = dict(cond=guided)
         self.net = self.make_student(guided)
         self.v_teacher = self.v(self.teacher)
+
+    def read(self, kind, folder):
+        """A model of diffusers' class `kind`: float32, whatever its files hold."""
+        names = [file.name for file in folder.glob("diffusion_pytorch_model*")]
+        variant = "fp16" if names and all(".fp16" in name for name in names) else None
+        if variant and self.run.main:
+            print(f"{folder} holds weights in fp16 only")
+        model, found = kind.from_pretrained(folder, variant=variant, output_loading_info=True)
+        if found["missing_keys"]:  # they would be random
+            raise UserError(f"{folder} holds no weights {found['missing_keys'][0]}")
+        return model
+
+    def make_scheduler(self, teacher, settings):
+        """What a student of N steps is sampled with: from the top, to alpha = 1, unclipped; with
+        the betas of the teacher's scheduler, of `settings`. Raises UserError for other families."""
+        name = settings.get("_class_name")
+        if name not in SCHEDULERS:
+            raise UserError(f"--teacher {teacher}: its scheduler is {name}; what can be distilled "
+                            f"has one of {', '.join(SCHEDULERS)}")
+        own = dict(getattr(self.diffusers, name).from_config(settings).config)
+        own.pop("_use_default_values", None)  # DDIMScheduler's would take the place of its own
+        scheduler = self.diffusers.DDIMScheduler.from_config(
+            own, timestep_spacing="trailing", clip_sample=False, thresholding=False,
+            set_alpha_to_one=True)
+        prediction = scheduler.config.prediction_type
+        other = own.get("use_flow_sigmas") or own.get("timestep_type") == "continuous"
+        if other or prediction not in ("epsilon", "v_prediction", "sample"):
+            raise UserError(f"--teacher {teacher}: its {name} is set up for a flow or continuous "
+                            f"times ({prediction}), and a teacher predicts noise, v or x")
+        return scheduler
 
     def check_data(self, width):
         """Raises UserError for a data set that does not fit the network."""
@@ -354,7 +389,7 @@ class LatentModel:
         folder = self.path / "vae"
         with common.explain(f"{folder} does not decode latents {self.shape}; training needs it "
                             "for --sample-every only"):
-            vae = self.diffusers.AutoencoderKL.from_pretrained(folder.resolve(strict=True))
+            vae = self.read(self.diffusers.AutoencoderKL, folder.resolve(strict=True))
             self.vae = vae.requires_grad_(False).eval().to(self.run.device)
             zeros = torch.zeros(1, *self.shape, device=self.run.device)
             self.grid = dict(classes=0, shape=self.decode(zeros)[0].shape, columns=1)
@@ -376,6 +411,10 @@ class LatentModel:
             for part in self.path.iterdir():  # VAE, tokenizer, text encoder
                 if part.is_dir() and part.name not in ("unet", "scheduler"):
                     shutil.copytree(part, path / part.name, dirs_exist_ok=True)
+            for half in path.glob("*/*.fp16.*"):  # pipelines seek one kind of names in all parts
+                plain = half.with_name(half.name.replace(".fp16", ""))
+                if not plain.exists():
+                    half.rename(plain)
             net.save_pretrained(path / "unet")
             self.scheduler.save_pretrained(path / "scheduler")
             index = self.path / "model_index.json"
@@ -412,7 +451,8 @@ STUDENTS = {
     "imagenet64": dict(batch_size=2048, lr=1e-4, stage1_steps=50_000),
 }
 LSUN = STUDENTS["imagenet64"] | dict(w_max=0.0)  # bedroom256, cat256: ours; without labels
-# GD's for text; it starts from a teacher fine-tuned to v. Learning rate and EMA are ours.
+# GD's for text; with labels w_min is 0. It starts from a teacher fine-tuned to v. Learning rate and
+# EMA are ours.
 LATENT = dict(
     w_min=2.0, w_max=14.0, batch_size=512, micro_batch=8, flip=False, lr=1e-5,
     start_N=512, stage1_steps=3000, round_steps=2000, last_steps=20_000)
@@ -425,12 +465,21 @@ def is_latent(teacher):
     return str(teacher).startswith("diffusers:")
 
 
+def takes_labels(teacher):
+    """Whether diffusers:PATH is a model of classes, not of text."""
+    file = Path(teacher.removeprefix("diffusers:"), "unet", "config.json")
+    with common.explain(f"--teacher {teacher}: cannot read {file}"):
+        return file.exists() and bool(json.loads(file.read_text()).get("num_class_embeds"))
+
+
 def recipe(flags):
     """The settings for --dataset, --teacher and --sampler, general ones first."""
     name, teacher = common.known_dataset(flags), flags.get("teacher")
     settings = common.DATASETS[name] | GD | STUDENTS.get(name, LSUN)
     if is_latent(teacher):
         settings |= LATENT
+        if takes_labels(teacher):
+            settings["w_min"] = 0.0
     if flags.get("sampler") == "encoder":
         settings |= dict(w_max=0.0, sample_every=0)
     w_max = flags.get("w_max", settings["w_max"])

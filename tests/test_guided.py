@@ -4,6 +4,7 @@ import argparse
 import copy
 import functools
 import itertools
+import json
 import math
 
 import pytest
@@ -559,7 +560,7 @@ def test_plans():
     assert [gd.round_of(step, D) for step in range(29)] == places
 
 
-def test_recipes():
+def test_recipes(tmp_path):
     """The published numbers; what each stage refuses is tested in test_guided_scripts.py."""
     def has(flags, **wanted):
         settings = gd.recipe(flags)
@@ -575,6 +576,10 @@ def test_recipes():
     latent = dict(teacher="diffusers:pipe", dataset="latents.npz")
     has(latent, w_min=2, ema_decay=0.999, total_steps=3000 + 6 * 2000 + 3 * 20_000)  # GD's text
     has(latent | dict(w_max=1.0), w_min=0)
+    (tmp_path / "unet").mkdir()
+    for classes, w_min in ((1000, 0), (None, 2)):
+        (tmp_path / "unet" / "config.json").write_text(json.dumps(dict(num_class_embeds=classes)))
+        has(latent | dict(teacher=f"diffusers:{tmp_path}"), w_min=w_min, w_max=14)
     has(latent | dict(w_max=0.0), w_min=0)
     # An ideal teacher is made a network first of all.
     has(dict(dataset="bedroom256", teacher="ideal"), w_max=0, stage1_steps=50_000)

@@ -1,6 +1,8 @@
 """guided_distill.py as a user runs it: stages, rounds, resuming, several processes, sampling,
 editing, latent models and mistakes."""
 import copy
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -483,9 +485,10 @@ def test_a_class_conditional_latent_model(tmp_path):
     run_latent(tmp_path, *train, "--sample-every", 500, code=0)
     grid = Image.open(out_dir / "samples" / "000009_N0002.png")
     assert grid.size == (3 * (3 * 16 + 2 * 4), 3 * 8 * 16)  # eight rows of 16 pixels
-    blocks = [np.asarray(grid)[:, x : x + 48].astype(int) for x in (0, 60, 120)]  # w = 2, 5, 14
+    blocks = [np.asarray(grid)[:, x : x + 48].astype(int) for x in (0, 60, 120)]  # w = 0, 3.5, 14
     assert blocks[0].std() > 5
     assert all(np.abs(blocks[a] - blocks[b]).max() > 2 for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert last(out_dir)["args"]["w_min"] == 0  # GD's range of class-conditional latents
     assert (out_dir / "N0002" / "unet" / "config.json").exists()
     away = tmp_path / "elsewhere"  # a student knows where its teacher and its data lie
     away.mkdir()
@@ -505,7 +508,7 @@ def test_a_class_conditional_latent_model(tmp_path):
 
 
 def open_model(folder, guided=True, data="latents.npz"):
-    run_on = SimpleNamespace(device=CPU, dtype=torch.float32, checkpointing=False)
+    run_on = SimpleNamespace(device=CPU, dtype=torch.float32, checkpointing=False, main=True)
     return gd.LatentModel(f"diffusers:{folder / 'pipe'}", folder / data, guided, run_on)
 
 
@@ -563,6 +566,72 @@ def test_latent_models_that_are_refused(tmp_path):
             open_model(tmp_path)
     unet.rename(tmp_path / "unet")
     with pytest.raises(common.UserError, match="cannot read .*unet and .*: No such file"):
+        open_model(tmp_path)
+
+
+def test_teachers_of_another_family_are_refused(tmp_path):
+    """By the class of their scheduler; one of the family gives the betas that it would draw with,
+    those too that its file leaves out."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline(tmp_path, "v_prediction")
+    file = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
+
+    def model_of(**settings):
+        file.write_text(json.dumps(settings))
+        return open_model(tmp_path)
+    for name in gd.SCHEDULERS:
+        model, own = model_of(_class_name=name), getattr(diffusers, name)()
+        assert torch.equal(model.scheduler.betas, own.betas), name
+        assert model.prediction == own.config.prediction_type
+    for settings, message in (
+            (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0),
+             "its scheduler is FlowMatchEulerDiscreteScheduler; what can be distilled has"),
+            (dict(_class_name="EDMEulerScheduler"), "its scheduler is EDMEulerScheduler"),
+            (dict(beta_start=0.1), "its scheduler is None"),
+            (dict(_class_name="UniPCMultistepScheduler", prediction_type="flow_prediction",
+                  use_flow_sigmas=True), "UniPCMultistepScheduler is set up for a flow"),
+            (dict(_class_name="DDIMScheduler", prediction_type="flow"), "continuous times .flow."),
+            (dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"),
+             "EulerDiscreteScheduler is set up for a flow or continuous")):
+        with pytest.raises(common.UserError, match=message):
+            model_of(**settings)
+
+
+@pytest.mark.parametrize("shards", [{}, dict(max_shard_size="30KB")], ids=["one file", "shards"])
+def test_weights_in_fp16_only(tmp_path, capsys, shards):
+    """They are read, which is said, and what is exported is found without a variant's name."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline(tmp_path, "v_prediction")
+    whole = open_model(tmp_path)
+    whole.open_vae()
+    capsys.readouterr()
+    for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+        folder = tmp_path / "pipe" / part
+        model = kind.from_pretrained(folder).half()
+        shutil.rmtree(folder)
+        model.save_pretrained(folder, variant="fp16", **shards)
+    half = open_model(tmp_path)
+    half.open_vae()
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "fp16" in line] == [
+        f"{tmp_path / 'pipe' / part} holds weights in fp16 only" for part in ("unet", "vae")]
+    half.export(half.net, tmp_path / "exported")
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "exported" / "vae")
+    pairs = [(half.teacher, whole.teacher), (half.vae, whole.vae), (vae, whole.vae)]
+    for found, wanted in pairs:
+        for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
+            assert p.dtype == torch.float32 and torch.equal(p, q.half().float())
+
+
+def test_weights_that_a_file_lacks(tmp_path):
+    """diffusers would draw them at random."""
+    pipeline(tmp_path, "v_prediction")
+    files = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = files.load_file(path)
+    del weights["conv_in.bias"]
+    files.save_file(weights, path)
+    with pytest.raises(common.UserError, match="pipe/unet holds no weights conv_in.bias"):
         open_model(tmp_path)
 
 
