@@ -712,11 +712,14 @@ def one_line_errors(kind, error, trace):
     if ranks_differ or alone or environ("LOCAL_RANK") == 0:
         for bar in bars:
             bar.close()
-        message = str(error).strip().splitlines()[-1]  # after a loader's worker's traceback
-        message = message.removeprefix("common.UserError: ")
         where = f"rank {rank}: " if rank else ""
-        print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {where}{last_line(error)}", file=sys.stderr,
+              flush=True)
     raise SystemExit(code)
+
+def last_line(error):
+    """What a UserError says, after the traceback of a loader's worker if it comes from one."""
+    return str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
 
 def first_line(error):
     text = str(error).strip() or type(error).__name__
@@ -1476,7 +1479,7 @@ def in_shared_memory(batch):
     batch would be lost, and that would wait for ever."""
     with explain("--workers: shared memory is full, --workers 0 does without; a container gets "
                  "more of it by --shm-size=8g"):
-        return tuple(part.share_memory_() for part in batch)
+        return tuple(part.share_memory_() if isinstance(part, Tensor) else part for part in batch)
 
 def batches_of(loader):
     """The batches of a DataLoader; a worker that died is a UserError."""
@@ -1530,6 +1533,9 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
     First a micro-batch of each of `kinds`, {name: a step like it}, is tried, and its gradients are
     to be discarded: networks are compiled, and a run whose steps do not fit into memory does not
     begin. Once more after the last step: is the loss of the weights that it has made finite?
+
+    If the images of a step cannot be read the step before is the last, and is saved; then this
+    raises a UserError that names them.
     """
     loader = batches(args, run, dataset, step)  # its workers start now: afterwards threads run
     if step < args.total_steps:
@@ -1550,14 +1556,27 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
                         f"{peak_memory_gb(run.device):.1f} GB so far")
         del ballast
         log.restart_clock()
+    ready = list(zip(micro_batches(args, run), loader))
+
+    def this_step_and_read_the_next():  # while the device is still at work
+        nonlocal ready
+        yield from ready
+        try:
+            ready = list(zip(micro_batches(args, run), loader))
+        except UserError as error:
+            totals.problem = error
     for k in range(step, args.total_steps):
-        yield k, zip(micro_batches(args, run), loader), False
+        yield k, this_step_and_read_the_next(), False
         if log.last:
             break
     if log.last:
         if log.sound:
             yield k, [(0, batch)], True
         log.end((~totals.numbers.isfinite()).any().item())
+        if any_rank(run, totals.problem is not None):
+            log.close()
+            why = last_line(totals.problem or "another process cannot read its images")
+            raise UserError(f"{why}. Step {log.done} is saved; the same command goes on from there")
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
@@ -1709,7 +1728,10 @@ BIN_EDGES = [0.1, 1.0, 10.0]  # of noise levels, that the log reports the loss b
 
 class Totals:
     """What a step's micro-batches add up to on all ranks beside their gradients: the numbers called
-    `names`, the losses of each bin of noise levels, and whether to stop."""
+    `names`, the losses of each bin of noise levels, and whether to stop; problem: a reason for it,
+    the UserError of images that cannot be read."""
+    problem = None
+
     def __init__(self, run, *names):
         self.names, bins = names, len(BIN_EDGES) + 1
         self.edges = torch.tensor(BIN_EDGES, device=run.device)
@@ -1740,7 +1762,7 @@ class Totals:
 
 def sum_over_ranks(run, stop, gradients, totals):
     """Sum the gradients and the totals over the ranks. Returns whether any rank is to stop."""
-    totals.stop.fill_(stop.number > 0)
+    totals.stop.fill_(stop.number > 0 or totals.problem is not None)
     if run.world > 1:
         torch.distributed.all_reduce(gradients)
         torch.distributed.all_reduce(totals.buffer)
@@ -2928,7 +2950,7 @@ class Packed:
                 images[place] = self.dataset.read(i)
             except UserError as error:
                 problems.append(str(error))
-        return images, problems
+        return torch.from_numpy(images), problems
 
 def pack(path, dataset, workers):
     """Write a data set to an .npz that need not be unpacked: arr_0 the images, (n,size,size,3)
@@ -2946,7 +2968,7 @@ def pack(path, dataset, workers):
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(target, header)
             for images, wrong in progress_bar(loader, total=len(pieces), unit="batch"):
-                target.write(images)
+                target.write(images.numpy())
                 problems += wrong
         refuse_images(dataset.source, n, problems)
         extra = dict(arr_1=dataset.labels) if dataset.classes else {}

@@ -1,6 +1,7 @@
 """What an image is: upright, on white, in a known range; masks; files that are none; the cache of
 unpacked arrays; packing."""
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,12 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common
 from test_data import PNG, as_read, encoded, load, one_line_error, pictures, read, write
+from util import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """Nobody's cache is touched."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 def on_white(rgb, alpha):
@@ -267,10 +278,9 @@ def test_two_unpack_at_once(tmp_path):
     assert first.is_set() and len(cached(tmp_path)) == 1 and not [*tmp_path.rglob("*.tmp")]
 
 
-def test_where_it_is_unpacked(tmp_path, monkeypatch):
+def test_where_it_is_unpacked(tmp_path, monkeypatch, home):
     """In --cache-dir if it is named; else beside the data; where that cannot be, at home."""
-    x, home = pictures(4, 16, 16, 3), tmp_path / "home"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    x = pictures(4, 16, 16, 3)
     (tmp_path / "data").mkdir()
     np.savez_compressed(tmp_path / "data/x.npz", x)
     dataset = common.load_dataset(str(tmp_path / "data/x.npz"), None, 16, str(tmp_path / "named"))
@@ -347,3 +357,45 @@ def test_packing_names_every_damaged_image_and_leaves_nothing(tmp_path):
     assert "3 of 150 images" in error
     assert all(f"{name}.png" in error for name in ("000", "050", "100"))
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+# ---- files that are damaged behind their headers
+
+SMALL = ("--net glyphs base=32 mult=1,1 blocks=1 --batch-size 4 --micro-batch 2 --total-steps 6 "
+         "--log-every 1 --sample-every 0 --seed 3 --out-dir run").split()
+SCRIPTS = {"ct.py": [], "cd.py": ["--stage", "teacher"],
+           "ctm.py": ["--teacher", "none", "--N", "4", "--max-steps", "1"]}
+
+
+def first_step_of_each(n, seed):
+    batches = common.index_batches(n, seed, 0, 6, 4, 4)
+    return {int(i): k for k, indices in reversed([*enumerate(batches)]) for i in indices}
+
+
+@pytest.mark.parametrize("script, workers, ranks", [
+    ("ct.py", 0, 0), ("ct.py", 2, 0), ("ct.py", 0, 2), ("cd.py", 0, 0), ("ctm.py", 0, 0)])
+def test_a_run_that_meets_a_damaged_file_saves_and_goes_on_when_it_is_mended(
+        tmp_path, script, workers, ranks):
+    """To the same weights as one that met none. It ends at the step before the file is needed."""
+    content = {f"{i % 2}/{i:02d}.png": encoded(pictures(16, 16, 3, seed=i)) for i in range(20)}
+    write(tmp_path / "set", content)
+    command = [*SMALL, *SCRIPTS[script], "--dataset", "set", "--workers", workers]
+    run_script(*command, script=script, cwd=tmp_path, ranks=ranks, code=0)
+    last = tmp_path / "run/last.pt"
+    wanted = torch.load(last, weights_only=True)["ema"]
+    shutil.rmtree(tmp_path / "run")
+
+    names = sorted(content)
+    when = first_step_of_each(20, 3)
+    bad = next(i for i in range(2, 20) if when.get(i) == 3)  # the trial reads the first two
+    (tmp_path / "set" / names[bad]).write_bytes(content[names[bad]][:-99])
+    done = run_script(*command, script=script, cwd=tmp_path, ranks=ranks)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert any(names[bad] in line and "Step 3 is saved" in line for line in errors), errors
+    assert torch.load(last, weights_only=True)["step"] == 3
+    (tmp_path / "set" / names[bad]).write_bytes(content[names[bad]])
+    done = run_script(*command, script=script, cwd=tmp_path, ranks=ranks, code=0)
+    assert "resumed at step 3" in done.stdout
+    found = torch.load(last, weights_only=True)["ema"]
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
