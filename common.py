@@ -1049,8 +1049,7 @@ def classes_of_folders(source, images, folders, flag):
     if empty:
         raise UserError(f"{source}/{empty[0]} holds no images, and later classes would get its "
                         "label: fill it, or delete it")
-    if all(name.isascii() and name.isdecimal() for name in names):
-        names.sort(key=int)
+    names.sort(key=lambda name: int(name) if name.isdecimal() else math.inf)  # 10 comes after 9
     label_of = {name: label for label, name in enumerate(names)}
     return names, [label_of[name] for name in class_of]
 
