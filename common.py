@@ -893,12 +893,13 @@ class Images:
     """n images of `size` pixels: `read(i)` gives one, (size,size,3) uint8.
 
     names: of the classes, in the order of the labels, or None. present: the labels that occur.
-    notes: what was left out, and why. own_order: the classes are in another order than others'.
+    notes: what was left out, and why. files: their names, if they have any. own_order: the classes
+    are in another order than networks of others have them.
     """
-    own_order = False
+    files, own_order = (), False
 
     def __init__(self, n, labels, size, source, names=None, notes=()):
-        self.n, self.size, self.source, self.notes = n, size, source, list(notes)
+        self.n, self.size, self.source, self.notes = n, size, source, notes
         self.labels, self.names, self.classes, self.present = None, None, 0, []
         if labels is not None:
             labels = np.asarray(labels)
@@ -955,8 +956,6 @@ class Images:
 
 class ArrayImages(Images):
     """Images in arrays (n,H,W,3) uint8, one after the other: in memory or memory-mapped."""
-    files = ()
-
     def __init__(self, parts, labels, size, source, names=None, notes=()):
         self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
         super().__init__(int(self.ends[-1]), labels, size, source, names, notes)
@@ -1151,8 +1150,7 @@ def classes_of_folders(source, images, folders, flag):
     if empty:
         raise UserError(f"{source}/{empty[0]} holds no images, and later classes would get its "
                         "label: fill it, or delete it")
-    if all(name.isascii() and name.isdecimal() for name in names):
-        names.sort(key=int)
+    names.sort(key=lambda name: int(name) if name.isdecimal() else math.inf)  # 10 comes after 9
     label_of = {name: label for label, name in enumerate(names)}
     return names, [label_of[name] for name in class_of]
 
@@ -1160,10 +1158,11 @@ def load_files(source, size, flag="--dataset"):
     """A folder or zip of images, labelled by `dataset.json` (EDM's layout) or by sub-folders.
     flag: which named it."""
     from PIL import features
-    if source.is_file() and is_image(source.name):
-        raise UserError(f"{source} is one image: name a folder of images")
-    if source.is_file() and what_it_is([source.name]):
-        raise UserError(f"{source} is {what_it_is([source.name])}")
+    if source.is_file():
+        one = is_image(source.name)
+        what = "one image: name a folder of images" if one else what_it_is([source.name])
+        if what:
+            raise UserError(f"{source} is {what}")
     with explain(f"{source} cannot be read"):
         if source.is_file():
             names = open_zip(source, os.getpid()).namelist()
@@ -1912,9 +1911,9 @@ def check_resumable(args, state, script, model_args, data):
         why = ""
         if old.get("--total-steps") != new.get("--total-steps"):
             why = "; its schedule spans all its steps, so a longer run has to start anew"
-        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings or "
-                        f"images ({'; '.join(changed)}){why}; use its own, choose another, "
-                        "or --overwrite it")
+        raise UserError(f"--out-dir {args.out_dir} holds a run with other settings "
+                        f"({'; '.join(changed)}){why}; use its own, choose another, or "
+                        "--overwrite it")
     if args.total_steps < state["step"]:
         raise UserError(f"--total-steps {args.total_steps}: the run in --out-dir {args.out_dir} is "
                         f"at step {state['step']}; name more, choose another, or --overwrite it")

@@ -339,10 +339,14 @@ def test_a_class_that_cannot_be_read(tmp_path, monkeypatch):
 @PLACES
 def test_numbers_are_sorted_as_numbers(tmp_path, source):
     x = pictures(12, 16, 16, 3)
-    dataset = load(write(tmp_path / source, {f"{i}/a.png": encoded(x[i]) for i in range(12)}))
+    files = {f"{i}/a.png": encoded(x[i]) for i in range(12)}
+    dataset = load(write(tmp_path / source, files))
     assert dataset.names == [str(i) for i in range(12)]
     images, labels = read(dataset)
     assert sorted(labels) == [*range(12)] and np.array_equal(images, x[labels])
+    (tmp_path / "more").mkdir()
+    more = load(write(tmp_path / "more" / source, files | {"cat/a.png": PNG, "A/a.png": PNG}))
+    assert more.names == [*dataset.names, "A", "cat"]
 
 
 @pytest.mark.parametrize("name", ["0000{0}/img{0}.png", "{}.png"])

@@ -67,11 +67,11 @@ def test_one_command_leaves_the_students_of_all_rounds(trained):
     assert (teacher["step"], teacher["script"]) == (3, "cd")
     assert teacher["args"]["label_dropout"] == 0.1 and teacher["model_args"]["null"]
     assert (end["step"], end["N"], end["args"]["total_steps"]) == (9, 2, 9)
-    assert end["model_args"]["cond"]
+    assert end["model_args"]["cond"] and end["data"]["names"] == list("0123456789")
     for k, (name, N) in enumerate(STUDENTS.items(), start=1):
         student = load(trained / f"{name}.pt")
         assert (student["step"], student["N"], student["args"]["sampler"]) == (3 * k, N, "D")
-        assert "optimizer" not in student
+        assert "optimizer" not in student and student["data"] == end["data"]
         grid = Image.open(trained / "samples" / f"{3 * k:06d}_{name}.png")
         assert grid.size == (3 * (3 * 160 + 2 * 4), 3 * 128)  # w = 1, 1.75, 4
     assert_same(load(trained / "N0002.pt")["ema"], end["ema"])
