@@ -2250,7 +2250,7 @@ class Log:
         """After the last step: keep what it has saved, or leave with exit code 1. bad: the loss of
         its weights is not finite."""
         unsaved = self.run.main and self.written_at < self.done
-        if any_rank(self.run, unsaved or bad or not self.sound):
+        if any_rank(self.run, unsaved or bad):
             self.fail("ended while the loss or the weights were not finite")
         self.confirm()
 
