@@ -2677,8 +2677,8 @@ def add_shared_flags(parser, net_only):
     sample.flag("--labels", type=count, nargs="+", metavar="Y",
                 help="classes to draw, in turn (default: all)")
     sample.flag("--save", only=unmeasured, default="samples.png", metavar="PATH",
-                help="a .png grid, an .npz as ADM's evaluator reads it, or a folder (default "
-                "samples.png)")
+                help="a .png grid, an .npz as ADM's evaluator reads it, or a folder, which is a "
+                "data set (default samples.png)")
 
     both = parser.group("sampling and training")
     both.flag("--ckpt", metavar="FILE",

@@ -212,7 +212,7 @@ def test_old_samples_do_not_stay_among_new_ones(trained):
     assert len(common.load_dataset(str(folder), None, 16)) == 2
 
 
-@pytest.mark.parametrize("name", ["cat.png", "0001/x.jpg", "dataset.json", "1.png"])
+@pytest.mark.parametrize("name", ["cat.png", "kitten.png", "0001/x.jpg", "dataset.json", "1.png"])
 def test_others_images_are_not_deleted(trained, tmp_path, name):
     """A folder that holds others' images, or their index, is refused, with --overwrite too."""
     folder = tmp_path / "others"
