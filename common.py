@@ -833,9 +833,10 @@ ORIENTATION = 0x0112  # the EXIF tag: how a camera was held, 1 upright
 def upright(image):
     """A Pillow image, turned and mirrored as its EXIF orientation says."""
     from PIL import ImageOps
-    if image.getexif().get(ORIENTATION, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # a damaged EXIF says nothing
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    return image
 
 def is_transparent(image):
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
@@ -954,10 +955,18 @@ class Images:
         images = images.transpose(0, 3, 1, 2).copy()
         return torch.from_numpy(images), torch.from_numpy(labels)
 
+def stamp(file):
+    """(inode, size, time of the last change); None if there is no such file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(file)
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
 class ArrayImages(Images):
     """Images in arrays (n,H,W,3) uint8, one after the other: in memory or memory-mapped."""
     def __init__(self, parts, labels, size, source, names=None, notes=()):
         self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+        self.stamps = {part.filename: stamp(part.filename)
+                       for part in parts if isinstance(part, np.memmap)}
         super().__init__(int(self.ends[-1]), labels, size, source, names, notes)
 
     def some_sizes(self):
@@ -970,6 +979,14 @@ class ArrayImages(Images):
             if min(width, height) < self.size:
                 raise UserError(f"{self.source} has images of {width}x{height} pixels, smaller "
                                 f"than the network's {self.size}")
+
+    def __getitems__(self, indices):
+        for file, before in self.stamps.items():
+            now = stamp(file)
+            if now and now != before and now[0] == before[0]:  # one moved into its place is another
+                raise UserError(f"{file} was overwritten while it is in use: to replace it, move "
+                                "another into its place")
+        return super().__getitems__(indices)
 
     def read(self, i):
         from PIL import Image
@@ -1240,19 +1257,22 @@ def map_array(path, key=None, cache_dir=None):
     """Memory-map a .npy, or one array of an .npz; a compressed one is unpacked first, see
     `unpacked`."""
     with explain(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}"):
-        offset = 0
+        member = None
         if key is not None:
             with zipfile.ZipFile(path) as archive:
                 member = archive.getinfo(f"{key}.npy")
-            offset = member.header_offset
             if member.compress_type != zipfile.ZIP_STORED:
-                path, key = unpacked(path, member, cache_dir), None
+                path, member = unpacked(path, member, cache_dir), None
         with open(path, "rb") as file:
-            if key is not None:  # 30 bytes, then name and extra field, of these lengths
-                file.seek(offset + 26)
+            length = os.fstat(file.fileno()).st_size
+            if member is not None:  # 30 bytes, then name and extra field, of these lengths
+                file.seek(member.header_offset + 26)
                 lengths = np.frombuffer(file.read(4), "<u2")
                 file.seek(lengths.sum(dtype=int), os.SEEK_CUR)
+                length = file.tell() + member.file_size
             shape, fortran, dtype = read_header(file)
+            if file.tell() + math.prod(shape) * dtype.itemsize != length:
+                raise ValueError(f"it has not the length of {dtype} {shape}")
             return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 def unpacked(path, member, cache_dir=None):
@@ -2876,10 +2896,13 @@ def read_mask(path, size, images=()):
     what = f"--mask {path}"
     with explain(f"{what} cannot be read as an image"), Image.open(path) as image:
         image = upright(image)
-        alpha = np.asarray(image.convert("RGBA").getchannel("A")) if is_transparent(image) else None
+        rgba = np.asarray(image.convert("RGBA")) if is_transparent(image) else None
         white = np.asarray(to_rgb(image, what)).mean(2)
-    if alpha is not None and alpha.min() < 255:
-        white = 255.0 - alpha
+    if rgba is not None and rgba[..., 3].min() < 255:
+        white = 255.0 - rgba[..., 3]
+        if set(np.unique(rgba[white == 0][:, :3])) in ({255}, {0, 255}):
+            raise UserError(f"{what} is transparent in some places and white in others: leave one "
+                            "of them out")
     elif white.max() <= 1:  # a mask of 0 and 1
         white = 255 * white
     height, width = white.shape
@@ -3001,4 +3024,5 @@ def main():
 
 if __name__ == "__main__":
     sys.excepthook = one_line_errors
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
     main()

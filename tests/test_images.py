@@ -171,6 +171,14 @@ def test_masks_that_paint_nothing_or_everything(tmp_path, level, what):
         mask_read(tmp_path, np.full((16, 16), level, np.uint8))
 
 
+def test_a_mask_that_is_white_here_and_transparent_there(tmp_path):
+    grey, alpha = np.zeros((2, 16, 16), np.uint8)
+    grey[4:8], alpha[:] = 255, 255
+    alpha[10:12] = 0
+    with one_line_error("mask.png", "transparent in some places and white in others"):
+        mask_read(tmp_path, np.dstack([grey] * 3 + [alpha]))
+
+
 # ---- settings
 
 @pytest.mark.parametrize("words, lost, maps", [
@@ -312,6 +320,35 @@ def test_a_checksum_that_is_wrong(tmp_path):
     with one_line_error("x.npz", "CRC"):
         load(tmp_path / "x.npz")
     assert not cached(tmp_path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_length_that_is_wrong(tmp_path, save):
+    """Fewer images by the header: the rest would be lost. (Compressed, the checksum tells.)"""
+    save(tmp_path / "x.npz", pictures(8, 16, 16, 3))
+    np.save(tmp_path / "y.npy", pictures(8, 16, 16, 3))
+    for name in ("x.npz", "y.npy"):
+        content = (tmp_path / name).read_bytes()
+        if save is np.savez or name == "y.npy":
+            assert content.count(b"(8, 16, 16, 3)") == 1
+        (tmp_path / name).write_bytes(content.replace(b"(8, 16, 16, 3)", b"(6, 16, 16, 3)"))
+        if content != (tmp_path / name).read_bytes():
+            with one_line_error(name, "length"):
+                load(tmp_path / name)
+
+
+def test_a_mapped_file_that_is_overwritten(tmp_path):
+    """Cut off, it would end the process by a bus error. Replaced, it stays as it was."""
+    x = pictures(400, 16, 16, 3)
+    np.savez(tmp_path / "x.npz", x)
+    dataset = load(tmp_path / "x.npz")
+    os.rename(tmp_path / "x.npz", tmp_path / "old.npz")
+    np.savez(tmp_path / "x.npz", 255 - x)
+    assert np.array_equal(read(dataset)[0], x)
+    dataset = load(tmp_path / "x.npz")
+    os.truncate(tmp_path / "x.npz", 1000)
+    with one_line_error("x.npz", "overwritten"):
+        read(dataset)
 
 
 # ---- packing
