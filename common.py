@@ -1888,7 +1888,8 @@ def take_lock(folder, name, make):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        return (f"--out-dir {name} is in use by another run ({file.read().strip()}): wait for its "
+        who = file.read().strip() or "just started"
+        return (f"--out-dir {name} is in use by another run ({who}): wait for its "
                 "end, stop it, or choose another")
     except (OSError, ImportError) as error:  # a file system without locks; Windows
         print(f"note: --out-dir {name} cannot be locked ({first_line(error)}): start no other run "
