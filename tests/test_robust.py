@@ -264,7 +264,7 @@ def test_overwrite_does_not_apply_to_measuring(trained):
 # ---- the harness that kills runs and damages files, in little
 
 def test_three_kills(tmp_path, capsys):
-    assert torture.kill_runs(tmp_path, 3, 12, True, 0)
+    assert torture.kill_runs(tmp_path, 3, 6, True, 0)
     said = capsys.readouterr().out
     assert "runs that ended as the undisturbed one" in said and "0 spoilt runs" in said
 
