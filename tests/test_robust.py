@@ -93,6 +93,23 @@ def test_a_killed_worker_is_noticed_where_its_batch_is_waited_for(monkeypatch):
     end_workers()
 
 
+def test_a_run_whose_worker_is_killed_ends_in_one_line(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((8, 16, 16, 3), np.uint8))
+    more = "--workers 1 --dataset x.npy --total-steps 40 --out-dir run".split()
+    done = run_script(*RUN, *more, cwd=tmp_path, code=2, process=True, prelude="""
+import os, signal, torch
+monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+main, calls, read = os.getpid(), [], common.ArrayImages.__getitems__
+def killed(dataset, indices):
+    calls.append(indices)
+    if os.getpid() != main and len(calls) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(dataset, indices)
+common.ArrayImages.__getitems__ = killed""")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ct.py: error: the system killed a process of")
+
+
 # ---- what a launcher says
 
 @pytest.mark.parametrize("names", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "RANK WORLD_SIZE",
@@ -247,7 +264,7 @@ def test_overwrite_does_not_apply_to_measuring(trained):
 # ---- the harness that kills runs and damages files, in little
 
 def test_three_kills(tmp_path, capsys):
-    assert torture.kill_runs(tmp_path, 3, 12, True, 0)
+    assert torture.kill_runs(tmp_path, 3, 6, True, 0)
     said = capsys.readouterr().out
     assert "runs that ended as the undisturbed one" in said and "0 spoilt runs" in said
 

@@ -383,7 +383,7 @@ def main():
     parser.add_argument("what", choices=("kill", "damage"))
     parser.add_argument("--n", type=int, help="how often (default 100; damage 200)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=200, help="kill: of a run (default 200)")
+    parser.add_argument("--steps", type=int, default=40, help="kill: of a run (default 40)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--keep", action="store_true", help="keep the files of all cases")
     args = parser.parse_args()
