@@ -1040,11 +1040,9 @@ class FileImages(Images):
             return f"{name} cannot be read as an image: {first_line(error)}"
 
     def read(self, i):
-        from PIL import Image
         name = os.fsdecode(self.files[i])
         with explain(f"{self.source}/{name} cannot be read as an image"):
-            with Image.open(io.BytesIO(read_file(self.source, name))) as image:
-                image.load()
+            with open_image(io.BytesIO(read_file(self.source, name))) as image:
                 return fit_image(image, self.size, f"{self.source}/{name}")
 
 @functools.lru_cache(1)
@@ -1061,6 +1059,16 @@ def read_file(source, name):
     """A file's bytes, of a folder or zip."""
     with open_file(source, name) as file:
         return file.read()
+
+def open_image(file):
+    """The Pillow image of an open file; a PNG's checksums, which decoding leaves out, are right."""
+    from PIL import Image
+    image = Image.open(file)
+    if image.format == "PNG":
+        image.verify()  # 0.04 ms at 64 pixels; the image is of no use afterwards
+        file.seek(0)
+        image = Image.open(file)
+    return image
 
 def refuse_images(source, n, problems):
     """Raises UserError if there are `problems`, texts, with some of its n images."""
@@ -2874,8 +2882,8 @@ def read_image(path, size, factor=None):
     size / factor pixels will do too, and is not."""
     from PIL import Image
     what = f"--image {path}"
-    with explain(f"{what} cannot be read as an image"), Image.open(path) as image:
-        image = to_rgb(upright(image), what)
+    with explain(f"{what} cannot be read as an image"), open(path, "rb") as file:
+        image = to_rgb(upright(open_image(file)), what)
         small = factor is not None and image.size == (size // factor, size // factor)
         if small:
             image = image.resize((size, size), Image.Resampling.NEAREST)
@@ -2895,8 +2903,8 @@ def read_mask(path, size, images=()):
         mask[..., middle, middle] = 1
         return mask
     what = f"--mask {path}"
-    with explain(f"{what} cannot be read as an image"), Image.open(path) as image:
-        image = upright(image)
+    with explain(f"{what} cannot be read as an image"), open(path, "rb") as file:
+        image = upright(open_image(file))
         rgba = np.asarray(image.convert("RGBA")) if is_transparent(image) else None
         white = np.asarray(to_rgb(image, what)).mean(2)
     if rgba is not None and rgba[..., 3].min() < 255:

@@ -127,6 +127,19 @@ def test_sixteen_bits_in_every_form():
         assert np.array_equal(as_read(content), np.stack([np.rint(x / 257)] * 3, 2))
 
 
+def test_a_png_whose_checksum_is_wrong(tmp_path):
+    """Pillow decodes it, to other pixels."""
+    content = bytearray(encoded(pictures(16, 16, 3) // 64))
+    dataset = load(write(tmp_path / "set", {"a.png": bytes(content)}))
+    at = content.rindex(b"IEND") - 12  # near the end of the pixels
+    content[at] ^= 128
+    (tmp_path / "set/a.png").write_bytes(content)
+    with one_line_error("a.png", "cannot be read"):
+        read(dataset)
+    with one_line_error("--image", "a.png"):
+        common.read_image(tmp_path / "set/a.png", 16)
+
+
 # ---- masks
 
 HOLE = np.pad(np.ones((8, 8), bool), ((2, 6), (4, 4)))  # above the middle, of 16 pixels
