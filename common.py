@@ -1455,9 +1455,15 @@ def open_dataset(args, run, size):
     and looks at each file; `run.data` is what checkpoints remember of it."""
     with main_process_first(run):
         dataset = load_dataset(args.dataset, args.data_dir, size, args.cache_dir)
-        if run.main:
-            print(dataset.describe())
+    refused = None
+    if run.main:
+        print(dataset.describe())
+        try:
             dataset.check()
+        except UserError as error:
+            refused = error
+    if any_rank(run, refused is not None):
+        raise refused or UserError(f"--dataset {args.dataset}: the first process refuses it")
     run.data = dataset.summary()
     return dataset
 

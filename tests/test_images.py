@@ -238,6 +238,14 @@ def test_a_run_looks_at_the_files_first(tmp_path, capsys):
     assert "3 images" in capsys.readouterr().out  # what it is was said before
 
 
+def test_all_processes_end_when_files_are_bad(tmp_path):
+    write(tmp_path / "set", BAD)
+    done = run_script("--dataset", "set", "--net", "glyphs", "--workers", 0, cwd=tmp_path, ranks=2)
+    assert done.returncode == 2
+    line, = done.stderr.strip().splitlines()
+    assert line.startswith("ct.py: error: set: 3 of 3 images")
+
+
 def test_arrays_that_are_too_small(tmp_path):
     np.save(tmp_path / "x.npy", pictures(3, 16, 12, 3))
     with one_line_error("x.npy", "12x16", "16"):
