@@ -2648,9 +2648,9 @@ MOVED = {  # flags of before
     "--tensorboard": ["python tests/bench.py tensorboard"],
 }
 # What the teacher that a script trains first shares with its student.
-RUN_FLAGS = ("dataset", "data_dir", "class_cond", "flip", "net", "workers", "overwrite", "seed",
-             "log_every", "sample_every", "save_every", "device", "precision", "compile",
-             "gradient_checkpointing")
+RUN_FLAGS = ("dataset", "data_dir", "cache_dir", "class_cond", "flip", "net", "workers",
+             "overwrite", "seed", "log_every", "sample_every", "save_every", "device", "precision",
+             "compile", "gradient_checkpointing")
 SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)  # others than in training
 
 def add_shared_flags(parser, net_only):
