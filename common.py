@@ -1589,27 +1589,34 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
                         f"{peak_memory_gb(run.device):.1f} GB so far")
         del ballast
         log.restart_clock()
-    ready = list(zip(micro_batches(args, run), loader))
+    ready = []  # the micro-batches of the next step
 
-    def this_step_and_read_the_next():  # while the device is still at work
-        nonlocal ready
-        yield from ready
+    def read():
         try:
-            ready = list(zip(micro_batches(args, run), loader))
+            ready[:] = zip(micro_batches(args, run), loader)
         except UserError as error:
             totals.problem = error
+
+    def leave_if_unreadable(saved=""):
+        if any_rank(run, totals.problem is not None):
+            log.close()
+            why = last_line(totals.problem or "another process cannot read its images")
+            raise UserError(f"{why}{saved}")
+
+    def read_while_the_device_works():
+        yield from list(ready)
+        read()
+    read()
+    leave_if_unreadable()
     for k in range(step, args.total_steps):
-        yield k, this_step_and_read_the_next(), False
+        yield k, read_while_the_device_works(), False
         if log.last:
             break
     if log.last:
         if log.sound:
             yield k, [(0, batch)], True
         log.end((~totals.numbers.isfinite()).any().item())
-        if any_rank(run, totals.problem is not None):
-            log.close()
-            why = last_line(totals.problem or "another process cannot read its images")
-            raise UserError(f"{why}. Step {log.done} is saved; the same command goes on from there")
+        leave_if_unreadable(f". Step {log.done} is saved; the same command goes on from there")
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""

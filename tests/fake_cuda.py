@@ -232,17 +232,21 @@ def watch(command):
     many there were elsewhere, and the peak of memory. Frozen networks have random weights."""
     import common
     inside = []
-    numbers = common.micro_batches
+    all_steps = common.steps
 
-    def micro_batches(args, run):
-        for m in numbers(args, run):
+    def counted(micro_batches):
+        for pair in micro_batches:
             start = len(probe.copies)
-            yield m
+            yield pair
             inside.extend(probe.copies[start:])
+
+    def steps(*args):
+        for step, micro_batches, trial in all_steps(*args):
+            yield step, micro_batches if trial else counted(micro_batches), trial
 
     error = None
     with fake_cuda() as probe, contextlib.ExitStack() as stack:
-        patches = [mock.patch.object(common, "micro_batches", micro_batches),
+        patches = [mock.patch.object(common, "steps", steps),
                    mock.patch.object(common, "LPIPS", partial(common.LPIPS, False)),
                    mock.patch.object(common, "save_checkpoint")]
         if "projected" in command:

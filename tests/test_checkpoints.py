@@ -406,7 +406,7 @@ def test_a_run_that_a_schedule_spans_does_not_go_on(tmp_path, images, case):
     script, flags, longer = SPANNED[case]
     run_script(*RUN_FLAGS, *flags, script=script, cwd=tmp_path, code=0)
     message = ("--total-steps 4 there, 6 now); its schedule spans all its steps, so a longer run "
-               "has to start anew; use its flags, choose another, or --overwrite it")
+               "has to start anew; use its own, choose another, or --overwrite it")
     assert_mistake([*RUN_FLAGS, *flags, *longer, "--total-steps", 6], message, script, tmp_path)
 
 

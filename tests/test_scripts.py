@@ -513,7 +513,9 @@ def test_mistakes_end_in_one_line(workplace, mistake):
 
 def test_a_broken_image_met_in_a_worker(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "broken.png").write_bytes(b"not a picture")
+    file = tmp_path / "images" / "broken.png"
+    Image.new("RGB", (16, 16)).save(file)
+    file.write_bytes(file.read_bytes()[:50])  # its header is whole
     done = run_script("--dataset", "images", *RUN, "--workers", 1, cwd=tmp_path, code=2)
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("ct.py: error: images/broken.png cannot be read as an image")
@@ -528,7 +530,7 @@ def test_an_error_of_another_rank_is_said(tmp_path):
     for rank in range(2):
         broken = tmp_path / "images" / f"{order[4 * rank]}.png"
         good = broken.read_bytes()
-        broken.write_bytes(b"not a picture")
+        broken.write_bytes(good[:50])
         done = run_script("--dataset", "images", *RUN, "--workers", rank, cwd=tmp_path, ranks=2)
         who = "rank 1: " * rank
         message = f"ct.py: error: {who}images/{broken.name} cannot be read"
