@@ -2472,17 +2472,16 @@ def sample_grid(args, run, step, log, draws, classes, shape, name="", columns=No
     labels = run.data["present"] if run.data and classes else list(range(classes))
     columns = columns or min(len(labels), 10) or 8
     y = torch.tensor(labels * 8 * columns, device=run.device)[:8 * columns] if classes else None
+    blocks = []
     try:
-        blocks = [draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch)
-                  for draw in draws]
-    except UserError:  # they are not finite
+        for draw in draws:
+            blocks.append(draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch))
+        if run.main:
+            save_grid(Path(args.out_dir, "samples", f"{step:06d}{name}.png"), blocks, columns)
+    except BaseException as error:  # the run ends: what it has saved stays, if that is not to blame
+        if len(blocks) == len(draws) or not isinstance(error, UserError):
+            log.confirm()
         raise
-    except BaseException:  # memory, Ctrl-C: what is saved is none the worse for it
-        log.confirm()
-        raise
-    log.confirm()
-    if run.main:
-        save_grid(Path(args.out_dir, "samples", f"{step:06d}{name}.png"), blocks, columns)
 
 def labels_to_draw(args, net, n, device, key="labels"):
     """`--labels` in turn, or all that occurred in training, for n images: (n,) int64; None without
