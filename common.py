@@ -1283,8 +1283,10 @@ def unpacked(path, member, cache_dir=None):
     may unpack at the same time, and another .npz in the place of the first is another file.
     """
     name = f"{path.stem}.{member.filename.removesuffix('.npy')}.{member.CRC:08x}.npy"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folders = [Path(cache_dir)] if cache_dir else [path.parent / ".unpacked", home / "few-step-diffusion"]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folders = [path.parent / ".unpacked", user / "few-step-diffusion"]
+    if cache_dir:
+        folders = [Path(cache_dir)]
     for folder in folders:
         file = folder / name
         if file.exists() and file.stat().st_size == member.file_size:
@@ -2643,9 +2645,9 @@ MOVED = {  # flags of before
     "--tensorboard": ["python tests/bench.py tensorboard"],
 }
 # What the teacher that a script trains first shares with its student.
-RUN_FLAGS = ("dataset", "data_dir", "cache_dir", "class_cond", "flip", "net", "workers", "overwrite",
-             "seed", "log_every", "sample_every", "save_every", "device", "precision", "compile",
-             "gradient_checkpointing")
+RUN_FLAGS = ("dataset", "data_dir", "cache_dir", "class_cond", "flip", "net", "workers",
+             "overwrite", "seed", "log_every", "sample_every", "save_every", "device", "precision",
+             "compile", "gradient_checkpointing")
 SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)  # others than in training
 
 def add_shared_flags(parser, net_only):
