@@ -1291,8 +1291,10 @@ def unpacked(path, member, cache_dir=None):
     may unpack at the same time, and another .npz in the place of the first is another file.
     """
     name = f"{path.stem}.{member.filename.removesuffix('.npy')}.{member.CRC:08x}.npy"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "few-step-diffusion"
-    folders = [Path(cache_dir)] if cache_dir else [path.parent / ".unpacked", home]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folders = [path.parent / ".unpacked", user / "few-step-diffusion"]
+    if cache_dir:
+        folders = [Path(cache_dir)]
     for folder in folders:
         file = folder / name
         if file.exists() and file.stat().st_size == member.file_size:
@@ -1357,7 +1359,7 @@ def load_arrays(path, size, cache_dir=None):
     if planar:
         images = images.transpose(0, 2, 3, 1)
     if images.shape[3] == 1:  # grey
-        images = np.broadcast_to(images, (*images.shape[:3], 3))
+        images = np.broadcast_to(images, (*images.shape[:3], 3), subok=True)
     return ArrayImages([images], labels, size, path, names, notes)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -1468,7 +1470,11 @@ def open_dataset(args, run, size):
     return dataset
 
 def data_differences(old, new):
-    """What data sets differ in, by their summaries: texts; none if one of them is not known."""
+    """What data sets differ in, by their summaries: texts; none if one of them is not known. old:
+    of a checkpoint of these scripts, which before took 10 to come before 2."""
+    if new and new["names"] and not old and new["names"] != sorted(new["names"]) \
+            and any(map(str.isdecimal, new["names"])):
+        return ["an older version sorted classes as words, 10 before 2, now as numbers"]
     if not old or not new or old == new:
         return []
     before, now = (set(data["names"] or ()) for data in (old, new))
@@ -2484,16 +2490,22 @@ def labels_that_occur(net):
     data = getattr(net, "data", None)
     return data["present"] if data and net.classes else list(range(net.classes))
 
-def sample_grid(args, run, step, draws, classes, shape, name="", columns=None):
+def sample_grid(args, run, step, log, draws, classes, shape, name="", columns=None):
     """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`,
     see `draw_many`. classes: those that occur in turn, a column each, at most 10; 0: 8 columns."""
     labels = run.data["present"] if run.data and classes else list(range(classes))
     columns = columns or min(len(labels), 10) or 8
     y = torch.tensor(labels * 8 * columns, device=run.device)[:8 * columns] if classes else None
-    blocks = [draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch)
-              for draw in draws]
-    if run.main:
-        save_grid(Path(args.out_dir, "samples", f"{step:06d}{name}.png"), blocks, columns)
+    blocks = []
+    try:
+        for draw in draws:
+            blocks.append(draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch))
+        if run.main:
+            save_grid(Path(args.out_dir, "samples", f"{step:06d}{name}.png"), blocks, columns)
+    except BaseException as error:  # the run ends: what it has saved stays, if that is not to blame
+        if len(blocks) == len(draws) or not isinstance(error, UserError):
+            log.confirm()
+        raise
 
 def labels_to_draw(args, net, n, device, key="labels"):
     """`--labels` in turn, or all that occurred in training, for n images: (n,) int64; None without
@@ -2833,9 +2845,9 @@ def teacher_denoiser(args, run, teacher, dataset):
                             f"{args.dataset} has {dataset.classes}")
         if teacher.classes:
             check_class_order(dataset, teacher.script, teacher.data, args.teacher)
-        changed = data_differences(teacher.data, run.data)
-        named = teacher.classes and changed and teacher.data["names"] and dataset.names
-        if named and teacher.data["names"] != dataset.names:
+        changed = data_differences(teacher.data, run.data) if teacher.script else []
+        known = (teacher.data or {}).get("names", ())  # (): of an older version
+        if teacher.classes and changed and dataset.names and known not in (None, dataset.names):
             raise UserError(f"--teacher {args.teacher} was trained on other classes than "
                             f"{args.dataset} has ({changed[0]})")
         if changed and run.main:

@@ -720,7 +720,7 @@ def train(args, run, stop):
         if log.sound and common.due(args.sample_every, step, ended):
             draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
                      for w in shown_weights]
-            common.sample_grid(args, run, step, draws, name=f"_{name}", **task.grid)
+            common.sample_grid(args, run, step, log, draws, name=f"_{name}", **task.grid)
     log.close()
     return log.done == args.total_steps
 
