@@ -1159,7 +1159,7 @@ def classes_of_folders(source, images, folders, flag):
     class_of = [name.split("/")[0] for name in images]
     names = sorted(set(class_of))
     homes = {name.rpartition("/")[0] for name in images}
-    unlabelled = 'put a dataset.json there, {"labels": null}'
+    unlabelled = 'put a dataset.json there, {"labels": null} or {"labels": [["a/b.png", 0], ..]}'
     splits = list(filter(SPLIT.fullmatch, names))
     if len(splits) > 1 or splits == names:
         training = [name for name in splits if "train" in name.lower()] or splits
@@ -1314,7 +1314,7 @@ def unpacked(path, member, cache_dir=None):
 
 IMAGE_KEYS = "arr_0", "images", "x", "data", "x_train"
 LABEL_KEYS = "arr_1", "labels", "label", "targets", "y", "y_train"
-NAME_KEYS = "names", "class_names"
+NAME_KEYS = "class_names",
 
 def one_key(path, keys, wanted):
     """The one of the keys of an npz that is `wanted`, or None."""
@@ -1486,6 +1486,12 @@ def data_differences(old, new):
         texts.append(f"{old['n']:,} images there, {new['n']:,} now")
     return texts or ["other labels, or names of classes or files"]
 
+def has_more_or_fewer(old, new):
+    """Whether data sets differ in the number of their images, but not in their classes."""
+    if not old or not new or old["n"] == new["n"]:
+        return False
+    return old["names"] == new["names"] and old["present"] == new["present"]
+
 def check_class_order(dataset, script, data, path):
     """Raises UserError if a network's classes are not in the order of official ImageNet-64 batches.
     script, data: of its checkpoint; of before there are some that do not say their data."""
@@ -1622,7 +1628,8 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
         if log.sound:
             yield k, [(0, batch)], True
         log.end((~totals.numbers.isfinite()).any().item())
-        leave_if_unreadable(f". Step {log.done} is saved; the same command goes on from there")
+        leave_if_unreadable(f". Step {log.done} is saved: mend it or remove it, then the same "
+                            "command goes on")
 
 def to_device(batch, device, flip):
     """uint8 batch -> x0 (b,C,H,W) float32 in [-1, 1], half of them mirrored if `flip`; y (b,)."""
@@ -1954,7 +1961,8 @@ def check_resumable(args, state, script, model_args, data):
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
                for key in sorted({"--teacher", "--teacher-digest", *new})  # others do not apply
                if old.get(key, "none") != new.get(key, "none")]
-    changed += data_differences(state.get("data"), data)
+    if not has_more_or_fewer(state.get("data"), data):
+        changed += data_differences(state.get("data"), data)
     if changed:
         why = ""
         if old.get("--total-steps") != new.get("--total-steps"):
@@ -2053,6 +2061,8 @@ def resume(args, run, script, model_args, parts):
         with explain(f"{out_dir}/last.pt cannot be resumed"):
             check_resumable(args, state, script, model_args, run.data)
             before = state["args"]["total_steps"]
+        if has_more_or_fewer(state.get("data"), run.data) and run.main:
+            print(f"note: {state['data']['n']:,} images until now, {run.data['n']:,} from here on")
         if args.total_steps != before and run.main:
             print(f"note: --total-steps {args.total_steps}, and {before} until now: "
                   f"{args.total_steps - state['step']} more steps")
@@ -2275,7 +2285,9 @@ class Log:
         if self.sound and not finite:
             self.say(f"step {step} is left out, its loss or gradient is not finite: nothing is "
                      "saved until one is")
-        self.sound, self.last = not any(self.bad_in_a_row.values()), last
+        self.sound = not any(self.bad_in_a_row.values())
+        # A signal during bad steps waits for a good one, after which there is something to save.
+        self.last = last and (self.sound or step == self.args.total_steps)
         if self.sound:
             self.confirm()
         self.done = step

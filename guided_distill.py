@@ -730,7 +730,7 @@ def save_student(args, run, path, step, N, task, ema, log):
     about = common.about_run(args, run, "guided_distill", step, task.model_args, N=N)
     state = about | dict(ema=ema.state_dict())
     common.save_checkpoint(path.with_suffix(".pt"), state, log.written)
-    if task.latent and log.sound:
+    if task.latent:
         task.export(ema, path)
 
 

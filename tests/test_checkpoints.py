@@ -326,6 +326,29 @@ def test_a_run_that_ends_in_a_bad_step(tmp_path):
     assert_same(last(tmp_path / "run"), last(tmp_path / "whole"))
 
 
+def test_a_signal_in_a_bad_step_waits_for_a_good_one(tmp_path):
+    """The weights are good: they are those of the step before."""
+    bad = BAD_LOSS.replace("BAD", "{3}")  # step 2
+    stop = """
+import os, signal
+log_step = common.Log.step
+def step_and_signal(self, step, *a, **k):
+    if step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return log_step(self, step, *a, **k)
+common.Log.step = step_and_signal
+"""
+    done = run_script(*RUN_FLAGS, "--save-every", 0, cwd=tmp_path, prelude=bad + stop, code=143)
+    assert "step 2 is left out" in done.stdout + done.stderr
+    assert last(tmp_path / "run")["step"] == 3 and last(tmp_path / "run")["skipped"] == 1
+
+
+def test_a_grid_that_fails_does_not_take_the_checkpoint_with_it(tmp_path):
+    (tmp_path / "run/samples/000002.png/x").mkdir(parents=True)
+    done = run_script(*RUN_FLAGS, "--save-every", 2, "--sample-every", 2, cwd=tmp_path, code=2)
+    assert "000002.png" in done.stderr and last(tmp_path / "run")["step"] == 2
+
+
 def test_a_weight_that_no_loss_sees_is_not_saved(tmp_path):
     """That of a label that does not occur, say."""
     prelude = """

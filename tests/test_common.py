@@ -362,7 +362,7 @@ def steps_of(folder, step, kinds, **more):
         yield k, [(m, batch[0].tolist()) for m, batch in batches], trial
 
 
-def test_each_kind_of_step_is_tried_before_the_first(tmp_path):
+def test_each_kind_of_step_is_tried_before_the_first(tmp_path, monkeypatch):
     """With one micro-batch, that takes none away from the steps that count."""
     found = list(steps_of(tmp_path, 1, dict(a=1, b=2)))
     first = [(0, [0, 1, 2, 3])]
@@ -372,6 +372,7 @@ def test_each_kind_of_step_is_tried_before_the_first(tmp_path):
     assert found[2:] == wanted
     assert list(steps_of(tmp_path, 3, dict(a=3))) == []  # nothing is left to do, or to try
     assert [k for k, _, trial in steps_of(tmp_path, 1, dict(a=1, b=3)) if trial] == [1]
+    monkeypatch.setattr(common, "any_rank", lambda run, flag: flag)
     of_one = list(steps_of(tmp_path, 2, dict(a=2), rank=1, world=2, main=False))
     assert [m for m, _ in of_one[1][1]] == [1]
 
@@ -569,7 +570,7 @@ def test_grid_of_samples(tmp_path, classes, columns):
     args = settings(tmp_path, micro_batch=64)
     log = common.start_run(args, RUN, torch.nn.Linear(2, 2), 0, 0)
     for step in (1, 2):
-        common.sample_grid(args, RUN, step, [draw, draw], classes, (3, 16, 16), name="_x")
+        common.sample_grid(args, RUN, step, log, [draw, draw], classes, (3, 16, 16), name="_x")
     log.close()
     pictures = [np.asarray(Image.open(tmp_path / "samples" / f"00000{s}_x.png")) for s in (1, 2)]
     assert np.array_equal(*pictures)

@@ -411,6 +411,8 @@ def test_what_a_checkpoint_remembers(tmp_path):
         assert len(texts) == len(words) and all(map(str.startswith, texts, words)), texts
     assert common.data_differences(summary, dict(summary)) == []
     assert common.data_differences(None, summary) == common.data_differences(summary, None) == []
+    numbers = summary | dict(names=["2", "10"])  # they were sorted as words before
+    assert "10 before 2" in common.data_differences(None, numbers)[0]
     np.savez(tmp_path / "a.npz", pictures(3, 16, 16, 3), [0, 1, 1])
     np.savez(tmp_path / "b.npz", pictures(3, 16, 16, 3), [0, 0, 1])
     a, b = (load(tmp_path / name).summary() for name in ("a.npz", "b.npz"))
@@ -545,14 +547,14 @@ def test_other_arrays_of_an_npz_are_named(tmp_path):
 
 def test_names_of_classes_in_an_npz(tmp_path):
     x, path = pictures(4, 16, 16, 3), tmp_path / "x.npz"
-    np.savez(path, images=x, labels=[1, 0, 1, 0], names=["cat", "dog", "eel"])
+    np.savez(path, images=x, labels=[1, 0, 1, 0], class_names=["cat", "dog", "eel"])
     dataset = load(path)
     assert_holds(dataset, x, [1, 0, 1, 0], classes=3)
     assert dataset.names == ["cat", "dog", "eel"]
     assert dataset.describe().endswith("3 classes, of which 2 occur: cat, dog")
     for names, words in ((["cat"], "label 1, and 1 class names"), ([3, 4], "names of the classes"),
                          ([["cat", "dog"]], "names of the classes")):
-        np.savez(path, images=x, labels=[1, 0, 1, 0], names=names)
+        np.savez(path, images=x, labels=[1, 0, 1, 0], class_names=names)
         with one_line_error(path, words):
             load(path)
 

@@ -323,6 +323,18 @@ def test_where_it_is_unpacked(tmp_path, monkeypatch, home):
         load(tmp_path / "data/x.npz")
 
 
+def test_without_a_home(tmp_path, monkeypatch):
+    """A container's user may have none."""
+    def nobody(uid):
+        raise KeyError(uid)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    x = pictures(4, 16, 16, 3)
+    np.savez_compressed(tmp_path / "x.npz", x)
+    assert np.array_equal(read(load(tmp_path / "x.npz"))[0], x)
+
+
 @pytest.mark.parametrize("images", [np.array([{}, {}]), np.zeros((2, 16, 16, 3), np.float32),
                                     np.zeros((2, 16), np.uint8)])
 def test_nothing_is_unpacked_that_cannot_be_used(tmp_path, images):
@@ -358,14 +370,15 @@ def test_a_length_that_is_wrong(tmp_path, save):
                 load(tmp_path / name)
 
 
-def test_a_mapped_file_that_is_overwritten(tmp_path):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_mapped_file_that_is_overwritten(tmp_path, channels):
     """Cut off, it would end the process by a bus error. Replaced, it stays as it was."""
-    x = pictures(400, 16, 16, 3)
+    x = pictures(400, 16, 16, channels)
     np.savez(tmp_path / "x.npz", x)
     dataset = load(tmp_path / "x.npz")
     os.rename(tmp_path / "x.npz", tmp_path / "old.npz")
     np.savez(tmp_path / "x.npz", 255 - x)
-    assert np.array_equal(read(dataset)[0], x)
+    assert np.array_equal(read(dataset)[0], x.repeat(3 // channels, 3))
     dataset = load(tmp_path / "x.npz")
     os.truncate(tmp_path / "x.npz", 1000)
     with one_line_error("x.npz", "overwritten"):
@@ -452,6 +465,8 @@ def test_a_run_that_meets_a_damaged_file_saves_and_goes_on_when_it_is_mended(
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert any(names[bad] in line and "Step 3 is saved" in line for line in errors), errors
     assert torch.load(last, weights_only=True)["step"] == 3
+    again = run_script(*command, script=script, cwd=tmp_path, ranks=ranks)
+    assert again.returncode == 2 and "Traceback" not in again.stderr
     (tmp_path / "set" / names[bad]).write_bytes(content[names[bad]])
     done = run_script(*command, script=script, cwd=tmp_path, ranks=ranks, code=0)
     assert "resumed at step 3" in done.stdout

@@ -325,8 +325,8 @@ SHORT = [*RUN, "--total-steps", 1, "--dataset", "set", "--out-dir", "run"]
 
 
 def test_a_run_notices_other_data(tmp_path):
-    """It says what they are, and refuses a renamed, an added or a moved class and another image;
-    runs of before, which do not know their data, go on."""
+    """It says what they are, and refuses a renamed, an added or a moved class and a renamed image;
+    more or fewer images it notes. Runs of before, which do not know their data, go on."""
     save_images(tmp_path / "set", "cat/1.png", "cat/2.png", "dog/1.png")
     for _ in range(2):
         done = run_script(*SHORT, cwd=tmp_path, code=0)
@@ -342,8 +342,11 @@ def test_a_run_notices_other_data(tmp_path):
         change()
         assert_mistake(SHORT, words, "ct.py", tmp_path)
     shutil.rmtree(data)
-    save_images(data, "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
-    assert_mistake(SHORT, "(3 images there, 4 now)", "ct.py", tmp_path)
+    save_images(data, "cat/1.png", "cat/2.png", "dog/2.png")
+    assert_mistake(SHORT, "(other labels, or names of classes or files)", "ct.py", tmp_path)
+    save_images(data, "dog/1.png")
+    done = run_script(*SHORT, cwd=tmp_path, code=0)
+    assert "note: 3 images until now, 4 from here on" in done.stdout
     del state["data"]
     torch.save(state, tmp_path / "run" / "last.pt")
     run_script(*SHORT, cwd=tmp_path, code=0)
