@@ -349,7 +349,8 @@ def test_a_grid_that_fails_does_not_take_the_checkpoint_with_it(tmp_path):
     assert "000002.png" in done.stderr and last(tmp_path / "run")["step"] == 2
 
 
-def test_a_weight_that_no_loss_sees_is_not_saved(tmp_path):
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_weight_that_no_loss_sees_is_not_saved(tmp_path, ranks):
     """That of a label that does not occur, say."""
     prelude = """
 update = common.ema_update
@@ -362,7 +363,9 @@ common.ema_update = spoiled
     flags = [*RUN_FLAGS, "--net", "glyphs"]
     labels = "labels = common.Images.__init__\ndef more(self, *a):\n    labels(self, *a)\n" \
              "    self.classes = 2\ncommon.Images.__init__ = more\n"
-    done = run_script(*flags, "--dataset", "x.npz", cwd=tmp_path, prelude=labels + prelude, code=1)
+    done = run_script(*flags, "--dataset", "x.npz", cwd=tmp_path, prelude=labels + prelude, code=1,
+                      ranks=ranks)
+    assert "Traceback" not in done.stderr
     assert "step 4 is not saved: its weights are not finite (label_emb.weight)" in (
         done.stdout + done.stderr)
     assert not list((tmp_path / "run").glob("*.pt"))
