@@ -1014,9 +1014,8 @@ class FileImages(Images):
         return sizes
 
     def check(self):
-        """Look at the header of each file: 0.1 ms, on a network disk what 16 threads cannot hide.
-        Raises UserError that names those that are empty, no images, or smaller than the network's.
-        """
+        """Look at the header of each file, 0.1 ms on a local disk. Raises UserError that names
+        those that are empty, no images, or smaller than the network's."""
         with ThreadPoolExecutor(16) as pool:
             problems = pool.map(self.problem, range(self.n))
             refuse_images(self.source, self.n, filter(None, progress_bar(
@@ -1250,9 +1249,14 @@ def read_header(file):
         raise ValueError("it holds pickled objects")
     return shape, fortran, dtype
 
+def reading(path, key):
+    """What goes wrong with a .npy, or with an array of an .npz, becomes a UserError."""
+    kind = "an array" if key is None else f"an npz with {key}"
+    return explain(f"{path} cannot be read as {kind}")
+
 def header_of(path, key=None):
     """Shape and dtype of a .npy, or of one array of an .npz."""
-    with explain(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}"):
+    with reading(path, key):
         if key is None:
             with open(path, "rb") as file:
                 shape, _, dtype = read_header(file)
@@ -1264,7 +1268,7 @@ def header_of(path, key=None):
 def map_array(path, key=None, cache_dir=None):
     """Memory-map a .npy, or one array of an .npz; a compressed one is unpacked first, see
     `unpacked`."""
-    with explain(f"{path} cannot be read as {'an array' if key is None else f'an npz with {key}'}"):
+    with reading(path, key):
         member = None
         if key is not None:
             with zipfile.ZipFile(path) as archive:
@@ -1287,8 +1291,8 @@ def unpacked(path, member, cache_dir=None):
     """The file that a member of an .npz was unpacked into, once: in `cache_dir`, by default in
     .unpacked beside it, or in the user's cache where that cannot be written.
 
-    It is called after the size and checksum of what it holds, and appears whole or not at all: runs
-    may unpack at the same time, and another .npz in the place of the first is another file.
+    Its name holds the checksum of the member, and it appears whole or not at all: runs may unpack
+    at the same time, and another .npz in the place of the first is unpacked into another file.
     """
     name = f"{path.stem}.{member.filename.removesuffix('.npy')}.{member.CRC:08x}.npy"
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -1325,8 +1329,8 @@ def one_key(path, keys, wanted):
 
 def load_arrays(path, size, cache_dir=None):
     """A .npy of images, or an .npz: images, labels and names of classes by IMAGE_KEYS and so on."""
-    key = labels = names = None
-    notes = []
+    key = labels_key = names_key = labels = names = None
+    keys, notes = [], []
     if path.suffix == ".npz":
         with explain(f"{path} cannot be read as an npz"), zipfile.ZipFile(path) as archive:
             keys = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -1334,25 +1338,25 @@ def load_arrays(path, size, cache_dir=None):
                                       for wanted in (IMAGE_KEYS, LABEL_KEYS, NAME_KEYS))
         if key is None:
             raise UserError(f"{path} holds {', '.join(keys)}: call the images arr_0, labels arr_1")
-        if labels_key:
-            labels = map_array(path, labels_key, cache_dir)
-        if labels_key and names_key:
-            names = map_array(path, names_key, cache_dir)
-            if names.dtype.kind != "U" or names.ndim != 1:
-                raise UserError(f"{path}: {names_key} must be the names of the classes, and are "
-                                f"{names.dtype} of shape {names.shape}")
-            names = names.tolist()
-        unused = [name for name in keys if name not in (key, labels_key, names_key)]
-        if unused:
-            notes.append(f"neither images nor labels: {listed(unused)}")
     shape, dtype = header_of(path, key)
     channels = 1, 3, 4
     grey = len(shape) == 3
     planar = len(shape) == 4 and shape[3] not in channels
     shaped = grey or (len(shape) == 4 and (shape[1] if planar else shape[3]) in channels)
-    if dtype != np.uint8 or not shaped or shape[0] == 0:  # before it is unpacked
+    if dtype != np.uint8 or not shaped or shape[0] == 0:  # before anything is unpacked
         raise UserError(f"{path}: images must be uint8 of shape (n, height, width, 3), got "
                         f"{dtype} {shape}")
+    if labels_key:
+        labels = map_array(path, labels_key, cache_dir)
+    if labels_key and names_key:
+        names = map_array(path, names_key, cache_dir)
+        if names.dtype.kind != "U" or names.ndim != 1:
+            raise UserError(f"{path}: {names_key} must be the names of the classes, and are "
+                            f"{names.dtype} of shape {names.shape}")
+        names = names.tolist()
+    unused = [name for name in keys if name not in (key, labels_key, names_key)]
+    if unused:
+        notes.append(f"neither images nor labels: {listed(unused)}")
     images = map_array(path, key, cache_dir)
     if grey:
         images = images[..., None]
@@ -1471,12 +1475,13 @@ def open_dataset(args, run, size):
 
 def data_differences(old, new):
     """What data sets differ in, by their summaries: texts; none if one of them is not known. old:
-    of a checkpoint of these scripts, which before took 10 to come before 2."""
-    if new and new["names"] and not old and new["names"] != sorted(new["names"]) \
-            and any(map(str.isdecimal, new["names"])):
-        return ["an older version sorted classes as words, 10 before 2, now as numbers"]
-    if not old or not new or old == new:
+    of a checkpoint of these scripts, which at first did not say its data."""
+    if not new or old == new:
         return []
+    if not old:
+        names = new["names"] or []
+        moved = names != sorted(names) and any(map(str.isdecimal, names))
+        return ["an older version sorted classes as words, 10 before 2, now as numbers"] * moved
     before, now = (set(data["names"] or ()) for data in (old, new))
     texts = []
     if before != now:

@@ -210,7 +210,9 @@ def test_both_branches_drop_out_the_same_units(dtype, compiled, device, monkeypa
         a, b = (common.consistency(eager, x0, t, masks=common.dropout_masks(net, 2))
                 for _ in range(2))
     apart = common.l2(a, b).min()
-    rounding = 1e-3 if dtype == torch.float32 else 4e-2  # compiled on an H200 bf16 gives 0.023
+    rounding = 1e-3 if dtype == torch.float32 else 2e-2
+    if dtype == torch.bfloat16 and compiled and device == "cuda":
+        rounding = 3e-2  # of the whole UNet: 0.023 on an H200
     for other in (net, target, eager):
         same = ct.loss_fn(net, other, x0, noise, t, t, *rest).max()
         assert same < rounding**2 * apart and apart > 1e-4, (same, apart)
