@@ -57,16 +57,27 @@ def loss_fn(net, target, D, x0, noise, t_n, t_n1, y, w, masks, solver, dist, wei
     return weight(t_n, t_n1) * dist(f_net, f_target)
 
 
+def ode_path(D, x0, noise, t, y, w):
+    """x_t and dx/dt of the probability-flow ODE there, by the teacher: (B,C,H,W) each."""
+    x_t = x0 + bcast(t, x0) * noise
+    with torch.no_grad():
+        x_denoised = guide(D, y, w)(x_t, t)
+    return x_t, (x_t - x_denoised) / bcast(t, x_t)
+
+
 def continuous_loss(net, D, x0, noise, t, y, w, masks, stop_gradient):
     """The limit of `loss_fn` for N -> infinity, l2; arguments as there, t: (B,). Returns (B,).
 
     Source:  CM App. B, Theorems 3 and 5.
     """
-    x_t = x0 + bcast(t, x0) * noise
-    with torch.no_grad():
-        x_denoised = guide(D, y, w)(x_t, t)
-        dx_dt = (x_t - x_denoised) / bcast(t, x_t)  # the probability-flow ODE
+    x_t, dx_dt = ode_path(D, x0, noise, t, y, w)
     return common.continuous_loss(net, x_t, t, dx_dt, y, c_guidance(w), masks, stop_gradient)
+
+
+def scm_loss(net, D, x0, noise, t, y, w, masks, r, c):
+    """sCD: the same limit, its derivative normalised. Returns what `common.scm_loss` does."""
+    x_t, dx_dt = ode_path(D, x0, noise, t, y, w)
+    return common.scm_loss(net, x_t, t, dx_dt, y, c_guidance(w), masks, r, c)
 
 
 def hide_labels(y, share, null_y):
@@ -265,6 +276,17 @@ STUDENTS = {
     "cat256": LSUN,
 }
 CONTINUOUS_LR = {True: 5e-6, False: 1e-3}  # by stop_gradient: openai's JAX code, CIFAR-10
+# sCM Tables 3 and 4, of CIFAR-10 by later reimplementations; LSUN like ImageNet-64.
+SCM = common.SCM | dict(lr=1e-4, p_t=[-1.0, 1.4])
+SCM_IMAGENET = dict(total_steps=400_000, p_t=[-1.0, 1.6], lr_decay=35_000, sigmas=[80.0, 0.98238])
+SCM_STUDENTS = {
+    "glyphs": dict(total_steps=1500, p_t=[0.0, 1.6], r=0.2, warm_up=100),
+    "path": {},
+    "cifar10": dict(total_steps=400_000, ema_decay=0.99929, sigmas=[80.0, 0.821]),
+    "imagenet64": SCM_IMAGENET,
+    "bedroom256": SCM_IMAGENET,
+    "cat256": SCM_IMAGENET,
+}
 
 
 def teacher_recipe(flags):
@@ -281,8 +303,12 @@ def recipe(flags):
         return teacher_recipe(flags)
     name = common.known_dataset(flags)
     settings = common.DATASETS[name] | CD | STUDENTS[name]
-    if flags.get("objective") != "continuous":
+    objective = flags.get("objective", "discrete")
+    if objective == "discrete":
         return settings
+    settings["bandwidth"] = common.BANDWIDTH
+    if objective == "scm":
+        return settings | SCM | SCM_STUDENTS[name]
     if name in ("glyphs", "path"):
         return settings | dict(lr=1e-4)
     stop_gradient = flags.get("stop_gradient", True)
@@ -333,8 +359,8 @@ def make_parser():
                  "denoiser of the training images (default: one is trained first)")
     student.flag("--teacher-steps", only=dict(teacher=False), type=common.positive, metavar="K",
                  help="optimizer steps of the teacher that is trained first")
-    student.flag("--objective", choices=("discrete", "continuous"),
-                 help="CM Algorithm 2 (default), or its limit N -> infinity")
+    student.flag("--objective", choices=("discrete", "continuous", "scm"),
+                 help="CM Algorithm 2 (default), its limit N -> infinity, or sCM's form of that")
     student.flag("--stop-gradient", only=dict(objective="continuous"),
                  action=argparse.BooleanOptionalAction,
                  help="the pseudo-objective (default), or also differentiate df/dt")
@@ -349,6 +375,8 @@ def make_parser():
     student.flag("--w-max", type=number(float, 0), metavar="W",
                  help="distil guidance too, weights w in [0, W]: (1 + w) cond - w uncond (default "
                  "0: no guidance)")
+
+    common.add_continuous_flags(student)
 
     draw = parser.group("sampling, further flags", ckpt=True)
     draw.flag("--w", default=0.0, type=number(float, 0), metavar="W",
@@ -418,6 +446,8 @@ def train(args, run, stop):
     else:
         model_args["null"] = label_dropout > 0
     net = common.new_network(args, run, model_args, teacher)
+    if objective in ("continuous", "scm"):
+        common.cut_time_embedding(net, args.bandwidth)
     mu = args.mu if objective == "discrete" else 0.0
     target = copy.deepcopy(net).requires_grad_(False) if mu > 0 else net
     ema = copy.deepcopy(net).requires_grad_(False).eval()
@@ -463,12 +493,16 @@ def train(args, run, stop):
                 masks = common.dropout_masks(net, len(x0))
                 losses = loss_fn(net, target, D, x0, noise, t_n, t, y, w, masks, solver, dist,
                                  weight)
-            elif objective == "continuous":
+            elif objective in ("continuous", "scm"):
                 t = common.random_times(len(x0), args.p_t, run.device)
                 t = t.clamp(T_MIN, T_MAX)
                 noise = torch.randn_like(x0)
                 masks = common.dropout_masks(net, len(x0))
-                losses = continuous_loss(net, D, x0, noise, t, y, w, masks, args.stop_gradient)
+                if objective == "scm":
+                    r = args.r * min((step + 1) / args.warm_up, 1)
+                    losses, rms = scm_loss(net, D, x0, noise, t, y, w, masks, r, args.tangent_c)
+                else:
+                    losses = continuous_loss(net, D, x0, noise, t, y, w, masks, args.stop_gradient)
             else:
                 t = common.random_times(len(x0), args.p_t, run.device)
                 if label_dropout:
@@ -477,12 +511,13 @@ def train(args, run, stop):
                 losses = common.edm_loss(net, x0, noise, t, y)
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
-            totals.bin(t, losses)
+            totals.bin(t, rms if objective == "scm" else losses)
         if trial:
             continue
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
+        optimizer.param_groups[0]["lr"] = lr = common.decayed_lr(args, step)
         if finite:
             optimizer.step()  # CM Alg. 2, line 7
             if target is not net:
@@ -490,11 +525,14 @@ def train(args, run, stop):
             common.ema_update(ema, net, args.ema_decay)
         step += 1
         # ------------------------------------------------------------------------------------------
-        # log.jsonl: loss_bins is the mean loss where t (t_n1) is below 0.1, 1, 10, and above;
-        # skipped counts the steps left out as their loss or gradient was not finite.
+        # log.jsonl: loss_bins is the mean loss where t (t_n1) is below 0.1, 1, 10, and above; of
+        # scm tangent_bins, that of the tangent's rms: the loss is near 1 by construction. skipped
+        # counts the steps left out as their loss or gradient was not finite.
         last = stopping or step == args.total_steps
-        log.step(step, finite, last, loss=totals["loss"], loss_bins=totals.loss_bins(),
-                 grad_norm=grad_norm)
+        bins = "tangent_bins" if objective == "scm" else "loss_bins"
+        values = dict(loss=totals["loss"], grad_norm=grad_norm, lr=lr)
+        values[bins] = totals.loss_bins()
+        log.step(step, finite, last, **values)
         if common.due(args.save_every, step) or last:
             common.save_run(args, run, "cd", step, log, model_args, parts)
         if log.sound and common.due(args.sample_every, step, step == args.total_steps):

@@ -47,6 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 T_MIN, T_MAX = 0.002, 80.0  # EDM Table 1; CM calls t_min epsilon and t_max T
 RHO, SIGMA_DATA = 7.0, 0.5
+C_NOISE = 250
 
 # --------------------------------------------------------------------------------------------------
 # Noise levels
@@ -114,7 +115,7 @@ def cm_scalings(t):
 
 def c_noise(t):
     """What the network is told of t: EDM's ln(t)/4, times 1000 as ADM's embedding expects."""
-    return 250 * t.log()
+    return C_NOISE * t.log()
 
 def c_guidance(w):
     """What a student is told of the guidance weight w: on this scale 4 is told from 4.1."""
@@ -334,20 +335,39 @@ def dropout_masks(net, n):
 # Continuous time: the limits N -> infinity of the consistency losses
 # --------------------------------------------------------------------------------------------------
 
-def consistency_jvp(net, x, t, dx_dt, y=None, cond=None, masks=None):
-    """f(x, t) and df/dt along a path through (x, t) with velocity dx_dt, (B,C,H,W) each, exact.
+BANDWIDTH = 1.0  # rad per unit of ln t, of features of t: tests/results
+SCM = dict(r=1.0, warm_up=10_000, tangent_c=0.1, lr_decay=None)  # sCM, Alg. 1 and Tables 3 to 6
 
-    Both carry gradients to the parameters unless those are switched off. Source: CM App. B.
+def cut_time_embedding(net, bandwidth):
+    """Cut off, for good, what `net` sees of t in features faster than `bandwidth`, in rad per unit
+    of ln t.
+
+    250 ln t in sinusoids of frequency up to 1 turns by 250 rad a unit. A trained network ignores
+    such features, but is not smooth in them: nearly all of df/dt is theirs otherwise. Their columns
+    of the layer that reads them are zeroed here, and so are the gradients of these from now on.
     """
-    # float32: a derivative needs more than bf16's three digits. forward is never the compiled one.
-    forward = functools.partial(net.forward, dtype=x.dtype)
+    turns = C_NOISE * net.time_scale * embedding_frequencies(net.base, net.time_embed[0].weight)
+    keep = F.pad((turns <= bandwidth).repeat(2), (0, net.base % 2)).float()
+    weight = net.time_embed[0].weight  # (4 base, base)
+    with torch.no_grad():
+        weight *= keep
+    weight.register_hook(lambda gradient: gradient * keep)
 
-    def f(x, t):
-        return consistency(forward, x, t, y, cond, masks)
+def network_derivative(net, x, t, dx_dt, y=None, cond=None, masks=None, h=1e-3):
+    """F(x, t) and dF/dln t along a path through (x, t) with velocity dx_dt, (B,C,H,W) each.
 
-    # The fused attention kernels have no forward derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return torch.func.jvp(f, (x, t), (dx_dt, torch.ones_like(t)))
+    F: the network, told of t and of x scaled. From two passes at ln t - h and ln t + h, in float32,
+    as bf16's three digits are too few: the errors are of order h^2. Half as costly as an exact
+    derivative, compiles, and works with every kernel of attention.
+    """
+    def F_at(step):
+        t_h = t * math.exp(step)
+        x_h = x + step * bcast(t, x) * dx_dt
+        _, _, c_in = edm_scalings(t_h)
+        return net(bcast(c_in, x) * x_h, c_noise(t_h), y, cond, masks, dtype=x.dtype)
+
+    F_0, F_1 = F_at(-h), F_at(h)
+    return (F_0 + F_1) / 2, (F_1 - F_0) / (2 * h)
 
 def continuous_loss(net, x_t, t, dx_dt, y, cond, masks, stop_gradient):
     """|df/dt|^2 of each image (B,), the mean over pixels: 0 for a consistency function.
@@ -359,13 +379,38 @@ def continuous_loss(net, x_t, t, dx_dt, y, cond, masks, stop_gradient):
     factor is left. The gradients are the limits of those of the discrete losses with weights
     1 / (t_n1 - t_n)^2 and 1 / (t_n1 - t_n).
     """
+    scalings, slopes = torch.func.jvp(cm_scalings, (t,), (torch.ones_like(t),))
+    c_skip, c_out, _ = (bcast(c, x_t) for c in scalings)
+    dc_skip, dc_out, _ = (bcast(dc, x_t) for dc in slopes)
+    with torch.set_grad_enabled(not stop_gradient):
+        F_x, dF = network_derivative(net, x_t, t, dx_dt, y, cond, masks)
+        df_dt = dc_skip * x_t + c_skip * dx_dt + dc_out * F_x + c_out * dF / bcast(t, x_t)
     if not stop_gradient:  # differs from openai's JAX code, which takes the norm, not its square
-        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, cond, masks)
         return df_dt.square().flatten(1).mean(1)
-    with torch.no_grad():
-        _, df_dt = consistency_jvp(net, x_t, t, dx_dt, y, cond, masks)
     f_net = consistency(net, x_t, t, y, cond, masks)
     return l2(f_net, f_net.detach() - df_dt)
+
+def scm_loss(net, x_t, t, dx_dt, y, cond, masks, r, c):
+    """sCM's loss of each image (B,), and the rms of its tangent g before it is normalised (B,).
+
+    TrigFlow's x^ is cos(theta) x_t for tan(theta) = t / sigma_data, its F^ is -F, so its target
+    F^ + g is F - g here, and its consistency function f is `denoise`, with the end at 0. Then
+    g = cos(theta) df/dtheta = R df/dt, R^2 = t^2 + sigma_data^2.
+    r: share of g's second term, in [0, 1]. Held below 1, f ends as the mean of the denoiser D along
+    the trajectory, over levels s < t of probability (sin theta_s / sin theta_t)^(1/r - 1); at r = 1
+    all of it is at s = 0. c: added to the norm of g, the rms.
+    Source: Lu & Song 2024, Alg. 1, without the learned weight, which undoes the normalisation.
+    """
+    S, R = SIGMA_DATA, bcast((t**2 + SIGMA_DATA**2).sqrt(), x_t)
+    c_skip, c_out, c_in = (bcast(scaling, x_t) for scaling in edm_scalings(t))
+    with torch.no_grad():
+        F_x, dF = network_derivative(net, x_t, t, dx_dt, y, cond, masks)
+        F_path = (bcast(t, x_t) * x_t / R - R * dx_dt) / S  # of a denoiser with this dx_dt
+        g = S * c_skip * (F_x - F_path) + r * (S * dF - c_skip * c_out / S * x_t)
+        rms = g.square().flatten(1).mean(1).sqrt()
+        g = g / bcast(rms + c, g)
+    F_net = net(c_in * x_t, c_noise(t), y, cond, masks)
+    return l2(F_net, F_net.detach() - g), rms
 
 # --------------------------------------------------------------------------------------------------
 # Network: the ADM UNet, with the names, shapes and order of operations of the released checkpoints
@@ -392,12 +437,14 @@ def zeroed(layer):
     nn.init.zeros_(layer.bias)
     return layer
 
+def embedding_frequencies(dim, like):
+    """(dim // 2,): from 1 down to nearly 1/10000, on the device and in the dtype of `like`."""
+    powers = torch.arange(dim // 2, device=like.device, dtype=like.dtype)
+    return torch.exp(-math.log(10000) / (dim // 2) * powers)
+
 def sinusoidal_embedding(t, dim):
-    """(B,) -> (B,dim): cosines, then sines, of t times frequencies 1 down to nearly 1/10000."""
-    half = dim // 2
-    powers = torch.arange(half, device=t.device, dtype=t.dtype)
-    frequencies = torch.exp(-math.log(10000) / half * powers)
-    angles = t[:, None] * frequencies
+    """(B,) -> (B,dim): cosines, then sines, of t times the frequencies."""
+    angles = t[:, None] * embedding_frequencies(dim, t)
     embedding = torch.cat([angles.cos(), angles.sin()], 1)
     return F.pad(embedding, (0, dim % 2))
 
@@ -1672,7 +1719,7 @@ def allows_tf32(args):
     """Whether what is not in bf16, above all LPIPS and critics, may compute in TF32, in which the
     papers' runs did: not where fp32 is asked for, a derivative taken, or FID measured."""
     flags = vars(args)
-    continuous = flags.get("objective") == "continuous"
+    continuous = flags.get("objective") in ("continuous", "scm")
     return flags["precision"] != "fp32" and not continuous and not flags.get("eval")
 
 def join_processes(device, rank, world, restarts):
@@ -2297,7 +2344,8 @@ class Log:
             self.confirm()
         self.done = step
         if self.bad_in_a_row[player] == 10:
-            values.pop("loss_bins", None)
+            for bins in ("loss_bins", "tangent_bins"):
+                values.pop(bins, None)
             self.fail(f"stopped at step {step}: the loss or its gradient was not finite 10 steps "
                       f"in a row ({values})")
         if self.run.main:
@@ -2896,6 +2944,28 @@ def check_guidance(args, teacher, classes):
 # --------------------------------------------------------------------------------------------------
 # Editing: what the scripts' ways have in common
 # --------------------------------------------------------------------------------------------------
+
+def add_continuous_flags(group):
+    """Of the objectives in continuous time, for a parser's `group`."""
+    group.flag("--bandwidth", only=dict(objective=("continuous", "scm")), type=number(float, 0),
+               metavar="RAD", help="cut off features of the time embedding that turn faster, in "
+               f"rad per unit of ln t (default {BANDWIDTH:g}; inf: none)")
+    scm = dict(objective="scm")
+    group.flag("--r", only=scm, type=probability, metavar="R",
+               help="share of the tangent's second term, in the end (sCM 1). Below 1: part of the "
+               "way to the end of the trajectory, part denoising")
+    group.flag("--warm-up", only=scm, type=positive, metavar="K",
+               help="steps in which r rises from 0 (sCM 10000)")
+    group.flag("--tangent-c", only=scm, type=number(float, 0), metavar="C",
+               help="the tangent is divided by its rms + C (sCM 0.1)")
+    group.flag("--lr-decay", only=scm, type=positive, metavar="K",
+               help="the learning rate falls as sqrt(K / step) after K steps (sCM ImageNet-64 "
+               "35000; default: constant)")
+
+def decayed_lr(args, step):
+    """The learning rate of a step: constant, or what --lr-decay makes of it."""
+    lr_decay = getattr(args, "lr_decay", None)
+    return args.lr / math.sqrt(max(step / lr_decay, 1)) if lr_decay else args.lr
 
 def add_edit_flags(parser, tasks):
     """The flags of any editing. Returns their group, for more."""

@@ -85,6 +85,13 @@ def continuous_loss(net, x0, noise, t, y, masks):
     return common.continuous_loss(net, x_t, t, dx_dt, y, None, masks, stop_gradient=True)
 
 
+def scm_loss(net, x0, noise, t, y, masks, r, c):
+    """sCT: the same limit, its derivative normalised. Returns what `common.scm_loss` does."""
+    x_t = x0 + bcast(t, x0) * noise
+    dx_dt = noise
+    return common.scm_loss(net, x_t, t, dx_dt, y, None, masks, r, c)
+
+
 def weight_edm(t_n, t_n1):
     """1 / t^2 + 1 / sigma_data^2, ECT on ImageNet-64."""
     return 1 / t_n1**2 + 1 / common.SIGMA_DATA**2
@@ -175,18 +182,38 @@ RECIPES = {
 }
 # --objective continuous: openai's JAX code, CIFAR-10; that of small runs is ours.
 CONTINUOUS_LR = {"glyphs": 1e-4, "path": 1e-4}
+# --objective scm: sCM Tables 3 and 4, of CIFAR-10 by later reimplementations; LSUN like ImageNet.
+SCM = common.SCM | dict(lr=1e-4, p_t=[-1.0, 1.4])
+SCM_IMAGENET = dict(batch_size=2048, total_steps=400_000, ema_decay=0.999943, p_t=[-1.0, 1.6],
+                    dropout=0.2, lr_decay=35_000, sigmas=[80.0, 0.98238])
+SCM_DATASETS = {
+    "glyphs": dict(total_steps=1500, p_t=[0.0, 1.6], r=0.2, warm_up=100),
+    "path": {},
+    "cifar10": dict(batch_size=512, total_steps=400_000, ema_decay=0.99929, dropout=0.2,
+                    p_t=[-1.0, 1.8]),
+    "imagenet64": SCM_IMAGENET,
+    "bedroom256": SCM_IMAGENET,
+    "cat256": SCM_IMAGENET,
+}
+SCRATCH = dict(lr=1e-3, r=0.1, warm_up=1500)  # --teacher none: ours, of glyphs
 
 
 def recipe(flags):
     """The settings of --recipe for --dataset, general ones first."""
-    continuous = flags.get("objective") == "continuous"
-    method = flags.get("recipe", "ct" if continuous else "ict")
+    objective = flags.get("objective", "discrete")
+    method = flags.get("recipe", "ict" if objective == "discrete" else "ct")
     name = common.known_dataset(flags)
     settings = dict(recipe=method, objective="discrete") | METHODS[method]
     settings |= DATASETS[name] | RECIPES[name][method]
-    if continuous:
+    if objective == "discrete":
+        return settings
+    settings |= dict(teacher=None, bandwidth=common.BANDWIDTH)
+    if objective == "continuous":
         lr = CONTINUOUS_LR.get(name, 5e-6)
-        settings |= dict(teacher=None, p_t=["uniform"], lr=lr)
+        return settings | dict(p_t=["uniform"], lr=lr)
+    settings |= SCM | SCM_DATASETS[name]
+    if flags.get("teacher") == "none":
+        settings |= SCRATCH
     return settings
 
 
@@ -199,8 +226,8 @@ def check(args):
                         "random weights; --recipe ect takes one")
     if args.teacher == "ideal":
         raise UserError("--teacher ideal has no weights to start from; name a file")
-    if ect and args.objective == "continuous":
-        raise UserError("--objective continuous does not apply with --recipe ect")
+    if ect and args.objective != "discrete":
+        raise UserError(f"--objective {args.objective} does not apply with --recipe ect")
     if ect and args.q**args.stages > 1e5:  # float32 has 7 digits
         raise UserError(f"--q {args.q:g} --stages {args.stages}: in the last stage r and t would "
                         "be the same number")
@@ -228,8 +255,8 @@ def make_parser():
     train.flag("--recipe", choices=METHODS,
                help="ict (default): improved consistency training; ct: the seed paper; ect: from a "
                "diffusion model")
-    train.flag("--objective", choices=("discrete", "continuous"),
-               help="CM Algorithm 3 (default), or its limit N -> infinity")
+    train.flag("--objective", choices=("discrete", "continuous", "scm"),
+               help="CM Algorithm 3 (default), its limit N -> infinity, or sCM's form of that")
     grid = dict(recipe=("ct", "ict"), objective="discrete")
     train.flag("--schedule", only=grid, choices=("sqrt", "double"),
                help="how N(k), the number of noise levels, grows")
@@ -262,6 +289,7 @@ def make_parser():
     train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
                help="draw intervals by ln t ~ Normal(MEAN, STD^2) (iCT, ECT -1.1 2.0), or the one "
                "word uniform (CM)")
+    common.add_continuous_flags(train)
     both = parser.group("sampling and training, further flags")
     both.flag("--sigmas", nargs="+", type=common.noise_level, metavar="T",
               help="noise levels t, EDM's sigma, largest first, one network call each (default "
@@ -276,9 +304,10 @@ def make_parser():
 def train(args, run, stop):
     """Train, or go on with the run found in --out-dir. Returns whether it came to its end."""
     ect = args.recipe == "ect"
-    continuous = args.objective == "continuous"
-    grid = not ect and not continuous
-    if not continuous:
+    discrete = args.objective == "discrete"
+    scm = args.objective == "scm"
+    grid = discrete and not ect
+    if discrete:
         with common.main_process_first(run):  # now, not after days of the teacher's training
             dist = common.make_distance(args.dist, run.device)
         weight = WEIGHTS[args.weighting]
@@ -292,6 +321,8 @@ def train(args, run, stop):
     model_args = settings | dict(classes=classes, dropout=args.dropout)
     net = common.new_network(args, run, model_args, teacher)
     del teacher
+    if not discrete:
+        common.cut_time_embedding(net, args.bandwidth)
     target = copy.deepcopy(net).requires_grad_(False) if grid and args.mu0 > 0 else net
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.RAdam(net.parameters(), args.lr, foreach=True,
@@ -333,19 +364,24 @@ def train(args, run, stop):
                 t_n = ect_r(t, stage, args.q, *args.mapping)
             noise = torch.randn_like(x0)
             masks = common.dropout_masks(net, len(x0))
-            if continuous:
+            if not discrete:
                 t = t.clamp(common.T_MIN, common.T_MAX)
-                losses = continuous_loss(net, x0, noise, t, y, masks)
-            else:
+            if discrete:
                 losses = loss_fn(net, target, x0, noise, t_n, t, y, masks, dist, weight)
+            elif scm:
+                r = args.r * min((step + 1) / args.warm_up, 1)
+                losses, rms = scm_loss(net, x0, noise, t, y, masks, r, args.tangent_c)
+            else:
+                losses = continuous_loss(net, x0, noise, t, y, masks)
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
-            totals.bin(t, losses)
+            totals.bin(t, rms if scm else losses)
         if trial:
             continue
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
+        optimizer.param_groups[0]["lr"] = lr = common.decayed_lr(args, step)
         if finite:
             optimizer.step()  # CM Alg. 3, line 6
             if target is not net:
@@ -353,10 +389,13 @@ def train(args, run, stop):
             common.ema_update(ema, net, args.ema_decay)
         step += 1
         # ------------------------------------------------------------------------------------------
-        # log.jsonl: loss_bins is the mean loss where t_n1 is below 0.1, 1, 10 and above
+        # log.jsonl: loss_bins is the mean loss where t_n1 is below 0.1, 1, 10 and above; of scm
+        # tangent_bins, that of the tangent's rms: the loss is near 1 by construction
         last = stopping or step == args.total_steps
-        log.step(step, finite, last, loss=totals["loss"], loss_bins=totals.loss_bins(),
-                 grad_norm=grad_norm, N=N, mu=mu, stage=stage)
+        bins = "tangent_bins" if scm else "loss_bins"
+        values = dict(loss=totals["loss"], grad_norm=grad_norm, lr=lr)
+        values[bins] = totals.loss_bins()
+        log.step(step, finite, last, N=N, mu=mu, stage=stage, **values)
         if common.due(args.save_every, step) or last:
             common.save_run(args, run, "ct", step, log, model_args, parts)
         if log.sound and common.due(args.sample_every, step, step == args.total_steps):

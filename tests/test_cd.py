@@ -15,7 +15,8 @@ import ct
 import guided_distill
 from test_ct import Bent
 from test_unet import reference_lpips
-from util import TINY, VECTORS, close, fill, full, gauss, gaussian_denoiser, gradient, img
+from util import (TINY, VECTORS, close, exact_derivative, fill, full, gauss, gaussian_denoiser,
+                  gradient, img)
 
 X0, NOISE, LABELS = img((4, 3, 16, 16)), gauss((4, 3, 16, 16), 5), torch.tensor([0, 3, 7, 9])
 ONE, INVERSE = common.WEIGHTS["one"], common.WEIGHTS["inverse"]
@@ -255,43 +256,22 @@ def paths():
     return X0 + column(t) * NOISE, t
 
 
-@pytest.mark.parametrize("cond", [None, torch.tensor([1.0, 5.0, 30.0, 60.0]).double()],
-                         ids=["plain", "cond"])
-def test_jvp_by_finite_differences(cond):
-    net, v = double(slim(cond=cond is not None)), gauss(X0.shape, 9).double()
-    x, t = (value.double() for value in paths())
+def exact_slope(net, x, t, v, y=None, masks=None):
+    """df/dt of the consistency function, by forward derivatives."""
+    def f(x, t):
+        return common.consistency(net, x, t, y, None, masks)
+    return torch.func.jvp(f, (x, t), (v, torch.ones_like(t)))[1]
+
+
+def test_df_dt_is_the_derivative_of_the_consistency_function(monkeypatch):
+    """That which the full objective squares: assembled from F and dF/dln t, to t_min."""
+    monkeypatch.setattr(common, "network_derivative", exact_derivative)
+    net, v = double(slim()), gauss(X0.shape, 9).double()
+    t = torch.tensor([0.002, 0.3, 4.0, 80.0]).double()
+    x = X0.double() + column(t) * NOISE.double()
     with torch.no_grad():
-        f, df = common.consistency_jvp(net, x, t, v, LABELS, cond)
-        close(f, common.consistency(net, x, t, LABELS, cond), 1e-12, 1e-12)
-        h = 1e-6 * t
-        ends = [common.consistency(net, x + column(step) * v, t + step, LABELS, cond)
-                for step in (h, -h)]
-        wanted = (ends[0] - ends[1]) / column(2 * h)
-    off, scale = ((value.flatten(1).abs().amax(1)) for value in (df - wanted, wanted))
-    assert (off / scale < 1e-6).all(), off / scale
-
-
-@torch.no_grad()
-def test_jvp_of_a_bf16_net_is_that_of_float32():
-    net, (x, t), v = slim(), paths(), gauss(X0.shape, 9)
-    f, df = common.consistency_jvp(net, x, t, v, LABELS)
-    net.dtype = torch.bfloat16
-    f_bf16, df_bf16 = common.consistency_jvp(net, x, t, v, LABELS)
-    assert torch.equal(f_bf16, f) and torch.equal(df_bf16, df)
-    assert net.dtype == torch.bfloat16
-
-
-def test_jvp_through_the_math_path_of_fused_attention():
-    """What a GPU does. On a CPU attention is written out, so the call is made here, under the
-    context of consistency_jvp."""
-    q, k, v = (gauss((1, 2, 5, 8), phase) for phase in (1, 2, 3))
-    fused = torch.nn.functional.scaled_dot_product_attention
-
-    def plain(q, k, v):
-        return torch.softmax(q * 8**-0.5 @ k.transpose(2, 3), -1) @ v
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        _, slope = torch.func.jvp(fused, (q, k, v), (k, v, q))
-    close(slope, torch.func.jvp(plain, (q, k, v), (k, v, q))[1], 1e-5, 1e-6)
+        loss = common.continuous_loss(net, x, t, v, LABELS, None, None, False)
+        close(loss, exact_slope(net, x, t, v, LABELS).square().mean((1, 2, 3)), 1e-10)
 
 
 def test_full_objective_and_its_gradient():
@@ -302,8 +282,9 @@ def test_full_objective_and_its_gradient():
     def loss():
         return cd.continuous_loss(net, D, X0.double(), NOISE.double(), t, LABELS, None, None, False)
     v = (x - D(x, t, LABELS)) / column(t)
-    _, df = common.consistency_jvp(net, x, t, v, LABELS)
-    close(loss().detach(), df.square().mean((1, 2, 3)).detach(), 1e-6)
+    df = exact_slope(net, x, t, v, LABELS)
+    wanted = df.square().mean((1, 2, 3)).detach()
+    close(loss().detach(), wanted, 0.05)  # a difference, of second order
     loss().sum().backward()
     places = (net.out[2].bias, 0), (net.time_embed[0].bias, 3), (net.input_blocks[0][0].bias, 5)
     assert_slopes(net, loss, places, 1e-5, 1e-5, 1e-5 * gradient(net).abs().max().item())
@@ -313,9 +294,10 @@ def test_pseudo_objective_has_the_papers_gradient():
     """2 f . sg(df/dt), the paper's formula, has another value than ours but the same gradient; the
     full objective has not."""
     net, (x, t), D = slim(), paths(), frozen_D(slim(0.1))
+    common.cut_time_embedding(net, 1.0)
     with torch.no_grad():
         v = (x - D(x, t, LABELS)) / column(t)
-        _, df = common.consistency_jvp(net, x, t, v, LABELS)
+        df = exact_slope(net, x, t, v, LABELS)
     (2 * common.consistency(net, x, t, LABELS) * df).mean((1, 2, 3)).sum().backward()
     wanted = gradient(net)
     losses = {}
@@ -325,7 +307,7 @@ def test_pseudo_objective_has_the_papers_gradient():
         loss.sum().backward()
         losses[stop_gradient] = loss.detach()
         off = (gradient(net) - wanted).norm() / wanted.norm()
-        assert off < 1e-4 if stop_gradient else off > 0.1
+        assert off < 1e-3 if stop_gradient else off > 0.1
     close(losses[True], losses[False], 1e-3)
 
 
@@ -491,6 +473,7 @@ def test_both_branches_drop_out_the_same_units():
 def test_the_pseudo_objective_differentiates_the_branch_it_trains():
     """df/dt and f drop out the same units."""
     net, t = dropped(), torch.tensor([0.5, 1.0, 2.0, 3.0])
+    common.cut_time_embedding(net, 1.0)
     torch.manual_seed(3)
     masks = common.dropout_masks(net, 4)
     ct.continuous_loss(net, X0, NOISE, t, None, masks).sum().backward()
@@ -498,13 +481,12 @@ def test_the_pseudo_objective_differentiates_the_branch_it_trains():
     net.zero_grad()
     x = X0 + column(t) * NOISE
     with torch.no_grad():
-        f, df = common.consistency_jvp(net, x, t, NOISE, masks=masks)
-        other, _ = common.consistency_jvp(net, x, t, NOISE, masks=common.dropout_masks(net, 4))
+        df = exact_slope(net, x, t, NOISE, None, masks)
+        other = exact_slope(net, x, t, NOISE, None, common.dropout_masks(net, 4))
+    assert common.l2(df, other).min() > 1e-4
     f_net = common.consistency(net, x, t, masks=masks)
-    close(f, f_net.detach(), 1e-4, 1e-5)
-    assert common.l2(f, other).min() > 1e-4
     (2 * f_net * df).mean((1, 2, 3)).sum().backward()
-    assert (gradient(net) - ours).norm() < 1e-4 * ours.norm()
+    assert (gradient(net) - ours).norm() < 1e-3 * ours.norm()
 
 
 def test_a_loaded_teacher_drops_nothing_out(tmp_path):

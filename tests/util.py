@@ -93,6 +93,15 @@ def gaussian_flow(x, t, t_next, s):
     return x * ((s**2 + t_next**2) / (s**2 + t**2)) ** 0.5
 
 
+def exact_derivative(net, x, t, dx_dt, y=None, cond=None, masks=None):
+    """As common.network_derivative: F(x, t) and dF/dln t, by forward derivatives."""
+    def F(x, t):
+        c_in = common.bcast(1 / (t**2 + 0.25).sqrt(), x)
+        return net.forward(c_in * x, 250 * t.log(), y, cond, masks, dtype=x.dtype)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.func.jvp(F, (x, t), (common.bcast(t, x) * dx_dt, t))
+
+
 # ---- TF32, as a GPU computes in it: operands rounded to 10 bits, sums in float32
 
 def round_to_tf32(x):
