@@ -3,7 +3,8 @@
 Without --teacher a diffusion model is trained first, as EDM does, and then distilled; with --w-max
 so is its guidance, and the weight w becomes an input of the student.
 Papers: Song et al. 2023 (CM, arXiv 2303.01469v2): Alg. 2, its limits (App. B), editing (Alg. 4).
-Karras et al. 2022 (EDM, 2206.00364): the teacher. Ho & Salimans 2022 (2207.12598): guidance.
+Lu & Song 2024 (sCM, 2410.11081): --objective scm. Karras et al. 2022 (EDM, 2206.00364): the
+teacher. Ho & Salimans 2022 (2207.12598): guidance.
 
     python cd.py                                       digits: a teacher, then the student, minutes
     python cd.py --teacher ideal --dataset images.npz
@@ -319,9 +320,6 @@ def check(args):
     """Raises UserError for values that do not fit each other."""
     if args.stage == "distill" and args.teacher == "none":
         raise UserError("--teacher none: a student needs one; ct.py and ctm.py do without")
-    if args.gradient_checkpointing and not getattr(args, "stop_gradient", True):
-        raise UserError("--gradient-checkpointing does not apply with --no-stop-gradient, whose "
-                        "derivative torch cannot recompute")
     N = getattr(args, "N", 2)  # continuous time has no grid
     common.check_p_t(args.p_t, karras_times(N))
 
@@ -598,6 +596,13 @@ if __name__ == "__main__":
 #   guidance          distilling it into a consistency model that is told w is ours
 #   embedding of w    sinusoids of 25 w: the papers' 1000 w tells 4 from 4.1 too well
 #   full gradient     (--no-stop-gradient) the paper's squared norm; openai's takes the norm
+#   continuous time   the time embedding is cut (--bandwidth); derivatives are central differences
+#   sCM               of networks told of ln t in ADM's embedding, cut, with ordinary group norms.
+#                     sCM: positional embeddings of theta, double normalisation
+#   sCM, norm         the tangent's rms + c, as in FastGen; Alg. 1: its length + c
+#   sCM, weight       not learned: it undoes what c does. Nor a further 1 / sigma, which some have
+#   sCM, optimizer    RAdam, default betas; sCM: beta_2 0.99, and Adam on ImageNet
+#   sCM, r            held at 0.2 on glyphs, see common.scm_loss; sCM: it rises to 1
 #   stop-gradient     the loss reported is |df/dt|^2: the pseudo-objective's own value says nothing,
 #                     and the gradient is the same
 #   teacher's solver  denoised images are not clipped, as in EDM; openai's code clips them

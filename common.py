@@ -2035,7 +2035,6 @@ def delete_run(out_dir):
 
 # Bytes of memory that training takes, of bf16 networks, as measured: tests/results.
 ACTIVATION_BYTES = dict(eager=29, compiled=14.5, checkpointing=6.2)  # a unit of blocks' outputs
-FULL_GRADIENT_BYTES = 267  # the same for --no-stop-gradient: float32, tangents, never compiled
 LPIPS_BYTES, CRITIC_BYTES = 185e6, 196e6  # an image
 
 def bytes_an_image(args, run, script, net):
@@ -2047,8 +2046,8 @@ def bytes_an_image(args, run, script, net):
     graph = ACTIVATION_BYTES[mode] * units * (run.dtype.itemsize / 2)
     if not net.scale_shift and not run.checkpointing:
         graph *= 0.85  # scale, shift and their products are not kept
-    if not getattr(args, "stop_gradient", True):
-        graph = FULL_GRADIENT_BYTES * units
+    if not getattr(args, "stop_gradient", True):  # two passes in float32
+        graph *= 2 * torch.float32.itemsize / run.dtype.itemsize
     total = graph
     if net.dropout:
         total += units  # the masks
@@ -2956,7 +2955,7 @@ def add_continuous_flags(group):
                "way to the end of the trajectory, part denoising")
     group.flag("--warm-up", only=scm, type=positive, metavar="K",
                help="steps in which r rises from 0 (sCM 10000)")
-    group.flag("--tangent-c", only=scm, type=number(float, 0), metavar="C",
+    group.flag("--tangent-c", only=scm, type=number(float, 1e-6), metavar="C",
                help="the tangent is divided by its rms + C (sCM 0.1)")
     group.flag("--lr-decay", only=scm, type=positive, metavar="K",
                help="the learning rate falls as sqrt(K / step) after K steps (sCM ImageNet-64 "

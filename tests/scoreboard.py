@@ -101,9 +101,7 @@ STAGE_1 = [ddim(N, w, "stage1.pt", "stage 1, ") for w in WEIGHTS for N in (16, 4
 CT, CD, CTM, GD = "ct.py", "cd.py", "ctm.py", "guided_distill.py"
 MODULES = {CT: ct, CD: cd, CTM: ctm, GD: guided_distill}
 STUDENT = "--teacher {teacher} --total-steps {K}"
-# In continuous time, where the recipes are the papers' with a lower learning rate, the average over
-# fewer steps: the README's setting.
-CONTINUOUS = STUDENT + " --objective continuous --ema-decay 0.99"
+CONTINUOUS = STUDENT + " --objective continuous"
 ROUNDS = "--teacher {teacher} --start-N 16 "
 METHODS = {
     "teacher": Method("teacher", CD, "--stage teacher --label-dropout 0.1 NET "
@@ -117,11 +115,15 @@ METHODS = {
                        "--stage1-steps {s_1} --round-steps {s_round} --last-steps {s_last}", 1.9,
                        rounds(WEIGHTS, "S")),
     "cd": Method("CD", CD, STUDENT, 1.5, CONSISTENCY),
-    "cd-continuous": Method("continuous CD", CD, CONTINUOUS, 3.5, CONSISTENCY),
+    "cd-continuous": Method("continuous CD", CD, CONTINUOUS, 2.1, CONSISTENCY),
+    "scd": Method("sCD", CD, STUDENT + " --objective scm", 2.1, CONSISTENCY),
     "ct": Method("CT", CT, "--recipe ct NET --total-steps {K}", 1.0, CONSISTENCY),
     "ict": Method("iCT", CT, "--recipe ict NET --total-steps {K}", 1.0, CONSISTENCY),
     "ect": Method("ECT", CT, "--recipe ect " + STUDENT, 1.0, CONSISTENCY),
-    "ct-continuous": Method("continuous CT", CT, CONTINUOUS, 3.5, CONSISTENCY),
+    "ct-continuous": Method("continuous CT", CT, CONTINUOUS, 1.8, CONSISTENCY),
+    "sct": Method("sCT", CT, STUDENT + " --objective scm", 1.8, CONSISTENCY),
+    "sct-scratch": Method("sCT from scratch", CT, "--objective scm --teacher none NET "
+                          "--total-steps {K}", 1.8, CONSISTENCY),
     "ctm": Method("CTM", CTM, STUDENT, 4.1, JUMPS),
     "ctm-critic": Method("CTM, critic", CTM, STUDENT + " --disc conv --disc-start {half}", 4.1,
                          JUMPS),
@@ -146,6 +148,19 @@ for N in (10, 40, 150):  # N levels always, and the mu of the adaptive run at N:
     ABLATIONS[f"ct-fixed-{N}"] = ablation(
         CT, f"--recipe ct NET --schedule double --s0 {N - 1} --s1 {N - 1} "
         f"--mu0 {0.9 ** (2 / (N - 1)):.6f}", 1.0)
+# Continuous time, an ingredient more each.
+UNCUT, SCM = "--objective continuous --bandwidth inf", "--objective scm "
+INGREDIENTS = {
+    "CM": ("continuous-uncut", UNCUT),
+    "+ cut": ("continuous-cut", "--objective continuous"),
+    "+ weight, times": ("scm-weighted", SCM + "--r 1 --warm-up 1 --tangent-c 1000"),
+    "+ normalised": ("scm-normalised", SCM + "--r 1 --warm-up 1"),
+    "+ warm-up: sCM": ("scm-warm", SCM + "--r 1"),
+    "+ r held at 0.2": ("scm-held", SCM),
+    "sCM, not cut": ("scm-uncut", SCM + "--r 1 --bandwidth inf"),
+}
+for name, flags in INGREDIENTS.values():
+    ABLATIONS[name] = ablation(CD, f"--teacher {{teacher}} {flags} --ema-decay 0.99", 2.1)
 PANELS = {  # label of a curve: its training
     "Metric functions in CD": {"l1": "cd-l1", "l2": "cd-l2", "Huber": "cd-heun-18",
                                "LPIPS": "cd-lpips"},
@@ -155,6 +170,14 @@ PANELS = {  # label of a curve: its training
     "Adaptive N and mu in CT": {"adaptive": "ct-adaptive"} | {
         f"N = {N}": f"ct-fixed-{N}" for N in (10, 40, 150)},
 }
+
+
+CONTINUOUS_TIME = {"Continuous time, from a teacher": {
+    label: name for label, (name, _) in INGREDIENTS.items()}}
+
+
+def trainings_of(panels):
+    return {name for lines in panels.values() for name in lines.values()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -506,10 +529,13 @@ def draw_curves(path, rows):
     drawing.savefig(path, dpi=100)
 
 
-def draw_figure3(path, curves):
+def draw_panels(path, panels, curves):
+    """One-step distance against steps. panels: title -> {label: training}; curves: training ->
+    {steps: distance}."""
     from matplotlib import figure
-    drawing = figure.Figure(figsize=(14, 3.6), layout="constrained")
-    for axis, (title, lines) in zip(drawing.subplots(1, 4), PANELS.items()):
+    drawing = figure.Figure(figsize=(2 + 3 * len(panels), 3.6), layout="constrained")
+    axes = drawing.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items()):
         pairs = title.startswith("Solver")
         for number, (label, name) in enumerate(lines.items()):
             if curves.get(name):
@@ -524,9 +550,9 @@ def draw_figure3(path, curves):
     drawing.savefig(path, dpi=100)
 
 
-def picture(draw, path, values):
+def picture(draw, path, *values):
     try:
-        draw(path, values)
+        draw(path, *values)
     except ImportError:
         print(f"{path} was not drawn: pip install matplotlib")
 
@@ -548,8 +574,7 @@ def report(args, run, told, records, rows, curves, chosen):
         f"`python tests/bench.py quality {' '.join(words)}`", "",
         f"{machine()}; torch {torch.__version__}, {str(run.dtype).removeprefix('torch.')}; one "
         f"run, one seed. Every student took {args.total_steps} optimizer steps of {batch} images, "
-        f"the teacher {args.teacher_steps}; the settings are those of the glyphs recipes, but for "
-        "continuous CD and CT --ema-decay 0.99.",
+        f"the teacher {args.teacher_steps}; the settings are those of the glyphs recipes.",
         f"{args.n} samples each; {told}.", "", *table(rows, records), "",
         "- *read as asked*: share of the samples that the classifier reads as the label asked for. "
         "*Fréchet distance*: in its features, to held-out images; for w > 0 too, though guidance "
@@ -566,13 +591,19 @@ def report(args, run, told, records, rows, curves, chosen):
         ""]
     failed = [f"- {name} failed: {records[name].get('error')}" for name in chosen
               if name in ABLATIONS and not records[name]["done"]]
-    if curves or failed:
+    if failed or curves.keys() & trainings_of(PANELS):
         download = "" if "cd-lpips" in chosen else " LPIPS takes a GPU and a download."
         lines += [
             "## Consistency models, Figure 3, at this scale", "",
             f"One-step samples, Fréchet distance after {args.ablation_steps} steps. Settings "
             "otherwise: in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 21, mu0 = 0.9, l2."
-            + download, "", *conclusions(curves), "", *failed]
+            + download, "", *conclusions(curves), "", *failed, ""]
+    ends = [f"- {label}: {curves[name][max(curves[name])]:.3f}"
+            for label, (name, _) in INGREDIENTS.items() if name in curves]
+    if ends:
+        lines += ["## Continuous time, an ingredient more each", "",
+                  f"cd.py, one-step samples, Fréchet distance after {args.ablation_steps} steps, "
+                  "--ema-decay 0.99. With tangent-c 1000 nothing is normalised.", "", *ends]
     return lines
 
 
@@ -658,8 +689,9 @@ def main(args):
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     lines = report(args, run, told.read_text(), records, rows, curves, chosen)
-    if curves:
-        picture(draw_figure3, results / f"figure3_{stem}.png", curves)
+    for file, panels in (("figure3", PANELS), ("continuous", CONTINUOUS_TIME)):
+        if curves.keys() & trainings_of(panels):
+            picture(draw_panels, results / f"{file}_{stem}.png", panels, curves)
     with common.atomic_file(results / f"quality_{stem}.md", "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
     picture(draw_curves, results / f"quality_{stem}.png", rows)

@@ -253,16 +253,31 @@ def test_data_other_than_the_teachers(tmp_path):
     assert "note:" not in run(*student, "d", cwd=tmp_path, code=0).stdout
 
 
-@pytest.mark.parametrize("flags", [["--no-stop-gradient"], ["--stop-gradient", "--w-max", 2]],
-                         ids=["full", "pseudo, guided"])
+@pytest.mark.parametrize("flags", [
+    "continuous --no-stop-gradient --gradient-checkpointing", "continuous --w-max 2",
+    "scm --w-max 2 --dropout 0.3 --warm-up 3 --lr-decay 1"])
 def test_continuous_distillation_runs_and_resumes(tmp_path, flags):
-    flags = [*PLAIN, "--objective", "continuous", *flags, "--total-steps", 4, "--teacher-steps", 1]
+    """As by one process without a stop, to the bit, and as by two. The cut columns are those of
+    fast features, and stay zero."""
+    flags = [*PLAIN, "--objective", *flags.split(), "--total-steps", 4, "--teacher-steps", 1]
     run(*flags, "--out-dir", "a", cwd=tmp_path, prelude=IN_STUDENT, code=128 + signal.SIGTERM)
     run(*flags, "--out-dir", "a", cwd=tmp_path, code=0)
     run(*flags, "--out-dir", "b", cwd=tmp_path, code=0)
+    run(*flags, "--out-dir", "two", cwd=tmp_path, ranks=2, code=0)
     assert_same(last(tmp_path / "a"), last(tmp_path / "b"))
+    assert_same(last(tmp_path / "a"), last(tmp_path / "two"), 1e-5)
     losses = [record["loss"] for record in records(tmp_path / "a")]
     assert np.isfinite(losses).all() and len(set(losses)) == 4
+    state = last(tmp_path / "a")
+    for part in ("net", "ema"):
+        weight = state[part]["time_embed.0.weight"]  # of base 32: 250 10000^(-i / 16) rad
+        zero = (weight == 0).all(0)
+        assert zero.tolist() == 2 * [250 * 10000 ** (-i / 16) > 1 for i in range(16)]
+    if "scm" in flags:
+        lines = records(tmp_path / "a")
+        np.testing.assert_allclose([line["lr"] for line in lines],
+                                   [state["args"]["lr"] / max(k, 1) ** 0.5 for k in range(4)])
+        assert all("loss_bins" not in line and len(line["tangent_bins"]) == 4 for line in lines)
 
 
 def test_continuous_training_by_hand(tmp_path):
@@ -381,7 +396,7 @@ monkeypatch.setattr("builtins.range", quick)
 # ---- mistakes
 
 TEACHER = ["--stage", "teacher"]
-CONTINUOUS = ["--objective", "continuous"]
+CONTINUOUS, SCM = ["--objective", "continuous"], ["--objective", "scm"]
 IMAGES = ["--dataset", "images"]
 MISTAKES = [
     ([*TEACHER, "--mu", "0.5"], "--mu does not apply with --stage teacher"),
@@ -389,8 +404,13 @@ MISTAKES = [
     ([*TEACHER, *IMAGES, "--label-dropout", "0.1"], "--label-dropout needs labels"),
     ([*TEACHER, *PLAIN, "--out-dir", "student"], "holds a run with other settings"),
     (["--label-dropout", "0.1"], "--label-dropout does not apply with --stage distill"),
-    ("--objective continuous --no-stop-gradient --gradient-checkpointing".split(),
-     "--gradient-checkpointing does not apply with --no-stop-gradient"),
+    (["--bandwidth", "1"], "--bandwidth does not apply with --objective discrete"),
+    ([*TEACHER, "--objective", "scm"], "--objective does not apply with --stage teacher"),
+    ([*CONTINUOUS, "--r", "0.5"], "--r does not apply with --objective continuous"),
+    ([*SCM, "--stop-gradient"], "--stop-gradient does not apply with --objective scm"),
+    ([*SCM, "--mu", "0.5"], "--mu does not apply with --objective scm"),
+    ([*SCM, "--tangent-c", "0"], "argument --tangent-c: invalid number value: '0'"),
+    ([*SCM, "--r", "1.5"], "argument --r: invalid number value: '1.5'"),
     (["--teacher", "teacher.pt", "--teacher-steps", "5"],
      "--teacher-steps does not apply with --teacher teacher.pt"),
     (["--teacher", "teacher.pt", "--net", "glyphs"], "--net does not apply with --teacher"),

@@ -35,7 +35,8 @@ RUN = [*SMALL, *"--batch-size 4 --micro-batch 2 --dropout 0.3 --flip --compile".
 
 @pytest.mark.parametrize("script, flags, graphs", [
     ("ct.py", "--total-steps 4", 2),  # the net as student, and as target
-    ("ct.py", "--objective continuous --teacher none --total-steps 4", 1),  # df/dt is not compiled
+    ("ct.py", "--objective scm --teacher none --total-steps 4", 2),  # the tangent's, in float32
+    ("cd.py", "--objective continuous --no-stop-gradient --teacher ideal --total-steps 4", 1),
     ("cd.py", "--teacher ideal --mu 0.9 --total-steps 4 --gradient-checkpointing", 2),  # average
     # Net and average, with and without gradients: those of the average are of its input.
     ("ctm.py", "--teacher ideal --total-steps 6 --disc conv --disc-start 2", 4),

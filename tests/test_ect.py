@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import cd
 import common
 import ct
 from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
@@ -167,6 +168,31 @@ def test_recipes_are_the_papers():
     assert wanted == {key: continuous[key] for key in wanted}
 
 
+def test_recipes_of_scm_are_the_papers():
+    """sCM Tables 3 to 6; ours for glyphs, and from scratch."""
+    big = dict(lr=1e-4, r=1.0, warm_up=10_000, tangent_c=0.1, total_steps=400_000, teacher=None)
+    wanted = {
+        "cifar10": big | dict(batch_size=512, p_t=[-1.0, 1.8], dropout=0.2, sigmas=[80, 0.821],
+                              lr_decay=None),
+        "imagenet64": big | dict(batch_size=2048, p_t=[-1.0, 1.6], dropout=0.2, lr_decay=35_000,
+                                 sigmas=[80, 0.98238]),  # 0.5 tan 1.1
+    }
+    for dataset, settings in wanted.items():
+        ours = ct.recipe(dict(objective="scm", dataset=dataset))
+        assert settings == {key: ours[key] for key in settings}, dataset
+        ours = cd.recipe(dict(objective="scm", dataset=dataset))
+        settings |= dict(dropout=0)
+        del settings["teacher"]
+        settings["p_t"] = dict(cifar10=[-1.0, 1.4]).get(dataset, settings["p_t"])
+        assert settings == {key: ours[key] for key in settings}, dataset
+    half_life = math.log(0.5) / math.log(ct.recipe(dict(objective="scm", dataset="cifar10"))
+                                         ["ema_decay"])
+    assert abs(half_life * 512 / 0.5e6 - 1) < 0.01  # images
+    scratch = ct.recipe(dict(objective="scm", teacher="none"))
+    assert (scratch["r"], scratch["warm_up"], scratch["lr"]) == (0.1, 1500, 1e-3)
+    assert ct.recipe(dict(objective="continuous"))["bandwidth"] == common.BANDWIDTH == 1
+
+
 def parse(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ct.py", *words.split()])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -193,6 +219,12 @@ def parse(words, monkeypatch):
     ("--objective continuous --dist l2", "--dist does not apply with --objective continuous"),
     ("--objective continuous --weighting one", "--weighting does not apply with --objective"),
     ("--objective continuous --q 2", "--q does not apply"),
+    ("--recipe ect --objective scm", "--objective scm does not apply with --recipe ect"),
+    ("--bandwidth 2", "--bandwidth does not apply with --objective discrete"),
+    ("--objective continuous --warm-up 5", "--warm-up does not apply with --objective continuous"),
+    ("--objective scm --mu0 0.9", "--mu0 does not apply with --objective scm"),
+    ("--objective scm --teacher a.pt --net glyphs", "--net does not apply with --teacher a.pt"),
+    ("--objective scm --teacher ideal", "--teacher ideal has no weights"),
 ])
 def test_flags_that_do_not_apply(flags, message, monkeypatch):
     with pytest.raises(common.UserError) as error:
@@ -212,7 +244,12 @@ def test_settings_that_apply(monkeypatch):
     ict = vars(parse("--recipe ict --teacher none", monkeypatch))
     assert grid <= ict.keys() and not ict.keys() & tuning
     continuous = vars(parse("--objective continuous", monkeypatch))
-    assert not continuous.keys() & (grid | tuning | {"dist", "weighting"})
+    scm = {"r", "warm_up", "tangent_c", "lr_decay"}
+    assert not continuous.keys() & (grid | tuning | scm | {"dist", "weighting"})
+    ours = vars(parse("--objective scm --teacher none --net glyphs", monkeypatch))
+    assert scm | {"bandwidth", "net"} <= ours.keys()
+    assert not ours.keys() & (grid | tuning | {"dist", "weighting"})
+    assert not vars(parse("", monkeypatch)).keys() & (scm | {"bandwidth"})
 
 
 # ---- the script
@@ -302,7 +339,8 @@ def test_from_scratch(tmp_path):
 
 def test_continuous_training_starts_from_a_diffusion_model_too(trained, tmp_path):
     teacher = trained / "teacher" / "last.pt"
-    state = first_net(tmp_path, "--objective", "continuous", "--teacher", teacher)
+    state = first_net(tmp_path, "--objective", "continuous", "--teacher", teacher, "--bandwidth",
+                      "inf")
     assert_same(state["net"], last(trained / "teacher")["ema"])
 
 
