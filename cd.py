@@ -277,16 +277,13 @@ STUDENTS = {
     "cat256": LSUN,
 }
 CONTINUOUS_LR = {True: 5e-6, False: 1e-3}  # by stop_gradient: openai's JAX code, CIFAR-10
-# sCM Tables 3 and 4, of CIFAR-10 by later reimplementations; LSUN like ImageNet-64.
+# sCM Tables 3 and 4, of CIFAR-10 by later reimplementations; LSUN like ImageNet.
 SCM = common.SCM | dict(lr=1e-4, p_t=[-1.0, 1.4])
 SCM_IMAGENET = dict(total_steps=400_000, p_t=[-1.0, 1.6], lr_decay=35_000, sigmas=[80.0, 0.98238])
 SCM_STUDENTS = {
     "glyphs": dict(total_steps=1500, p_t=[0.0, 1.6], r=0.2, warm_up=100),
     "path": {},
     "cifar10": dict(total_steps=400_000, ema_decay=0.99929, sigmas=[80.0, 0.821]),
-    "imagenet64": SCM_IMAGENET,
-    "bedroom256": SCM_IMAGENET,
-    "cat256": SCM_IMAGENET,
 }
 
 
@@ -307,9 +304,9 @@ def recipe(flags):
     objective = flags.get("objective", "discrete")
     if objective == "discrete":
         return settings
-    settings["bandwidth"] = common.BANDWIDTH
+    settings["bandwidth"] = 1.0 if name == "glyphs" else common.BANDWIDTH
     if objective == "scm":
-        return settings | SCM | SCM_STUDENTS[name]
+        return settings | SCM | SCM_STUDENTS.get(name, SCM_IMAGENET)
     if name in ("glyphs", "path"):
         return settings | dict(lr=1e-4)
     stop_gradient = flags.get("stop_gradient", True)

@@ -335,7 +335,7 @@ def dropout_masks(net, n):
 # Continuous time: the limits N -> infinity of the consistency losses
 # --------------------------------------------------------------------------------------------------
 
-BANDWIDTH = 1.0  # rad per unit of ln t, of features of t: tests/results
+BANDWIDTH = 2.5  # of features of t, in rad per unit of ln t: a teacher's loss does not feel the cut
 SCM = dict(r=1.0, warm_up=10_000, tangent_c=0.1, lr_decay=None)  # sCM, Alg. 1 and Tables 3 to 6
 
 def cut_time_embedding(net, bandwidth):
@@ -2948,7 +2948,7 @@ def add_continuous_flags(group):
     """Of the objectives in continuous time, for a parser's `group`."""
     group.flag("--bandwidth", only=dict(objective=("continuous", "scm")), type=number(float, 0),
                metavar="RAD", help="cut off features of the time embedding that turn faster, in "
-               f"rad per unit of ln t (default {BANDWIDTH:g}; inf: none)")
+               f"rad per unit of ln t (default {BANDWIDTH:g}, glyphs 1; inf: none)")
     scm = dict(objective="scm")
     group.flag("--r", only=scm, type=probability, metavar="R",
                help="share of the tangent's second term, in the end (sCM 1). Below 1: part of the "

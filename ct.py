@@ -192,9 +192,6 @@ SCM_DATASETS = {
     "path": {},
     "cifar10": dict(batch_size=512, total_steps=400_000, ema_decay=0.99929, dropout=0.2,
                     p_t=[-1.0, 1.8]),
-    "imagenet64": SCM_IMAGENET,
-    "bedroom256": SCM_IMAGENET,
-    "cat256": SCM_IMAGENET,
 }
 SCRATCH = dict(lr=1e-3, r=0.1, warm_up=1500)  # --teacher none: ours, of glyphs
 
@@ -208,11 +205,12 @@ def recipe(flags):
     settings |= DATASETS[name] | RECIPES[name][method]
     if objective == "discrete":
         return settings
-    settings |= dict(teacher=None, bandwidth=common.BANDWIDTH)
+    bandwidth = 1.0 if name == "glyphs" else common.BANDWIDTH
+    settings |= dict(teacher=None, bandwidth=bandwidth)
     if objective == "continuous":
         lr = CONTINUOUS_LR.get(name, 5e-6)
         return settings | dict(p_t=["uniform"], lr=lr)
-    settings |= SCM | SCM_DATASETS[name]
+    settings |= SCM | SCM_DATASETS.get(name, SCM_IMAGENET)
     if flags.get("teacher") == "none":
         settings |= SCRATCH
     return settings

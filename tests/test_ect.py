@@ -190,7 +190,9 @@ def test_recipes_of_scm_are_the_papers():
     assert abs(half_life * 512 / 0.5e6 - 1) < 0.01  # images
     scratch = ct.recipe(dict(objective="scm", teacher="none"))
     assert (scratch["r"], scratch["warm_up"], scratch["lr"]) == (0.1, 1500, 1e-3)
-    assert ct.recipe(dict(objective="continuous"))["bandwidth"] == common.BANDWIDTH == 1
+    for module, dataset, bandwidth in ((ct, "glyphs", 1), (cd, "glyphs", 1), (cd, "cifar10", 2.5)):
+        ours = module.recipe(dict(objective="continuous", dataset=dataset))
+        assert ours["bandwidth"] == bandwidth
 
 
 def parse(words, monkeypatch):
