@@ -193,7 +193,7 @@ SCM_DATASETS = {
     "cifar10": dict(batch_size=512, total_steps=400_000, ema_decay=0.99929, dropout=0.2,
                     p_t=[-1.0, 1.8]),
 }
-SCRATCH = dict(lr=1e-3, r=0.1, warm_up=1500)  # --teacher none: ours, of glyphs
+SCRATCH = {"glyphs": dict(lr=1e-3, r=0.1, warm_up=1500)}  # --teacher none: ours
 
 
 def recipe(flags):
@@ -212,7 +212,7 @@ def recipe(flags):
         return settings | dict(p_t=["uniform"], lr=lr)
     settings |= SCM | SCM_DATASETS.get(name, SCM_IMAGENET)
     if flags.get("teacher") == "none":
-        settings |= SCRATCH
+        settings |= SCRATCH.get(name, dict(r=0.1))
     return settings
 
 
