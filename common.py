@@ -2046,8 +2046,8 @@ def bytes_an_image(args, run, script, net):
     graph = ACTIVATION_BYTES[mode] * units * (run.dtype.itemsize / 2)
     if not net.scale_shift and not run.checkpointing:
         graph *= 0.85  # scale, shift and their products are not kept
-    if not getattr(args, "stop_gradient", True):  # two passes in float32
-        graph *= 2 * torch.float32.itemsize / run.dtype.itemsize
+    if not getattr(args, "stop_gradient", True):  # two passes in float32, whatever the dtype
+        graph *= 2.75 * 2 / run.dtype.itemsize
     total = graph
     if net.dropout:
         total += units  # the masks

@@ -238,14 +238,16 @@ def test_memory_is_as_counted(what, name, micro_batch):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_full_gradient_takes_more_memory(compiled):
-    """Two passes in float32: four times the bytes of one in bf16."""
+    """Two passes in float32, whatever the precision: 279 MB an image of cifar10's net where one in
+    bf16 takes 103, as counted on fake CUDA tensors."""
     with torch.device("meta"):
         net = common.UNet(**common.NETS["imagenet64"])
-    run = types.SimpleNamespace(compile=compiled, checkpointing=False, dtype=torch.bfloat16)
     one = 0.18e9 if compiled else 0.36e9
-    for stop_gradient, wanted in ((False, 4 * one), (True, one)):
-        args = argparse.Namespace(stop_gradient=stop_gradient)
-        assert abs(common.bytes_an_image(args, run, "cd", net) / wanted - 1) < 0.02
+    for dtype in (torch.bfloat16, torch.float32):
+        run = types.SimpleNamespace(compile=compiled, checkpointing=False, dtype=dtype)
+        for stop_gradient, wanted in ((False, one * 279 / 103), (True, one * dtype.itemsize / 2)):
+            args = argparse.Namespace(stop_gradient=stop_gradient)
+            assert abs(common.bytes_an_image(args, run, "cd", net) / wanted - 1) < 0.04
 
 
 @pytest.mark.parametrize("free, dtype, compiled, wanted", [
