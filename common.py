@@ -336,7 +336,7 @@ def dropout_masks(net, n):
 # --------------------------------------------------------------------------------------------------
 
 BANDWIDTH = 2.5  # of features of t, in rad per unit of ln t: a teacher's loss does not feel the cut
-SCM = dict(r=1.0, warm_up=10_000, tangent_c=0.1, lr_decay=None)  # sCM, Alg. 1 and Tables 3 to 6
+SCM = dict(lr=1e-4, p_t=[-1.0, 1.4], r=1.0, warm_up=10_000, tangent_c=0.1, lr_decay=None)
 
 def cut_time_embedding(net, bandwidth):
     """Cut off, for good, what `net` sees of t in features faster than `bandwidth`, in rad per unit
@@ -347,6 +347,9 @@ def cut_time_embedding(net, bandwidth):
     of the layer that reads them are zeroed here, and so are the gradients of these from now on.
     """
     turns = C_NOISE * net.time_scale * embedding_frequencies(net.base, net.time_embed[0].weight)
+    if turns.min() > bandwidth:
+        raise UserError(f"--bandwidth {bandwidth:g} would cut all that the network sees of t; the "
+                        f"slowest feature turns by {turns.min():.2g} rad per unit of ln t")
     keep = F.pad((turns <= bandwidth).repeat(2), (0, net.base % 2)).float()
     weight = net.time_embed[0].weight  # (4 base, base)
     with torch.no_grad():
@@ -397,11 +400,12 @@ def scm_loss(net, x_t, t, dx_dt, y, cond, masks, r, c):
     F^ + g is F - g here, and its consistency function f is `denoise`, with the end at 0. Then
     g = cos(theta) df/dtheta = R df/dt, R^2 = t^2 + sigma_data^2.
     r: share of g's second term, in [0, 1]. Held below 1, f ends as the mean of the denoiser D along
-    the trajectory, over levels s < t of probability (sin theta_s / sin theta_t)^(1/r - 1); at r = 1
-    all of it is at s = 0. c: added to the norm of g, the rms.
-    Source: Lu & Song 2024, Alg. 1, without the learned weight, which undoes the normalisation.
+    the trajectory, over levels of which the share (sin theta_s / sin theta_t)^(1/r - 1) is below s;
+    at r = 1 all of it is at 0. c: added to the norm of g, its rms.
+    Source: Lu & Song 2024, Alg. 1, without the learned weight, which undoes what c does.
     """
-    S, R = SIGMA_DATA, bcast((t**2 + SIGMA_DATA**2).sqrt(), x_t)
+    S = SIGMA_DATA
+    R = bcast((t**2 + S**2).sqrt(), x_t)
     c_skip, c_out, c_in = (bcast(scaling, x_t) for scaling in edm_scalings(t))
     with torch.no_grad():
         F_x, dF = network_derivative(net, x_t, t, dx_dt, y, cond, masks)
@@ -2411,6 +2415,13 @@ def start_run(args, run, net, step, skipped):
         resumed = f"; resumed at step {step}" if step else ""
         print(f"{size:.2f}M parameters, {run.world} process(es) on {run.device.type}, "
               f"{precision}{resumed}")
+        if "bandwidth" in args:
+            cut = (net.time_embed[0].weight == 0).all(0).sum()
+            print(f"time embedding: {cut} of {net.base} features turn by more than "
+                  f"{args.bandwidth:g} rad per unit of ln t and are cut off")
+        if getattr(args, "warm_up", 0) > args.total_steps:
+            print(f"note: --warm-up {args.warm_up} outlasts the run: r ends at "
+                  f"{args.r * args.total_steps / args.warm_up:.2g}")
         pieces = args.batch_size // args.micro_batch
         if run.world > pieces:
             print(f"note: {run.world} processes share {pieces} micro-batches: some idle")
@@ -2955,7 +2966,7 @@ def add_continuous_flags(group):
                "way to the end of the trajectory, part denoising")
     group.flag("--warm-up", only=scm, type=positive, metavar="K",
                help="steps in which r rises from 0 (sCM 10000)")
-    group.flag("--tangent-c", only=scm, type=number(float, 1e-6), metavar="C",
+    group.flag("--tangent-c", only=scm, type=number(float, 1e-6, 1e3), metavar="C",
                help="the tangent is divided by its rms + C (sCM 0.1)")
     group.flag("--lr-decay", only=scm, type=positive, metavar="K",
                help="the learning rate falls as sqrt(K / step) after K steps (sCM ImageNet-64 "

@@ -208,7 +208,7 @@ SHORT = {  # the default commands, but for how long they take
 }
 EDITS = {"cd": "inpaint", "ctm": "inpaint", "guided_distill": "img2img"}
 STUDENTS = {
-    "cd": {"continuous": "--objective continuous",
+    "cd": {"scm": "--objective scm",
            "continuous, full gradient": "--objective continuous --no-stop-gradient"},
     "ctm": {"critic": "--disc conv --disc-start 2"},
 }

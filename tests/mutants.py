@@ -119,6 +119,10 @@ MUTANTS = {
         ("return t * noise(torch.zeros(shape", "return noise(torch.zeros(shape", "ct"),
     ],
     "cd.py": [
+        ("min((step + 1) / args.warm_up, 1)", "min(step / args.warm_up, 1)", "cd_scripts"),
+        ("r = args.r * min", "r = min", "cd_scripts"),
+        ('rms if objective == "scm" else losses', "losses", "cd_scripts"),
+        ('optimizer.param_groups[0]["lr"] = lr =', "lr =", "cd_scripts"),
         ("return x - known(x) + known(y)", "return x", "edit"),
         ("return q * (q * x).sum(1, keepdim=True)", "return q * x.sum(1, keepdim=True)", "edit"),
         ("(((1 - a) * psi).sin() * z1", "((a * psi).sin() * z1", "edit"),
@@ -146,6 +150,9 @@ MUTANTS = {
          "args.ema_decay)", "cd_scripts"),
     ],
     "ct.py": [
+        ("r = args.r * min((step + 1) / args.warm_up, 1)", "r = args.r", "cd_scripts"),
+        ("rms if scm else losses", "losses", "cd_scripts"),
+        ("common.cut_time_embedding(net, args.bandwidth)", "pass", "cd_scripts"),
         ("min(s0 * 2 ** (k // stage), s1) + 1", "min(s0 * 2 ** (k // stage), s1)", "ct"),
         ("return mu0 ** (s0 / N)", "return mu0 ** (s0 / (N - 1))", "ct"),
         ("n = 1 + k * torch.sigmoid(-b * t)", "n = 1 + k * torch.sigmoid(b * t)", "ect"),

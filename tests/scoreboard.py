@@ -153,7 +153,7 @@ UNCUT, SCM = "--objective continuous --bandwidth inf", "--objective scm "
 INGREDIENTS = {
     "CM": ("continuous-uncut", UNCUT),
     "+ cut": ("continuous-cut", "--objective continuous"),
-    "+ weight, times": ("scm-weighted", SCM + "--r 1 --warm-up 1 --tangent-c 10"),
+    "+ weight, times": ("scm-weighted", SCM + "--r 1 --warm-up 1 --tangent-c 1"),
     "+ normalised": ("scm-normalised", SCM + "--r 1 --warm-up 1"),
     "+ warm-up: sCM": ("scm-warm", SCM + "--r 1"),
     "+ r held at 0.2": ("scm-held", SCM),
@@ -603,7 +603,7 @@ def report(args, run, told, records, rows, curves, chosen):
     if ends:
         lines += ["## Continuous time, an ingredient more each", "",
                   f"cd.py, one-step samples, Fréchet distance after {args.ablation_steps} steps, "
-                  "--ema-decay 0.99. With tangent-c 10 hardly anything is normalised.", "", *ends]
+                  "--ema-decay 0.99. With tangent-c 1 hardly anything is normalised.", "", *ends]
     return lines
 
 

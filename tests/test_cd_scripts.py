@@ -13,7 +13,7 @@ from PIL import Image
 import cd
 import common
 from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
-from util import assert_mistake, glyph_set, last, run_script
+from util import assert_mistake, exact_derivative, glyph_set, last, run_script
 
 MACHINE = ["--precision", "fp32", "--device", "cpu"]
 NET = ["--net", "glyphs", "image_size=8", "base=32", "mult=1,1", "blocks=1"]
@@ -278,6 +278,62 @@ def test_continuous_distillation_runs_and_resumes(tmp_path, flags):
         np.testing.assert_allclose([line["lr"] for line in lines],
                                    [state["args"]["lr"] / max(k, 1) ** 0.5 for k in range(4)])
         assert all("loss_bins" not in line and len(line["tangent_bins"]) == 4 for line in lines)
+
+
+@pytest.mark.parametrize("script", ["cd", "ct"])
+def test_scm_by_hand(tmp_path, script):
+    """Three steps of sCD and sCT anew, by formulas and forward derivatives: the cut, r, the clamped
+    times, c, the tangents logged, the learning rates, the weights."""
+    flags = "--objective scm --r 0.8 --warm-up 4 --tangent-c 0.3 --lr-decay 1 --p-t 0 4"
+    run(*PLAIN, "--total-steps", 5, "--stage", "teacher", "--out-dir", "t", cwd=tmp_path, code=0)
+    done = run_script(*BATCHES, *flags.split(), "--bandwidth", 30, "--teacher", "t/last.pt",
+                      "--total-steps", 3, "--ema-decay", 0, "--out-dir", "run",
+                      script=f"{script}.py", cwd=tmp_path, code=0)
+    assert ("time embedding: 8 of 32 features turn by more than 30 rad" in done.stdout
+            and "note: --warm-up 4 outlasts the run: r ends at 0.6" in done.stdout)
+    state, lines, dataset = last(tmp_path / "run"), records(tmp_path / "run"), glyph_set(8)
+    teacher, net = (common.UNet(**state["model_args"]) for _ in range(2))
+    for one in (teacher, net):
+        one.load_state_dict(last(tmp_path / "t")["ema"])
+    keep = torch.tensor(2 * [250 * 10000 ** (-i / 16) <= 30 for i in range(16)])
+    net.time_embed[0].weight.data *= keep
+    net.time_embed[0].weight.register_hook(lambda gradient: gradient * keep)
+    begun, clamped = copy.deepcopy(net.state_dict()), 0
+    optimizer = torch.optim.RAdam(net.parameters(), 1.0)
+    for k, record in enumerate(lines):
+        tangents, levels, losses, r = [], [], [], 0.8 * (k + 1) / 4
+        for m, i in enumerate(common.index_batches(len(dataset), 0, k, k + 1, 8, 4)):
+            common.seed_everything(common.STEP, 0, k, m)
+            x0, y = common.to_device(dataset.__getitems__(i), torch.device("cpu"), False)
+            t = (4 * torch.randn(4)).exp().clamp(0.002, 80)
+            column = t.view(4, 1, 1, 1)
+            noise = torch.randn_like(x0)
+            x = x0 + column * noise
+            R = (column**2 + 0.25).sqrt()
+            with torch.no_grad():
+                v = noise if script == "ct" else (x - common.denoise(teacher, x, t, y)) / column
+                F_x, dF = exact_derivative(net, x, t, v, y)
+                c_skip, c_out = 0.25 / R**2, 0.5 * column / R
+                df_dt = c_skip * v - 0.5 * column / R**4 * x + 0.125 / R**3 * F_x
+                df_dt += c_out * dF / column
+                g = (1 - r) * 0.5 * c_skip * (F_x - (x - column * v - c_skip * x) / c_out)
+                g += r * R * df_dt
+                tangents.append(g.square().mean((1, 2, 3)).sqrt())
+                g /= tangents[-1].view(4, 1, 1, 1) + 0.3
+            levels.append(t)
+            F_net = net(x / R, 250 * t.log(), y)
+            losses.append((F_net - (F_net.detach() - g)).square().mean((1, 2, 3)))
+        levels = torch.cat(levels)
+        clamped += sum(level in (torch.tensor(0.002), 80.0) for level in levels)
+        which = torch.bucketize(levels, torch.tensor([0.1, 1.0, 10.0]))
+        wanted = [torch.cat(tangents)[which == i].mean().item() for i in range(4)]
+        np.testing.assert_allclose(np.array(record["tangent_bins"], float), wanted, 0.01)
+        optimizer.param_groups[0]["lr"] = 1e-4 / max(k, 1) ** 0.5
+        step_by_hand(record, net, optimizer, losses, {}, 0.01)
+    start, ours, theirs = (torch.cat([weight.flatten() for weight in weights.values()])
+                           for weights in (begun, net.state_dict(), state["net"]))
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+    assert clamped > 0
 
 
 def test_continuous_training_by_hand(tmp_path):

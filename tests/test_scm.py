@@ -219,20 +219,23 @@ def test_what_r_below_1_ends_at(r, exact):
 # ---- the derivative and the cut
 
 @torch.no_grad()
-def test_the_difference_is_the_derivative():
+@pytest.mark.parametrize("cond", [None, torch.tensor([1.0, 5.0, 30.0, 60.0])],
+                         ids=["plain", "guided"])
+def test_the_difference_is_the_derivative(cond):
     """In float32, of a network whose embedding is cut, to 3 thousandths (of rounding, at small t);
     and whatever the dtype of its convolutions."""
-    net, v = slim(), gauss(X0.shape, 9)
-    common.cut_time_embedding(net, 1.0)
+    net, v = slim(cond=cond is not None), gauss(X0.shape, 9)
+    with torch.enable_grad():
+        common.cut_time_embedding(net, 1.0)
     t = torch.tensor([0.01, 0.3, 4.0, 40.0])
     x = X0 + column(t) * NOISE
-    F_x, dF = common.network_derivative(net, x, t, v, LABELS)
-    wanted_F, wanted = exact_derivative(net, x, t, v, LABELS)
+    F_x, dF = common.network_derivative(net, x, t, v, LABELS, cond)
+    wanted_F, wanted = exact_derivative(net, x, t, v, LABELS, cond)
     off = (dF - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
     assert (off < 3e-3).all(), off
     close(F_x, wanted_F, 1e-4, 1e-4)
     net.dtype = torch.bfloat16
-    again = common.network_derivative(net, x, t, v, LABELS)
+    again = common.network_derivative(net, x, t, v, LABELS, cond)
     assert torch.equal(again[0], F_x) and torch.equal(again[1], dF)
 
 
@@ -285,6 +288,13 @@ def test_the_cut_holds_while_training():
     assert (weight[~cut] != other.time_embed[0].weight[~cut]).any()
     common.edm_loss(other, X0, NOISE, full(X0, 0.3), LABELS).sum().backward()
     assert (other.time_embed[0].weight.grad[cut] != 0).any()
+
+
+def test_a_cut_of_everything_is_refused():
+    """The slowest of base 32 turns by 250 10000^(-15 / 16) = 0.0445 rad."""
+    common.cut_time_embedding(tiny(), 0.045)
+    with pytest.raises(common.UserError, match="--bandwidth 0.044 would cut all .* by 0.044 rad"):
+        common.cut_time_embedding(tiny(), 0.044)
 
 
 def test_inf_cuts_nothing():
