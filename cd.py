@@ -512,7 +512,8 @@ def train(args, run, stop):
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
-        optimizer.param_groups[0]["lr"] = lr = common.decayed_lr(args, step)
+        lr = common.decayed_lr(args, step)
+        optimizer.param_groups[0]["lr"] = lr
         if finite:
             optimizer.step()  # CM Alg. 2, line 7
             if target is not net:
@@ -596,7 +597,7 @@ if __name__ == "__main__":
 #   continuous time   the time embedding is cut (--bandwidth); derivatives are central differences
 #   sCM               of networks told of ln t in ADM's embedding, cut, with ordinary group norms.
 #                     sCM: positional embeddings of theta, double normalisation
-#   sCM, the end      trained towards t = 0, drawn with the end at t_min: 0.002 rms apart at most
+#   sCM, the end      trained towards t = 0, drawn with the end at t_min: 0.0023 rms apart at most
 #   sCM, norm         the tangent's rms + c, as in FastGen; Alg. 1: its length + c
 #   sCM, weight       not learned: it undoes what c does. Nor a further 1 / sigma, which some have
 #   sCM, optimizer    RAdam, default betas, a plain average; sCM: beta_2 0.99, on ImageNet Adam and

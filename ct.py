@@ -363,15 +363,15 @@ def train(args, run, stop):
                 t_n = ect_r(t, stage, args.q, *args.mapping)
             noise = torch.randn_like(x0)
             masks = common.dropout_masks(net, len(x0))
-            if not discrete:
-                t = t.clamp(common.T_MIN, common.T_MAX)
             if discrete:
                 losses = loss_fn(net, target, x0, noise, t_n, t, y, masks, dist, weight)
-            elif scm:
-                r = args.r * min((step + 1) / args.warm_up, 1)
-                losses, rms = scm_loss(net, x0, noise, t, y, masks, r, args.tangent_c)
             else:
-                losses = continuous_loss(net, x0, noise, t, y, masks)
+                t = t.clamp(common.T_MIN, common.T_MAX)
+                if scm:
+                    r = args.r * min((step + 1) / args.warm_up, 1)
+                    losses, rms = scm_loss(net, x0, noise, t, y, masks, r, args.tangent_c)
+                else:
+                    losses = continuous_loss(net, x0, noise, t, y, masks)
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
             totals.bin(t, rms if scm else losses)
@@ -380,7 +380,8 @@ def train(args, run, stop):
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
-        optimizer.param_groups[0]["lr"] = lr = common.decayed_lr(args, step)
+        lr = common.decayed_lr(args, step)
+        optimizer.param_groups[0]["lr"] = lr
         if finite:
             optimizer.step()  # CM Alg. 3, line 6
             if target is not net:

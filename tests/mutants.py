@@ -122,7 +122,7 @@ MUTANTS = {
         ("min((step + 1) / args.warm_up, 1)", "min(step / args.warm_up, 1)", "cd_scripts"),
         ("r = args.r * min", "r = min", "cd_scripts"),
         ('rms if objective == "scm" else losses', "losses", "cd_scripts"),
-        ('optimizer.param_groups[0]["lr"] = lr =', "lr =", "cd_scripts"),
+        ('        optimizer.param_groups[0]["lr"] = lr\n', "", "cd_scripts"),
         ("return x - known(x) + known(y)", "return x", "edit"),
         ("return q * (q * x).sum(1, keepdim=True)", "return q * x.sum(1, keepdim=True)", "edit"),
         ("(((1 - a) * psi).sin() * z1", "((a * psi).sin() * z1", "edit"),

@@ -274,8 +274,9 @@ def test_df_dt_is_the_derivative_of_the_consistency_function(monkeypatch):
         close(loss, exact_slope(net, x, t, v, LABELS).square().mean((1, 2, 3)), 1e-10)
 
 
-def test_full_objective_and_its_gradient():
+def test_full_objective_and_its_gradient(monkeypatch):
     """|df/dt|^2 along the teacher's slope, and its gradient, which goes through df/dt."""
+    monkeypatch.setattr(common, "network_derivative", exact_derivative)
     net, D = double(slim()), frozen_D(double(slim(0.1)))
     x, t = (value.double() for value in paths())
 
@@ -283,18 +284,17 @@ def test_full_objective_and_its_gradient():
         return cd.continuous_loss(net, D, X0.double(), NOISE.double(), t, LABELS, None, None, False)
     v = (x - D(x, t, LABELS)) / column(t)
     df = exact_slope(net, x, t, v, LABELS)
-    wanted = df.square().mean((1, 2, 3)).detach()
-    close(loss().detach(), wanted, 0.05)  # a difference, of second order
+    close(loss().detach(), df.square().mean((1, 2, 3)).detach(), 1e-6)
     loss().sum().backward()
     places = (net.out[2].bias, 0), (net.time_embed[0].bias, 3), (net.input_blocks[0][0].bias, 5)
     assert_slopes(net, loss, places, 1e-5, 1e-5, 1e-5 * gradient(net).abs().max().item())
 
 
-def test_pseudo_objective_has_the_papers_gradient():
+def test_pseudo_objective_has_the_papers_gradient(monkeypatch):
     """2 f . sg(df/dt), the paper's formula, has another value than ours but the same gradient; the
     full objective has not."""
+    monkeypatch.setattr(common, "network_derivative", exact_derivative)
     net, (x, t), D = slim(), paths(), frozen_D(slim(0.1))
-    common.cut_time_embedding(net, 1.0)
     with torch.no_grad():
         v = (x - D(x, t, LABELS)) / column(t)
         df = exact_slope(net, x, t, v, LABELS)
@@ -307,7 +307,7 @@ def test_pseudo_objective_has_the_papers_gradient():
         loss.sum().backward()
         losses[stop_gradient] = loss.detach()
         off = (gradient(net) - wanted).norm() / wanted.norm()
-        assert off < 1e-3 if stop_gradient else off > 0.1
+        assert off < 1e-4 if stop_gradient else off > 0.1
     close(losses[True], losses[False], 1e-3)
 
 
@@ -436,8 +436,8 @@ def test_no_gradient_reaches_the_teacher_in_continuous_time():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_continuous_loss_on_a_gpu(dtype, monkeypatch):
-    """Value and gradient of the full objective, with fused attention's math path and channels_last,
-    are the CPU's."""
+    """Value and gradient of the full objective, with fused attention and channels_last, are the
+    CPU's."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     nets = slim(), slim().to("cuda", memory_format=torch.channels_last)
     nets[1].dtype, losses = dtype, []
@@ -470,10 +470,10 @@ def test_both_branches_drop_out_the_same_units():
         assert common.l2(a, b).min() > 1e-4
 
 
-def test_the_pseudo_objective_differentiates_the_branch_it_trains():
+def test_the_pseudo_objective_differentiates_the_branch_it_trains(monkeypatch):
     """df/dt and f drop out the same units."""
+    monkeypatch.setattr(common, "network_derivative", exact_derivative)
     net, t = dropped(), torch.tensor([0.5, 1.0, 2.0, 3.0])
-    common.cut_time_embedding(net, 1.0)
     torch.manual_seed(3)
     masks = common.dropout_masks(net, 4)
     ct.continuous_loss(net, X0, NOISE, t, None, masks).sum().backward()
@@ -486,7 +486,7 @@ def test_the_pseudo_objective_differentiates_the_branch_it_trains():
     assert common.l2(df, other).min() > 1e-4
     f_net = common.consistency(net, x, t, masks=masks)
     (2 * f_net * df).mean((1, 2, 3)).sum().backward()
-    assert (gradient(net) - ours).norm() < 1e-3 * ours.norm()
+    assert (gradient(net) - ours).norm() < 1e-4 * ours.norm()
 
 
 def test_a_loaded_teacher_drops_nothing_out(tmp_path):
@@ -515,6 +515,18 @@ def test_the_ideal_denoiser_is_on_the_cpu_where_there_is_no_float64():
 
 # ---- training to the exact solution
 
+def fit(net, losses, lr, steps):
+    """Minimise the mean of `losses`(), drawn anew each step."""
+    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses().mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize("objective, lr, steps, p_t", [
     ("discrete", 0.01, 800, [0.0, 2.0]), ("pseudo", 0.005, 800, [0.0, 2.0]),
     ("full", 0.03, 600, ["uniform"])])
@@ -528,8 +540,6 @@ def test_a_small_student_learns_the_exact_consistency_function(objective, lr, st
     m, s = 0.2, 0.4
     net, times = Smooth(), common.karras_times(40)
     p = common.interval_probabilities(times, p_t)
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     t = common.karras_times(50)[5:]
     x = m + (s**2 + t**2).sqrt() * torch.linspace(-2, 2, 45)[torch.randperm(45)]
     exact = m + (x - m) * ((s**2 + common.T_MIN**2) / (s**2 + t**2)).sqrt()
@@ -540,21 +550,17 @@ def test_a_small_student_learns_the_exact_consistency_function(objective, lr, st
     @torch.no_grad()
     def error():
         return (common.consistency(net, column(x), t).flatten() - exact).abs().max().item() / s
-    before = error()
-    for _ in range(steps):
+
+    def losses():
         x0, noise = m + s * torch.randn(256, 1, 1, 1), torch.randn(256, 1, 1, 1)
         if objective == "discrete":
             n = torch.multinomial(p, 256, replacement=True)
-            loss = cd_loss(net, net, D, x0, noise, times[n], times[n + 1], INVERSE)
-        else:
-            levels = common.random_times(256, p_t, "cpu").clamp(common.T_MIN, common.T_MAX)
-            loss = cd.continuous_loss(net, D, x0, noise, levels, None, None, None,
-                                        objective == "pseudo")
-        optimizer.zero_grad()
-        loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+            return cd_loss(net, net, D, x0, noise, times[n], times[n + 1], INVERSE)
+        levels = common.random_times(256, p_t, "cpu").clamp(common.T_MIN, common.T_MAX)
+        return cd.continuous_loss(net, D, x0, noise, levels, None, None, None,
+                                  objective == "pseudo")
+    before = error()
+    fit(net, losses, lr, steps)
     assert before > 0.5 and error() < 0.06, (before, error())
 
 

@@ -8,7 +8,7 @@ import torch
 import cd
 import common
 import ct
-from test_cd import Smooth, column, double, slim, tiny
+from test_cd import Smooth, column, double, fit, slim, tiny
 from test_ct import Bent
 from util import close, exact_derivative, full, gauss, gaussian_denoiser, gradient, img
 
@@ -383,10 +383,7 @@ def test_a_small_student_learns_the_exact_solution():
     Seen error, at worst over t and x within two deviations: 10% of the deviation.
     """
     torch.manual_seed(0)
-    m, s, steps = 0.2, 0.4, 800
-    net = Smooth()
-    optimizer = torch.optim.Adam(net.parameters(), 0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
+    m, s, net = 0.2, 0.4, Smooth()
     t = common.karras_times(50)[5:]
     x = m + (s**2 + t**2).sqrt() * torch.linspace(-2, 2, 45)[torch.randperm(45)]
     u = (torch.arange(2000) + 0.5) / 2000
@@ -400,14 +397,11 @@ def test_a_small_student_learns_the_exact_solution():
     @torch.no_grad()
     def error():
         return (common.denoise(net, column(x), t).flatten() - exact).abs().max().item() / s
-    before = error()
-    for _ in range(steps):
+
+    def losses():
         x0, noise = m + s * torch.randn(256, 1, 1, 1), torch.randn(256, 1, 1, 1)
         levels = common.random_times(256, [0.0, 2.0], "cpu").clamp(common.T_MIN, common.T_MAX)
-        loss, _ = cd.scm_loss(net, D, x0, noise, levels, None, None, None, 0.25, 1.0)
-        optimizer.zero_grad()
-        loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        return cd.scm_loss(net, D, x0, noise, levels, None, None, None, 0.25, 1.0)[0]
+    before = error()
+    fit(net, losses, 0.01, 800)
     assert before > 1 and error() < 0.2, (before, error())
