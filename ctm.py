@@ -107,28 +107,30 @@ def last_layer(net):
     return net.output_blocks[-1][0].out_layers[3].weight
 
 
-def add_gradients(net, ctm, dsm_gradient, gan, disc_weight, share):
-    """p.grad += share * d/dp (ctm + lambda_dsm dsm + disc_weight lambda_gan gan), for all p.
+def add_gradients(net, ctm, dsm_gradient, gan, dsm_weight, disc_weight, share):
+    """p.grad += share * d/dp (ctm + dsm_weight lambda_dsm dsm + disc_weight lambda_gan gan), for
+    all p.
 
-    Args:    ctm, gan: numbers; gan may be None.  dsm_gradient: of dsm, for all p; taken before the
-             other terms are computed, so that its graph is gone by then.
-    Returns: [lambda_dsm, lambda_gan], adaptive: they make the terms as strong as the CTM loss, by
-             the gradients of the last layer.
+    Args:    ctm, gan: numbers; gan may be None.  dsm_gradient: of dsm, for all p, or None; taken
+             before the other terms are computed, so that its graph is gone by then.
+    Returns: lambda_dsm, lambda_gan by name, adaptive: they make the terms as strong as the CTM
+             loss, by the gradients of the last layer.
     """
     parameters = list(net.parameters())
     last = [p is last_layer(net) for p in parameters].index(True)
     # The CTM and the adversarial loss share a graph: both see x_est.
     total = torch.autograd.grad(ctm, parameters, retain_graph=gan is not None)
     strength = total[last].norm()
-    weights = []
-    terms = [(dsm_gradient, 1.0, 0, 1e4)]
+    terms, weights = {}, {}
+    if dsm_gradient is not None:
+        terms["lambda_dsm"] = dsm_gradient, dsm_weight, 0, 1e4
     if gan is not None:
-        terms.append((torch.autograd.grad(gan, parameters), disc_weight, 0.01, 10))
-    for gradient, factor, low, high in terms:
+        gan_gradient = torch.autograd.grad(gan, parameters)
+        terms["lambda_gan"] = gan_gradient, disc_weight, 0.01, 10
+    for name, (gradient, factor, low, high) in terms.items():
         ratio = strength / (gradient[last].norm() + 1e-4)
-        weight = ratio.clamp(low, high)
-        weights.append(weight)
-        term = torch._foreach_mul(gradient, factor * weight)
+        weights[name] = ratio.clamp(low, high)
+        term = torch._foreach_mul(gradient, factor * weights[name])
         total = torch._foreach_add(total, term)
     gradients = [p.grad for p in parameters]
     torch._foreach_add_(gradients, total, alpha=share)
@@ -364,7 +366,7 @@ def renew_norms(critic):
 
 CTM = dict(
     matching="soft", solver="heun", dist="lpips", mu=0.999, s_init="published",
-    p_t=[-1.2, 1.2], dropout=0.0, ema_decay=0.999,
+    p_t=[-1.2, 1.2], dsm_weight=1.0, dropout=0.0, ema_decay=0.999,
     disc="none", disc_weight=1.0, disc_lr=2e-3)
 STUDENTS = {
     "glyphs": dict(
@@ -412,6 +414,11 @@ def check(args):
     if args.disc != "none" and args.disc_start >= args.total_steps:
         raise UserError(f"--disc-start {args.disc_start}: with --total-steps {args.total_steps} "
                         "the critic never has its turn")
+    if args.dsm_weight == 0:
+        if args.teacher == "none":
+            raise UserError("--dsm-weight 0: with --teacher none it is the denoising loss that "
+                            "shows the net what images are")
+        return
     if args.p_t == ["uniform"]:
         raise UserError("--p-t uniform: the denoising loss draws from MEAN STD")
     common.check_p_t(args.p_t, common.karras_times(args.N))
@@ -448,7 +455,10 @@ def make_parser():
                help="decay of the target network (CTM 0.999)")
     train.flag("--s-init", choices=("published", "zero"),
                help="how the embedding of s starts: at random (CTM), or adding nothing")
-    train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
+    train.flag("--dsm-weight", type=number(float, 0), metavar="W",
+               help="of the denoising loss, times its adaptive weight (CTM 1); 0: it is left out")
+    train.flag("--p-t", only=dict(dsm_weight=True), nargs="+", type=common.p_of_t,
+               metavar="MEAN STD",
                help="of half the denoising loss: ln t ~ Normal(MEAN, STD^2) (CTM -1.2 1.2)")
     train.flag("--disc", choices=("none", *CRITICS),
                help="critic of the adversarial loss: conv, for small images; projected (CTM), on "
@@ -481,7 +491,8 @@ def make_parser():
 # Training
 # --------------------------------------------------------------------------------------------------
 
-TERMS = "loss", "loss_dsm", "lambda_dsm", "loss_gan", "lambda_gan"  # of a generator's step
+DSM = "loss_dsm", "lambda_dsm"  # what the log says of a term
+GAN = "loss_gan", "lambda_gan"
 
 
 def train(args, run, stop):
@@ -521,7 +532,7 @@ def train(args, run, stop):
             critic.heads.parameters(), args.disc_lr, betas=(0.5, 0.9), foreach=True,
             capturable=run.capturable)
         critic_gradients = common.flatten_gradients(critic.heads)
-    totals = common.Totals(run, *TERMS, "loss_disc")
+    totals = common.Totals(run, "loss", *DSM, *GAN, "loss_disc")
     parts = dict(net=net, target=target, ema=ema, optimizer=optimizer, critic=critic,
                  critic_optimizer=critic_optimizer)
     step, skipped = common.resume(args, run, "ctm", model_args, parts)
@@ -585,17 +596,21 @@ def train(args, run, stop):
                 (share * loss_disc).backward()
                 totals.add(share, loss_disc=loss_disc)
                 continue
-            t = dsm_times(len(x0), args.p_t, run.device)
-            dsm_noise = torch.randn_like(x0)
-            dsm = common.edm_loss(net, x0, dsm_noise, t, y, common.c_noise(t)).mean()
-            dsm_gradient = torch.autograd.grad(dsm, list(net.parameters()))
+            dsm_gradient = None
+            if args.dsm_weight > 0:
+                t = dsm_times(len(x0), args.p_t, run.device)
+                dsm_noise = torch.randn_like(x0)
+                dsm = common.edm_loss(net, x0, dsm_noise, t, y, common.c_noise(t)).mean()
+                dsm_gradient = torch.autograd.grad(dsm, list(net.parameters()))
+                totals.add(share, loss_dsm=dsm)
             losses, x_est = loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
             loss = losses.mean()
             gan = -critic(x_est).mean() if adversarial else None
-            weights = add_gradients(net, loss, dsm_gradient, gan, disc_weight, share)
-            totals.add(share, loss=loss, loss_dsm=dsm, lambda_dsm=weights[0])
+            weights = add_gradients(
+                net, loss, dsm_gradient, gan, args.dsm_weight, disc_weight, share)
+            totals.add(share, loss=loss, **weights)
             if adversarial:
-                totals.add(share, loss_gan=gan, lambda_gan=weights[1])
+                totals.add(share, loss_gan=gan)
             totals.bin(times[i], losses)
         if trial:
             continue
@@ -613,14 +628,20 @@ def train(args, run, stop):
         # ------------------------------------------------------------------------------------------
         # log.jsonl: step (of generator and critic in turn, once there is one); images so far; loss,
         # the CTM term, loss_bins, its mean where t is below 0.1, 1, 10, above; loss_dsm, loss_gan,
-        # their adaptive weights lambda_dsm, lambda_gan; loss_disc, the critic's; k; grad_norm; lr;
-        # images_per_s; peak_gb; skipped, the steps whose loss or gradient was not finite.
+        # their adaptive weights lambda_dsm, lambda_gan, where there are such terms; loss_disc, the
+        # critic's; k; grad_norm; lr; images_per_s; peak_gb; skipped, the steps whose loss or
+        # gradient was not finite.
         last = stopping or step == args.total_steps
         values = dict(loss_disc=loss)
         if not critics_turn:
             values = dict(grad_norm=grad_norm, k=k)
             values["loss_bins"] = totals.loss_bins()
-            for name in TERMS if adversarial else TERMS[:3]:
+            names = ["loss"]
+            if args.dsm_weight > 0:
+                names += DSM
+            if adversarial:
+                names += GAN
+            for name in names:
                 values[name] = totals[name]
         log.step(step, finite, last, player=critics_turn, **values)
         if common.due(args.save_every, step) or last:

@@ -423,7 +423,7 @@ def make_gradients(step, net, target, teacher, x0, noise, t, y):
         dsm = common.edm_loss(net, x0, noise, t, y, common.c_noise(t)).mean()
         dsm_gradient = torch.autograd.grad(dsm, list(net.parameters()))
         losses, _ = ctm.loss_fn(net, target, solve, x0, noise, times, i, j, 2, y, dist)
-        ctm.add_gradients(net, losses.mean(), dsm_gradient, None, 0.0, 1.0)
+        ctm.add_gradients(net, losses.mean(), dsm_gradient, None, 1.0, 0.0, 1.0)
 
     angle = guided_distill.edm_angle
     v = guided_distill.edm_v(D, angle)

@@ -187,8 +187,8 @@ MUTANTS = {
         ("position = 0.7 * torch.rand", "position = torch.rand", "ctm"),
         ("ratio = strength / (gradient[last].norm() + 1e-4)",
          "ratio = gradient[last].norm() / (strength + 1e-4)", "ctm"),
-        ("(dsm_gradient, 1.0, 0, 1e4)", "(dsm_gradient, 1.0, 0, 1e9)", "ctm"),
-        ("disc_weight, 0.01, 10)", "disc_weight, 0, 1e4)", "ctm"),
+        ("dsm_gradient, dsm_weight, 0, 1e4", "dsm_gradient, dsm_weight, 0, 1e9", "ctm"),
+        ("disc_weight, 0.01, 10", "disc_weight, 0, 1e4", "ctm"),
         ("total, alpha=share)", "total)", "ctm"),
         ("p = steps / steps.sum()", "p = steps[::-1] / steps.sum()", "ctm_scripts"),
         ("real_loss = F.relu(1 - critic(real))", "real_loss = F.relu(1 + critic(real))", "critic"),
@@ -199,6 +199,11 @@ MUTANTS = {
         ("common.ema_update(target, net, args.mu)", "common.ema_update(target, net, 0)",
          "ctm_scripts"),
         ("                j = i - k  # s = u", "                j = i  # s = u", "ctm_scripts"),
+        ("dsm_gradient, dsm_weight, 0, 1e4", "dsm_gradient, 1, 0, 1e4", "ctm"),
+        ("gan, args.dsm_weight, disc_weight, share", "gan, disc_weight, args.dsm_weight, share",
+         "ctm_scripts"),
+        ("            if args.dsm_weight > 0:\n                t = dsm", "            if True:\n"
+         "                t = dsm", "ctm_scripts"),
     ],
     "guided_distill.py": [
         ("return i / N, (i - 0.5) / N, (i - 1) / N", "return i / N, (i - 0.5) / N, i / N - 0.5 / N",

@@ -1,4 +1,5 @@
 """The benchmark measures, searches, trains in order and reports as it says. No test of quality."""
+import itertools
 import json
 import math
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import scoreboard
 import torch
-from util import ROOT, VECTORS, close, run_script
+from util import ROOT, VECTORS, close, fill, run_script
 
 import common
 import guided_distill
@@ -302,21 +303,48 @@ def test_expectations():
         "cd": [row(1, 1.0), row(2, 0.5), row(4, 0.6)],
         "ct": [row(1, 3.0), row(2, 2.0), row(4, 0.5)],
         "ict": [row(1, 4.0), row(2, 3.0)],
-        "ctm": [row(1, 1.0, 0.0, "one jump"), row(2, 0.9, 0.0, "gamma 0"),
-                row(4, 0.8, 0.0, "gamma 0"), row(2, 1.5, 0.0, "gamma 1")],
+        "ctm": [row(1, 1.0, 0.0, "one jump"), row(2, 0.7, 0.0, "gamma 0.3"),
+                row(2, 0.9, 0.0, "gamma 0"), row(4, 0.85, 0.0, "gamma 0.3"),
+                row(4, 0.8, 0.0, "gamma 0"), row(2, 1.5, 0.0, "gamma 1"),
+                row(4, 0.75, 0.0, "gamma 1"), row(35, 0.6, 0.0, "18 Heun steps on g")],
+        "ctm-global": [row(1, 1.1, 0.0, "one jump"), row(2, 0.8, 0.0, "gamma 0")],
+        "ctm-no-dsm": [row(4, 0.9, 0.0, "gamma 0"), row(35, 9.0, 0.0, "18 Heun steps on g")],
         "teacher": [row(35, 1.0), row(70, 4.0, 1.0)],
         "guided-d": [row(4, 9.0, 0.0, "stage 1, DDIM"), row(4, 1.05, 0.0, "DDIM", 0.89),
                      row(4, 4.5, 1.0, "DDIM", 0.85)],
     }
     lines = scoreboard.expectations(rows)
     assert verdicts(lines) == ["holds in part", "holds in part", "holds", "does not hold", "",
-                               "holds in part"]
+                               "holds in part", "holds in part", "", "holds", "holds in part"]
     assert lines[4].endswith(": *not measured*.")
     assert "NFE 1 1.000 < 3.000" in lines[0] and "NFE 4 0.600 ≥ 0.500" in lines[0]
     assert "CTM 1.500 ≥ 1.000" in lines[1]
     assert "CTM, two 0.900 < 1.000; CTM, four 0.800 < 0.900" in lines[2]
     assert ("D, w = 0, short by 0.010 < 0.020; D, w = 1, short by 0.050 ≥ 0.020" in lines[5]
             and "S" not in lines[5].split("(")[1])
+    assert "(NFE 1 1.000 < 1.100; NFE 2 0.900 ≥ 0.800)" in lines[6]
+    assert "(NFE 4 0.800 < 0.900; Heun on g 0.600 < 9.000)" in lines[8]
+    assert "(CTM beside gamma 0.3 0.800 < 0.850; CTM beside gamma 1 0.800 ≥ 0.750)" in lines[9]
+
+
+def test_ways_of_ctm_take_the_calls_they_say(tmp_path):
+    """And those with other noise are others."""
+    model_args = common.net_settings(NET[1:]) | dict(classes=10, dropout=0.0, cond=True)
+    state = fill(common.UNet(**model_args)).state_dict()
+    torch.save(dict(script="ctm", args={}, model_args=model_args, ema=state), tmp_path / "last.pt")
+    run = types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, main=False,
+                                checkpointing=False)
+    ways = scoreboard.METHODS["ctm-no-dsm"].ways
+    assert ways == scoreboard.METHODS["ctm"].ways
+    drawn = []
+    for way in ways:
+        net, draw = way.open(tmp_path / "last.pt", run)
+        calls = []
+        net.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        noise = common.SeededNoise(torch.arange(2), 0)
+        drawn.append(draw(torch.tensor([3, 4]), noise, (2, 3, 16, 16)))
+        assert len(calls) == way.calls
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_conclusions():

@@ -303,12 +303,13 @@ def test_loss_vectors(run):
     close(grad, run["grad_consistency"], 1e-4)
     critic = lambda x: 2 * x.mean(1)
     gan = -critic(x_est).mean() if "gan_training" in run["cfg"] else None
-    weights = ctm.add_gradients(net, losses.mean(), gradients(net, dsm.mean()), gan, 1.0, 1.0)
-    close((weights[0] * dsm).detach(), run["denoising_per_sample_weighted"], 1e-4)
+    weights = ctm.add_gradients(net, losses.mean(), gradients(net, dsm.mean()), gan, 1.0, 1.0,
+                                1.0)
+    close((weights["lambda_dsm"] * dsm).detach(), run["denoising_per_sample_weighted"], 1e-4)
     close(weight.grad, run["grad_total"], 1e-4)
     assert len(weights) == (1 if gan is None else 2)
     if gan is not None:
-        close((weights[1] * gan).detach(), run["g_loss_weighted"], 1e-4)
+        close((weights["lambda_gan"] * gan).detach(), run["g_loss_weighted"], 1e-4)
         close(ctm.hinge_loss(critic, x0, x_est).detach(), run["hinge_d_loss"], 1e-4)
 
 
@@ -522,8 +523,8 @@ def test_adaptive_weight_vectors(case):
     strong, other = torch.tensor([3.0, 4.0]), torch.tensor([0.0, n])
     assert strong.norm() == V["adaptive_lambda"]["grad1_norm"]
     dsm = gradients(net, n * weight[0])
-    found = ctm.add_gradients(net, strong @ weight, dsm, other @ weight, 1.0, 1.0)
-    close(found, [case["raw"], case["gan_clip_0.01_10"]])
+    found = ctm.add_gradients(net, strong @ weight, dsm, other @ weight, 1.0, 1.0, 1.0)
+    close(list(found.values()), [case["raw"], case["gan_clip_0.01_10"]])
 
 
 def test_last_layer_is_the_second_convolution_of_the_last_residual_block():
@@ -533,29 +534,41 @@ def test_last_layer_is_the_second_convolution_of_the_last_residual_block():
     assert ctm.last_layer(net).shape == (192, 192, 3, 3)
 
 
-@pytest.mark.parametrize("with_gan", [False, True])
-def test_gradients_are_those_of_the_weighted_sum(with_gan):
+@pytest.mark.parametrize("with_gan, dsm_weight", [(False, 1), (True, 1), (True, 0.3), (True, 0),
+                                                  (False, 0)])
+def test_gradients_are_those_of_the_weighted_sum(with_gan, dsm_weight):
     """Of the share of the batch, added to what there is; the adaptive weights are constants."""
     net, target, weight = clear(tiny()), frozen(tiny(0.05)), 0.7
     teacher = frozen(tiny(0.1, cond=False))
     last = net.get_parameter("output_blocks.1.0.out_layers.3.weight")
     losses = terms(net, target, teacher)[:3]
     norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in losses]
-    lambda_dsm = norms[0] / (norms[1] + 1e-4)
-    lambda_gan = (norms[0] / (norms[2] + 1e-4)).clamp(0.01, 10) * with_gan
-    total = losses[0] + lambda_dsm * losses[1] + weight * lambda_gan * losses[2]
+    wanted = {}
+    total = losses[0]
+    if dsm_weight:
+        wanted["lambda_dsm"] = norms[0] / (norms[1] + 1e-4)
+        total = total + dsm_weight * wanted["lambda_dsm"] * losses[1]
+    if with_gan:
+        wanted["lambda_gan"] = (norms[0] / (norms[2] + 1e-4)).clamp(0.01, 10)
+        total = total + weight * wanted["lambda_gan"] * losses[2]
     once = torch.cat([grad.flatten() for grad in gradients(net, total)])
     before = [p.grad for p in net.parameters()]
     for share in (0.25, 0.5):
         ctm_loss, dsm, gan, _ = terms(net, target, teacher)
-        dsm = gradients(net, dsm)
-        found = ctm.add_gradients(net, ctm_loss, dsm, gan if with_gan else None, weight, share)
-        close(found, [lambda_dsm, lambda_gan][:1 + with_gan], 1e-4)
-        assert not any(value.requires_grad for value in found)
+        dsm = gradients(net, dsm) if dsm_weight else None
+        found = ctm.add_gradients(net, ctm_loss, dsm, gan if with_gan else None, dsm_weight, weight,
+                                  share)
+        assert found.keys() == wanted.keys()
+        close(list(found.values()), list(wanted.values()), 1e-4)
+        assert not any(value.requires_grad for value in found.values())
     assert (gradient(net) - 0.75 * once).norm() < 1e-4 * once.norm() and once.norm() > 0
     # In place: the ranks sum a buffer that the gradients are views of.
     assert all(p.grad is grad for p, grad in zip(net.parameters(), before))
-    scale = [norms[0], lambda_dsm * norms[1], weight * lambda_gan * norms[2]][:2 + with_gan]
+    scale = [norms[0]]
+    if dsm_weight:
+        scale.append(dsm_weight * wanted["lambda_dsm"] * norms[1])
+    if with_gan:
+        scale.append(weight * wanted["lambda_gan"] * norms[2])
     assert min(scale) > 1e-3 * max(scale)  # no term is lost in the tolerance
 
 

@@ -34,6 +34,8 @@ VARIANTS = {
     "published": TEACHER + "--lr 0",
     "zero": TEACHER + "--lr 0 --s-init zero --sample-every 2",
     "local": TEACHER + "--matching local",
+    "no-dsm": TEACHER + "--dsm-weight 0 --dropout 0.3",
+    "little-dsm": TEACHER + "--dsm-weight 0.3 --disc conv --disc-start 0 --disc-weight 0.7",
     "global": TEACHER + "--matching global --disc conv --disc-start 0",
     "many-steps": TEACHER + "--N 9 --max-steps 8 --dist l1 --s-init zero",
     "scratch": NET + "--teacher none --no-class-cond --lr 0.1",
@@ -242,23 +244,27 @@ def by_hand(args, model_args, origin):
                 total = real_loss + (1 + critic(fake)).clamp(min=0).mean()
                 terms = dict(loss_disc=total)
             else:
-                t = ctm.dsm_times(b, args.p_t, "cpu")
-                x_t = x0 + common.bcast(t, x0) * torch.randn_like(x0)
-                dsm = (ctm.g(net, x_t, t, t, y) - x0).square().mean((1, 2, 3))
+                terms = {}
+                if args.dsm_weight:
+                    t = ctm.dsm_times(b, args.p_t, "cpu")
+                    x_t = x0 + common.bcast(t, x0) * torch.randn_like(x0)
+                    dsm = (ctm.g(net, x_t, t, t, y) - x0).square().mean((1, 2, 3))
+                    terms["dsm"] = ((1 / t**2 + 4) * dsm).mean()
                 losses, x_est = ctm.loss_fn(net, target, solve, x0, noise, times, i, j, k, y, dist)
-                terms = dict(loss=losses.mean(), loss_dsm=((1 / t**2 + 4) * dsm).mean())
                 of_images += zip(times[i].tolist(), losses.tolist())
                 if adversarial:
-                    terms["loss_gan"] = -critic(x_est).mean()
-                strength, *others = (
-                    torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-                    for loss in terms.values())
-                weights = [(strength / (other + 1e-4)).clamp(*limit)
-                           for other, limit in zip(others, ((0, 1e4), (0.01, 10)))]
-                total = terms["loss"] + weights[0] * terms["loss_dsm"]
-                if adversarial:
-                    total = total + args.disc_weight * weights[1] * terms["loss_gan"]
-                terms |= dict(zip(("lambda_dsm", "lambda_gan"), weights))
+                    terms["gan"] = -critic(x_est).mean()
+
+                def strength(loss):
+                    return torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+                total, told = losses.mean(), dict(loss=losses.mean())
+                for name, term in terms.items():
+                    weight = strength(told["loss"]) / (strength(term) + 1e-4)
+                    low, high = dict(dsm=(0, 1e4), gan=(0.01, 10))[name]
+                    told |= {f"loss_{name}": term, f"lambda_{name}": weight.clamp(low, high)}
+                    factor = dict(dsm=args.dsm_weight, gan=vars(args).get("disc_weight"))[name]
+                    total = total + factor * told[f"lambda_{name}"] * term
+                terms = told
             (total * b / B).backward()
             for key, value in terms.items():
                 sums[key] += value.item() * b / B
@@ -337,7 +343,29 @@ def test_variants_by_hand(trained, name):
     assert_by_hand(folder, {last(folder)["step"]: last(folder)}, teacher)
     assert last(folder)["model_args"]["classes"] == (0 if name == "scratch" else 10)
     losses = {record["loss"] for record in records(folder)}
-    assert len(losses) == 1 + (name != "global")  # whose second step is the critic's
+    with_critic = last(folder)["args"]["disc"] == "conv"  # its is the second step
+    assert len(losses) == 1 + (not with_critic)
+
+
+def test_without_the_denoising_loss_the_log_has_none(trained):
+    folder = ended(trained, "no-dsm") / "no-dsm"
+    for record in records(folder):
+        assert "loss" in record and not record.keys() & {"loss_dsm", "lambda_dsm"}
+    assert "p_t" not in last(folder)["args"]
+
+
+@pytest.mark.parametrize("weight, code", [("1", 0), ("0.5", 2)])
+def test_a_run_of_before_the_weight_is_resumed(trained, tmp_path, weight, code):
+    """Its denoising loss had weight 1."""
+    state = last(ended(trained, "game") / "game")
+    del state["args"]["dsm_weight"]
+    (tmp_path / "old").mkdir()
+    torch.save(state, tmp_path / "old" / "last.pt")
+    shutil.copy(trained[0] / "teacher.pt", tmp_path)
+    done = run_script(*GAME.split(), "--dsm-weight", weight, "--out-dir", "old", script="ctm.py",
+                      cwd=tmp_path, code=code)
+    assert ("resumed at step 8" in done.stdout) == (code == 0)
+    assert ("--dsm-weight 1.0 there, 0.5 now" in done.stderr) == (code == 2)
 
 
 @pytest.mark.parametrize("name", ["published", "zero"])
@@ -652,6 +680,11 @@ MISTAKES = [
     ("--disc projected --disc-start 1", "--disc projected needs timm"),
     ("--p-t 1 2 3", "--p-t 1.0 2.0 3.0: name MEAN STD"),
     ("--p-t uniform", "--p-t uniform: the denoising loss draws"),
+    ("--dsm-weight 0 --p-t 0 1", "--p-t does not apply without --dsm-weight"),
+    ("--teacher none --dsm-weight 0", "--dsm-weight 0: with --teacher none it is the denoising"),
+    ("--dsm-weight -1", "--dsm-weight"),
+    ("GAME --dsm-weight 0.5 --out-dir run", "--dsm-weight 1.0 there, 0.5 now"),
+    ("--ckpt ctm.pt --dsm-weight 1", "--dsm-weight does not apply with --ckpt"),
     ("--teacher student/last.pt --out-dir student", "--out-dir student holds the --teacher"),
     ("--teacher student.pt", "--teacher student.pt holds a student"),
     ("--teacher ctm.pt", "ctm.pt was written by ctm.py"),
@@ -726,10 +759,10 @@ def test_the_teacher_is_cds(trained):
 def test_help(tmp_path):
     shown = run_script("--help", script="ctm.py", cwd=tmp_path, code=0).stdout
     assert set(re.findall(r"\n  --([\w-]+)", shown)) == set(
-        "teacher teacher-steps N max-steps matching solver dist mu s-init p-t disc disc-start "
-        "disc-weight disc-lr dataset data-dir class-cond flip net dropout workers out-dir "
-        "cache-dir overwrite total-steps batch-size micro-batch lr ema-decay seed log-every "
-        "sample-every save-every gradient-checkpointing ckpt sample eval inception sigmas "
+        "teacher teacher-steps N max-steps matching solver dist mu s-init dsm-weight p-t disc "
+        "disc-start disc-weight disc-lr dataset data-dir class-cond flip net dropout workers "
+        "out-dir cache-dir overwrite total-steps batch-size micro-batch lr ema-decay seed "
+        "log-every sample-every save-every gradient-checkpointing ckpt sample eval inception sigmas "
         "labels save device precision compile steps gamma heun edit image mask factor "
         "noise-level noisy".split())
     assert max(map(len, shown.splitlines())) <= 100
