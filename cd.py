@@ -371,6 +371,7 @@ def make_parser():
                  help="distil guidance too, weights w in [0, W]: (1 + w) cond - w uncond (default "
                  "0: no guidance)")
 
+    common.add_parametrisation_flag(student)
     common.add_continuous_flags(student)
 
     draw = parser.group("sampling, further flags", ckpt=True)
@@ -440,6 +441,8 @@ def train(args, run, stop):
         model_args["cond"] = w_max > 0
     else:
         model_args["null"] = label_dropout > 0
+    if objective == "discrete":
+        model_args["parametrisation"] = args.parametrisation
     net = common.new_network(args, run, model_args, teacher)
     if objective in ("continuous", "scm"):
         common.cut_time_embedding(net, args.bandwidth)

@@ -113,6 +113,12 @@ def cm_scalings(t):
     c_skip = SIGMA_DATA**2 / ((t - T_MIN) ** 2 + SIGMA_DATA**2)
     return c_skip, SIGMA_DATA * (t - T_MIN) / root, 1 / root
 
+def free_scalings(t):
+    """The same of a free-form network: f is x at t_min, and the network alone above. CM Eq. 4."""
+    at_t_min = (t <= T_MIN).to(t.dtype)
+    _, _, c_in = edm_scalings(t)
+    return at_t_min, 1 - at_t_min, c_in
+
 def c_noise(t):
     """What the network is told of t: EDM's ln(t)/4, times 1000 as ADM's embedding expects."""
     return C_NOISE * t.log()
@@ -139,9 +145,12 @@ def denoise(net, x, t, y=None, cond=None, masks=None):
 def consistency(net, x, t, y=None, cond=None, masks=None):
     """f(x, t), the end at t_min of the probability-flow trajectory through (x, t).
 
-    f(x, t_min) = x to the last bit. Arguments as `denoise`. Source: CM Sec. 3, App. C.
+    f(x, t_min) = x to the last bit. Arguments as `denoise`. Source: CM Sec. 3, App. C; Eq. 5, or
+    where the net says so, `net.parametrisation`, Eq. 4.
     """
-    return precondition(net, x, t, y, cond, masks, cm_scalings)
+    free = getattr(net, "parametrisation", "skip") == "free"
+    scalings = free_scalings if free else cm_scalings
+    return precondition(net, x, t, y, cond, masks, scalings)
 
 # --------------------------------------------------------------------------------------------------
 # Solvers and samplers. D: (x (B,C,H,W), t (B,)) -> clean estimate, f: the same -> x at t_min.
@@ -541,6 +550,8 @@ class Layers(nn.Sequential):
                 h = layer(h)
         return h
 
+PARAMETRISATIONS = "skip", "free"  # of a consistency function
+
 class UNet(nn.Module):
     """The ADM UNet F(x, c_noise, y, cond), with the settings of openai's consistency models.
 
@@ -550,11 +561,12 @@ class UNet(nn.Module):
     resblock_updown: resample inside residual blocks. cond: room for a second scalar (CTM's s,
     guidance weight w), which at first changes nothing. null: one more label, numbered `classes`,
     for "no label". time_scale: factor on c_noise (1/1000 in old students of NVIDIA's weights).
+    parametrisation: of the consistency function that it was trained as, see `consistency`.
     Raises ValueError if the sizes do not fit each other.
     """
     def __init__(self, image_size, base, mult, blocks, attention, head_channels, classes=0,
                  dropout=0.0, scale_shift=True, resblock_updown=True, cond=False, null=False,
-                 time_scale=1.0, channels=3):
+                 time_scale=1.0, channels=3, parametrisation="skip"):
         super().__init__()
         halvings, widths = len(mult) - 1, [base * m for m in mult]
         if image_size % 2**halvings or image_size < 8:
@@ -563,9 +575,11 @@ class UNet(nn.Module):
             raise ValueError(f"widths {widths} are not multiples of 32 and of {head_channels=}")
         if null and not classes:
             raise ValueError("a null label needs other labels beside it")
+        if parametrisation not in PARAMETRISATIONS:
+            raise ValueError(f"{parametrisation=} is none of {', '.join(PARAMETRISATIONS)}")
         self.image_size, self.base, self.classes, self.cond = image_size, base, classes, cond
         self.null_y, self.time_scale = classes if null else None, time_scale
-        self.scale_shift = scale_shift
+        self.scale_shift, self.parametrisation = scale_shift, parametrisation
         self.dtype = torch.float32  # of convolutions and attention
         self.layout = torch.contiguous_format
         self.checkpointing = False  # recompute activations in the backward pass: less memory
@@ -2008,7 +2022,8 @@ def settings_of_run(args, model_args):
         flags["--teacher"] = args["teacher"]
     return {key: show_value(value) for key, value in (flags | model_args).items()}
 
-LATER_FLAGS = {"--dsm-weight": "1.0"}  # what a run of before there was this flag had
+# What a run of before there were these settings had.
+LATER_SETTINGS = {"--dsm-weight": "1.0", "--parametrisation": "skip", "parametrisation": "skip"}
 
 def check_resumable(args, state, script, model_args, data):
     """Raises UserError if the run of a checkpoint was another script's, or had other flags or data.
@@ -2016,7 +2031,7 @@ def check_resumable(args, state, script, model_args, data):
     if state.get("script") != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose "
                         "another, or --overwrite it")
-    old = LATER_FLAGS | settings_of_run(state["args"], state["model_args"])
+    old = LATER_SETTINGS | settings_of_run(state["args"], state["model_args"])
     new = settings_of_run(vars(args), model_args)
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
                for key in sorted({"--teacher", "--teacher-digest", *new})  # others do not apply
@@ -2958,6 +2973,11 @@ def check_guidance(args, teacher, classes):
 # --------------------------------------------------------------------------------------------------
 # Editing: what the scripts' ways have in common
 # --------------------------------------------------------------------------------------------------
+
+def add_parametrisation_flag(group):
+    group.flag("--parametrisation", only=dict(objective="discrete"), choices=PARAMETRISATIONS,
+               default="skip", help="f = c_skip x + c_out F (skip, CM Eq. 5, default), or F alone "
+               "above t_min (free, CM Eq. 4)")
 
 def add_continuous_flags(group):
     """Of the objectives in continuous time, for a parser's `group`."""

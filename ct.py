@@ -288,6 +288,7 @@ def make_parser():
     train.flag("--p-t", nargs="+", type=common.p_of_t, metavar="MEAN STD",
                help="draw intervals by ln t ~ Normal(MEAN, STD^2) (iCT, ECT -1.1 2.0), or the one "
                "word uniform (CM)")
+    common.add_parametrisation_flag(train)
     common.add_continuous_flags(train)
     both = parser.group("sampling and training, further flags")
     both.flag("--sigmas", nargs="+", type=common.noise_level, metavar="T",
@@ -318,6 +319,8 @@ def train(args, run, stop):
     _, classes = common.teacher_denoiser(args, run, teacher, dataset)
 
     model_args = settings | dict(classes=classes, dropout=args.dropout)
+    if discrete:
+        model_args["parametrisation"] = args.parametrisation
     net = common.new_network(args, run, model_args, teacher)
     del teacher
     if not discrete:
