@@ -155,6 +155,10 @@ for N in (10, 40, 150):  # N levels always, and the mu of the adaptive run at N:
     ABLATIONS[f"ct-fixed-{N}"] = ablation(
         CT, f"--recipe ct NET --schedule double --s0 {N - 1} --s1 {N - 1} "
         f"--mu0 {0.9 ** (2 / (N - 1)):.6f}", 1.0)
+# CM Eq. 4; with Eq. 5 these are "cd-heun-18" and "ct-adaptive".
+EQ_4 = " --parametrisation free"
+ABLATIONS["cd-free"] = ablation(CD, "--teacher {teacher}" + EQ_4, 1.5)
+ABLATIONS["ct-free"] = ablation(CT, "--recipe ct NET" + EQ_4, 1.0)
 # Continuous time, an ingredient more each.
 UNCUT, SCM = "--objective continuous --bandwidth inf", "--objective scm "
 INGREDIENTS = {
@@ -176,7 +180,10 @@ PANELS = {  # label of a curve: its training
     "N with Heun in CD": {f"N = {N}": f"cd-heun-{N}" for N in (9, 18, 36, 72)},
     "Adaptive N and mu in CT": {"adaptive": "ct-adaptive"} | {
         f"N = {N}": f"ct-fixed-{N}" for N in (10, 40, 150)},
+    "Parametrisation": {"CD, Eq. 5": "cd-heun-18", "CD, Eq. 4": "cd-free",
+                        "CT, Eq. 5": "ct-adaptive", "CT, Eq. 4": "ct-free"},
 }
+PAIRED = "Solver and N in CD", "Parametrisation"  # whose lines come in pairs of one colour
 
 
 CONTINUOUS_TIME = {"Continuous time, from a teacher": {
@@ -481,6 +488,10 @@ def conclusions(curves):
     first = min(common_steps, default=0)  # a stopped run has more
     panel = PANELS["Metric functions in CD"]
     ends = "".join(f" {label}: {at(name):.3f}." for label, name in panel.items() if at(name))
+    free = {"CD": curves.get("cd-free"), "CT": curves.get("ct-free")}
+    course = "".join(f" {label} with Eq. 4: {curve[min(curve)]:.3f} after {min(curve)} steps, "
+                     f"{curve[max(curve)]:.3f} after {max(curve)}."
+                     for label, curve in free.items() if curve)
     solvers = [(f"N = {N}", at(f"cd-heun-{N}"), at(f"cd-euler-{N}")) for N in (9, 18, 72)]
     return [
         judged("(a) LPIPS is better than l1 and l2",
@@ -495,6 +506,9 @@ def conclusions(curves):
         judged("(d) and adaptive N and mu are better than fixed ones",
                beside("ct-adaptive", [f"ct-fixed-{N}" for N in (10, 40, 150)],
                       "adaptive beside N = {}")),
+        judged("c_skip x + c_out F (Eq. 5) is better than the network alone (Eq. 4)",
+               [("CD", at("cd-heun-18"), at("cd-free")),
+                ("CT", at("ct-adaptive"), at("ct-free"))]) + course,
     ]
 
 
@@ -572,7 +586,7 @@ def draw_panels(path, panels, curves):
     drawing = figure.Figure(figsize=(2 + 3 * len(panels), 3.6), layout="constrained")
     axes = drawing.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, lines) in zip(axes, panels.items()):
-        pairs = title.startswith("Solver")
+        pairs = title in PAIRED
         for number, (label, name) in enumerate(lines.items()):
             if curves.get(name):
                 axis.plot(*zip(*curves[name].items()), marker=".", label=label,

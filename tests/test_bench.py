@@ -351,8 +351,12 @@ def test_conclusions():
     lines = scoreboard.conclusions({
         "cd-l1": {5: 9.0, 10: 3.0}, "cd-heun-18": {10: 1.0}, "cd-heun-9": {10: 2.0},
         "cd-heun-72": {10: 0.9}, "cd-euler-18": {10: 1.5}, "ct-adaptive": {5: 9.0, 10: 2.0},
-        "ct-fixed-10": {3: 9.5, 5: 7.0, 10: 6.0}, "ct-fixed-150": {5: 8.0, 10: 7.0}})
-    assert verdicts(lines) == ["", "holds", "holds in part", "holds", "does not hold", "holds"]
+        "ct-fixed-10": {3: 9.5, 5: 7.0, 10: 6.0}, "ct-fixed-150": {5: 8.0, 10: 7.0},
+        "cd-free": {5: 30.0, 10: 1.25}})
+    assert verdicts(lines) == ["", "holds", "holds in part", "holds", "does not hold", "holds",
+                               "holds"]
+    assert lines[6].endswith("(CD 1.000 < 1.250). CD with Eq. 4: 30.000 after 5 steps, 1.250 after "
+                             "10.")
     assert "l1: 3.000. Huber: 1.000." in lines[0]
     assert "7.000 < 8.000" in lines[3] and "7.000 ≥ 6.000" in lines[4]
 

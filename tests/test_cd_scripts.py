@@ -12,8 +12,9 @@ from PIL import Image
 
 import cd
 import common
+import scoreboard
 from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
-from util import assert_mistake, exact_derivative, glyph_set, last, run_script
+from util import assert_mistake, close, exact_derivative, glyph_set, last, run_script
 
 MACHINE = ["--precision", "fp32", "--device", "cpu"]
 NET = ["--net", "glyphs", "image_size=8", "base=32", "mult=1,1", "blocks=1"]
@@ -430,6 +431,74 @@ def test_guided_student_hears_of_w(trained, tmp_path):
         assert_drawn(tmp_path / f"{w}.npz", x.clamp(-1, 1))
 
 
+@pytest.fixture(scope="module", params=["cd", "ct"])
+def free_form(request, trained, tmp_path_factory):
+    """A run of four steps, resumed after three: its script, flags and folder."""
+    flags = [*BATCHES, "--ema-decay", 0, "--total-steps", 4, "--out-dir", "free"]
+    if request.param == "cd":
+        flags += ["--teacher", trained / "teacher" / "last.pt", "--mu", 0.9,
+                  "--lr", 0.003]
+    else:
+        flags += [*NET, "--recipe", "ct", "--lr", 0.1]
+    script, free = f"{request.param}.py", ["--parametrisation", "free"]
+    folder = tmp_path_factory.mktemp("free")
+    run_script(*flags, *free, script=script, cwd=folder, code=143, prelude=STOP_AT_3)
+    assert last(folder / "free")["step"] == 3
+    done = run_script(*flags, *free, script=script, cwd=folder, code=0)
+    assert "resumed at step 3" in done.stdout
+    return script, flags, folder
+
+
+def test_free_form_is_kept_in_the_checkpoint(free_form):
+    script, flags, folder = free_form
+    state = last(folder / "free")
+    assert state["model_args"]["parametrisation"] == "free"
+    done = run_script(*flags, script=script, cwd=folder, code=2)
+    assert "parametrisation free there, skip now" in done.stderr
+    losses = [record["loss"] for record in records(folder / "free")]
+    run_script(*flags, "--out-dir", "skip", script=script, cwd=folder, code=0)
+    skip = last(folder / "skip")
+    assert skip["model_args"]["parametrisation"] == "skip" and np.isfinite(losses).all()
+    assert losses[0] != records(folder / "skip")[0]["loss"]
+    del skip["model_args"]["parametrisation"], skip["args"]["parametrisation"]  # of before
+    torch.save(skip, folder / "skip" / "last.pt")
+    done = run_script(*flags, "--out-dir", "skip", script=script, cwd=folder, code=0)
+    assert "resumed at step 4" in done.stdout
+    done = run_script(*flags, *"--out-dir skip --parametrisation free".split(), script=script,
+                      cwd=folder, code=2)
+    assert "parametrisation skip there, free now" in done.stderr
+
+
+@torch.no_grad()
+def test_free_form_is_drawn_as_it_was_trained(free_form):
+    """From last.pt, ema.pt, by the scoreboard, and edited: F(c_in x, ln t) itself; what says
+    nothing is the skip form, and another picture."""
+    script, _, folder = free_form
+    state = last(folder / "free")
+    net = common.UNet(**state["model_args"]).eval()
+    net.load_state_dict(state["ema"])
+    shape, y, t = (4, 3, 8, 8), torch.arange(4), torch.full((4,), 80.0)
+    z = common.SeededNoise(y, 0)(torch.zeros(shape))
+    x = net(80 * z / (80**2 + 0.25) ** 0.5, 250 * t.log(), y).clamp(-1, 1)
+    draw = ["--sample", 4, *MACHINE, "--save", "drawn.npz", "--ckpt"]
+    for name in ("last.pt", "ema.pt"):
+        run_script(*draw, f"free/{name}", script=script, cwd=folder, code=0)
+        saved = assert_drawn(folder / "drawn.npz", x)
+    assert saved.std() > 5
+    machine = types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32,
+                                    checkpointing=False)
+    _, way = scoreboard.multistep(80.0).open(folder / "free" / "last.pt", machine)
+    close(way(y, common.SeededNoise(y, 0), shape), x, 1e-4, 1e-5)
+    edit = "--edit interpolate --labels 0 --sample 1 --ckpt free/last.pt --save edit.npz".split()
+    run(*edit, *MACHINE, cwd=folder, code=0)
+    assert_drawn(folder / "edit.npz", x[:1])  # begins at the noise of image 0
+    del state["model_args"]["parametrisation"]
+    torch.save(state, folder / "untold.pt")
+    run_script(*draw, "untold.pt", script=script, cwd=folder, code=0)
+    untold = np.load(folder / "drawn.npz")["arr_0"].astype(int)
+    assert np.abs(untold - saved).mean() > 1
+
+
 def test_time_points_from_the_command_line(trained, tmp_path):
     """The levels it prints, it has scored; the best score is that of what it found."""
     flags = ["search-times", "--ckpt", trained / "last.pt", "--N", 5, "--sample", 20, *MACHINE]
@@ -464,6 +533,14 @@ MISTAKES = [
     ([*TEACHER, "--objective", "scm"], "--objective does not apply with --stage teacher"),
     ([*CONTINUOUS, "--r", "0.5"], "--r does not apply with --objective continuous"),
     ([*SCM, "--stop-gradient"], "--stop-gradient does not apply with --objective scm"),
+    ([*SCM, "--parametrisation", "free"],
+     "--parametrisation does not apply with --objective scm"),
+    ([*CONTINUOUS, "--parametrisation", "skip"],
+     "--parametrisation does not apply with --objective continuous"),
+    ([*TEACHER, "--parametrisation", "free"],
+     "--parametrisation does not apply with --stage teacher"),
+    (["--ckpt", "student.pt", "--parametrisation", "free"],
+     "--parametrisation does not apply with --ckpt"),
     ([*SCM, "--mu", "0.5"], "--mu does not apply with --objective scm"),
     ([*SCM, "--tangent-c", "0"], "argument --tangent-c: invalid number value: '0'"),
     ([*SCM, "--r", "1.5"], "argument --r: invalid number value: '1.5'"),
@@ -521,8 +598,8 @@ def test_mistakes_end_in_one_line(workplace, flags, message):
 def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
     flags = ("stage teacher teacher-steps label-dropout N objective stop-gradient solver mu dist "
-             "p-t weighting w-max w churn edit image mask factor noise-level noisy ckpt sample "
-             "eval inception sigmas")
+             "p-t weighting parametrisation w-max w churn edit image mask factor "
+             "noise-level noisy ckpt sample eval inception sigmas")
     for flag in flags.split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100

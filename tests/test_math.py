@@ -56,6 +56,32 @@ def test_boundary_condition_to_the_last_bit():
     assert not torch.equal(common.denoise(wild, x, full(x, 0.002)), x)
 
 
+def test_free_form():
+    """x up to t_min, to the last bit, and no gradient of the net there; above, the net alone, at
+    the next number above t_min too, fed with c_in x."""
+    x, weight = gauss((6, 3, 8, 8), 1), torch.tensor(1e6, requires_grad=True)
+    t = torch.tensor([0.001, 0.002, 0.002, 0.002, 0.9, 80.0])
+    t[3] = t[3].nextafter(torch.tensor(1.0))
+
+    def net(x, t_in, y, cond, masks):
+        return weight * (x + common.bcast(t_in, x)).sin()
+    net.parametrisation = "free"
+    f = common.consistency(net, x, t)
+    column = common.bcast(t, x)
+    F_x = weight * (x / (column**2 + 0.25).sqrt() + 250 * column.log()).sin()
+    assert torch.equal(f[:3], x[:3])
+    close(f[3:].detach(), F_x[3:].detach(), 1e-4, 100)
+    for end, wanted in ((f[:3], 0 * F_x), (f[3:], F_x[3:])):
+        slope, = torch.autograd.grad(end.sum(), weight, retain_graph=True)
+        close(slope, torch.autograd.grad(wanted.sum(), weight, retain_graph=True)[0], 1e-4, 1e-4)
+    net.parametrisation = "skip"
+    skip = common.consistency(net, x, t).detach()
+    del net.parametrisation
+    assert torch.equal(common.consistency(net, x, t), skip)
+    with pytest.raises(ValueError, match="parametrisation='other' is none of skip, free"):
+        common.UNet(**common.NETS["glyphs"], parametrisation="other")
+
+
 def test_preconditioning_wires_the_net():
     """c_skip x + c_out F(c_in x, 250 ln t, y, cond, masks), written out by hand."""
     x, y, masks = gauss((2, 3, 8, 8), 3), torch.tensor([3, 5]), torch.tensor([7, 9])

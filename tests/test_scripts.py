@@ -484,6 +484,8 @@ MISTAKES = {
                                        "mult=1,1 blocks=2 --out-dir run", "blocks 1 there, 2 now"),
     "weights without their run": (f"{TINY_NET} --out-dir half",
                                   "holds an ema.pt without last.pt"),
+    "free form in continuous time": ("--objective continuous --parametrisation free",
+                                     "--parametrisation does not apply with --objective"),
     "s1 below s0": ("--s0 10 --s1 5", "--s1 5 is below --s0 10"),
 }
 
@@ -560,7 +562,7 @@ def test_help(tmp_path):
     flags = ("dataset data-dir out-dir overwrite total-steps batch-size micro-batch lr seed "
              "log-every sample-every save-every ckpt sample eval inception sigmas labels save "
              "recipe objective schedule s0 s1 mu0 teacher teacher-steps q stages mapping dist p-t "
-             "weighting")
+             "weighting parametrisation")
     for flag in flags.split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
