@@ -4,6 +4,8 @@
     python tests/bench.py quality --ckpt out/cd/last.pt      share of digits that are as asked for
     python tests/bench.py search-times --ckpt out/cd/last.pt --M 2 --N 40     noise levels
     python tests/bench.py guided --dir out/guided_distill    every round's student, against N and w
+    python tests/bench.py figure5 --teacher out/cd/teacher/last.pt --ckpt out/cd/last.pt
+    python tests/bench.py posterior                 what an ideal denoiser sees, and where it leads
     python tests/bench.py speed                     images/s of the steps, share of the GEMM rate
     python tests/bench.py memory                    what an image of a micro-batch takes, counted
 """
@@ -308,6 +310,86 @@ def search(args):
 
 def as_flag(sigmas):
     return "--sigmas " + " ".join(f"{t:.6g}" for t in sigmas)
+
+
+# ---- pictures
+
+def open_stage(flag, path, stage):
+    """The network of a checkpoint of a teacher (stage "teacher") or a student ("distill")."""
+    net, trained = common.load_network(path, ("cd", "ct"))
+    found = trained["args"].get("stage", "distill" if trained["script"] else stage)
+    if found != stage:
+        what = "a teacher" if found == "teacher" else "a student"
+        raise common.UserError(f"{flag} {path} holds {what}")
+    return net
+
+
+def figure5(args):
+    """CM Figure 5: a row of the teacher's samples, of one step and of two; in each column from the
+    same initial noise, for the same label."""
+    teacher = open_stage("--teacher", args.teacher, "teacher")
+    student = open_stage("--ckpt", args.ckpt, "distill")
+    for key in ("image_size", "classes"):
+        theirs, ours = getattr(teacher, key), getattr(student, key)
+        if theirs != ours:
+            raise common.UserError(f"--teacher {args.teacher} has {key} {theirs}, --ckpt "
+                                   f"{args.ckpt} {ours}")
+    columns = torch.arange(args.n)
+    y = columns % student.classes if student.classes else None
+    shape = args.n, 3, student.image_size, student.image_size
+    draws = [functools.partial(cd.sample_teacher, teacher, args.N)]
+    for sigmas in ([common.T_MAX], [common.T_MAX, args.mid]):
+        draws.append(functools.partial(cd.sample, student, sigmas))
+    rows = [common.to_uint8(draw(y, common.SeededNoise(columns, args.seed), shape))
+            for draw in draws]
+    common.save_grid(args.save, [torch.cat(rows)], args.n)
+    print(f"{args.save}: teacher, {2 * args.N - 1} calls; one step; two, from {common.T_MAX:g} and "
+          f"{args.mid:g}")
+
+
+def ode_end(D, x, levels, N):
+    """Where D's probability-flow ODE takes x (B,C,H,W) from its levels (B,) by t_min: N Heun steps."""
+    grids = [common.karras_times(N + 1, t_max=t) for t in levels.tolist()]
+    times = torch.stack(grids, 1).flip(0)  # (N + 1,B)
+    for t, t_next in zip(times, times[1:]):
+        x = common.heun_step(D, x, t, t_next)
+    return x
+
+
+@torch.no_grad()
+def posterior(args):
+    """Why one step of a denoiser blurs: of each image a block, with a column for each noise level.
+
+    Rows: x_t / (1 + t), to be seen; the posterior mean E[x0 | x_t] over the data set; the end of
+    the ideal denoiser's ODE from x_t, which a consistency function learns; that of --ckpt.
+    """
+    net = open_stage("--ckpt", args.ckpt, "distill") if args.ckpt else None
+    if net and args.size:
+        raise common.UserError("--size does not apply with --ckpt")
+    size = net.image_size if net else args.size or 16
+    dataset = common.load_dataset(args.dataset, None, size)
+    if net and net.classes not in (0, dataset.classes):
+        raise common.UserError(f"--ckpt {args.ckpt} knows {net.classes} classes, and "
+                               f"{args.dataset} has {dataset.classes}")
+    if max(args.index) >= len(dataset):
+        raise common.UserError(f"--index {max(args.index)}: {args.dataset} has {len(dataset)} "
+                               "images, from 0 on")
+    images, labels = dataset.__getitems__(np.arange(len(dataset)))
+    data = as_floats(images).double()
+    labels = labels if dataset.classes else None
+    ideal, t = common.ideal_denoiser(data, labels), torch.tensor(args.sigmas)
+    column, blocks = t.view(-1, 1, 1, 1), []
+    for index in args.index:
+        x0 = data[[index]].float()
+        x_t = x0 + column * common.SeededNoise(torch.tensor([index]), args.seed)(x0)
+        y = None if labels is None else labels[index].expand(len(t))
+        D = functools.partial(ideal, y=y)
+        rows = [x_t / (1 + column), D(x_t, t), ode_end(D, x_t, t, args.N)]
+        if net:
+            rows.append(cd.consistency_function(net, y if net.classes else None)(x_t, t))
+        blocks.append(common.to_uint8(torch.cat(rows)))
+    common.save_grid(args.save, blocks, len(t))
+    print(f"{args.save}: {len(rows)} rows, noise levels {' '.join(f'{t:g}' for t in args.sigmas)}")
 
 
 # ---- tensorboard
@@ -648,6 +730,34 @@ def add_guided(commands):
     command.set_defaults(run=guided)
 
 
+def add_pictures(commands):
+    command = commands.add_parser("figure5", help="CM Figure 5: teacher, one step and two, each "
+                                  "column from the same noise")
+    flag = command.add_argument
+    flag("--teacher", required=True, metavar="FILE", help="of cd.py --stage teacher")
+    flag("--ckpt", required=True, metavar="FILE", help="a consistency model of cd.py or ct.py")
+    flag("--n", type=common.positive, default=20, help="columns (default 20)")
+    flag("--N", type=common.number(int, 2), default=18, help="the teacher's levels (default 18)")
+    flag("--mid", type=common.noise_level, default=1.6, help="second noise level (default 1.6)")
+    flag("--seed", type=common.count, default=0)
+    flag("--save", default="figure5.png", metavar="PATH")
+    command.set_defaults(run=figure5)
+    command = commands.add_parser("posterior", help="noisy images, the ideal denoiser's posterior "
+                                  "means and where its ODE ends, against the noise level")
+    flag = command.add_argument
+    flag("--dataset", default="glyphs", metavar="NAME", help="whose images (default glyphs)")
+    flag("--size", type=common.positive, help="pixels (default: the network's, or 16)")
+    flag("--ckpt", metavar="FILE", help="a consistency model, for one more row")
+    flag("--index", type=common.count, nargs="+", default=[0, 1], metavar="I",
+         help="images of the data set, a block each (default 0 1)")
+    flag("--sigmas", type=common.noise_level, nargs="+", metavar="T",
+         default=[80.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2], help="noise levels, a column each")
+    flag("--N", type=common.positive, default=40, help="Heun steps (default 40)")
+    flag("--seed", type=common.count, default=0)
+    flag("--save", default="posterior.png", metavar="PATH")
+    command.set_defaults(run=posterior)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -655,6 +765,7 @@ def make_parser():
     add_quality(commands)
     add_search(commands)
     add_guided(commands)
+    add_pictures(commands)
     command = commands.add_parser("tensorboard", help="a run's log and pictures for TensorBoard")
     command.add_argument("dir", help="the run's --out-dir")
     command.set_defaults(run=show_in_tensorboard)

@@ -117,6 +117,9 @@ MUTANTS = {
         ("(x + 1) * 127.5).round()", "(x + 1) * 127.5)", "common"),
         ("(SAMPLE, seed, i)", "(SAMPLE, seed, 0)", "common"),
         ("return t * noise(torch.zeros(shape", "return noise(torch.zeros(shape", "ct"),
+        ("at_t_min = (t <= T_MIN)", "at_t_min = (t < T_MIN)", "math"),
+        ("return at_t_min, 1 - at_t_min, c_in", "return 0 * at_t_min, 1 - at_t_min, c_in", "math"),
+        ("old = LATER_SETTINGS | settings_of_run", "old = settings_of_run", "cd_scripts"),
     ],
     "cd.py": [
         ("min((step + 1) / args.warm_up, 1)", "min(step / args.warm_up, 1)", "cd_scripts"),
@@ -148,6 +151,8 @@ MUTANTS = {
          "cd_scripts"),
         ("common.ema_update(ema, net, args.ema_decay)", "common.ema_update(ema, target, "
          "args.ema_decay)", "cd_scripts"),
+        ('        model_args["parametrisation"] = args.parametrisation\n', "        pass\n",
+         "cd_scripts"),
     ],
     "ct.py": [
         ("r = args.r * min((step + 1) / args.warm_up, 1)", "r = args.r", "cd_scripts"),
@@ -171,6 +176,8 @@ MUTANTS = {
         ("common.seed_everything(common.STEP, args.seed, step, m)",
          "common.seed_everything(common.STEP, args.seed, 0, m)", "scripts"),
         ("common.ema_update(target, net, mu)", "common.ema_update(target, net, 1 - mu)", "scripts"),
+        ('        model_args["parametrisation"] = args.parametrisation\n', "        pass\n",
+         "cd_scripts"),
     ],
     "ctm.py": [
         ("net.output_blocks[-1][0].out_layers[3]", "net.output_blocks[-2][0].out_layers[3]", "ctm"),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import scoreboard
 import torch
-from util import ROOT, VECTORS, close, fill, run_script
+from PIL import Image
+from util import ROOT, VECTORS, close, fill, gaussian_denoiser, gaussian_flow, run_script
 
 import common
 import guided_distill
@@ -418,3 +419,116 @@ def test_a_mistake_ends_in_one_line():
     done = run_script("quality", "--ckpt", "a.pt", "--jobs", "2", script="tests/bench.py", cwd=ROOT,
                       code=2)
     assert done.stderr == "bench.py: error: --jobs does not apply with --ckpt\n"
+
+
+# ---- pictures
+
+def small_net(path, script="cd", offset=0.0, **args):
+    """A checkpoint of ten classes and 16 pixels, never trained."""
+    model_args = common.net_settings(NET[1:]) | dict(classes=10, dropout=0.0)
+    net = fill(common.UNet(**model_args), offset)
+    torch.save(dict(script=script, args=args, model_args=model_args, ema=net.state_dict()), path)
+    return net.eval()
+
+
+def picture(path, rows, columns, blocks=1):
+    """Its tiles, blocks of (rows,columns,16,16,3), from a PNG enlarged threefold."""
+    pixels = np.asarray(Image.open(path))[::3, ::3].astype(int)
+    assert pixels.shape == (16 * rows, blocks * 16 * columns + 4 * (blocks - 1), 3)
+    tiles = []
+    for block in range(blocks):
+        left = block * (16 * columns + 4)
+        part = pixels[:, left:left + 16 * columns]
+        tiles.append(part.reshape(rows, 16, columns, 16, 3).swapaxes(1, 2))
+    return np.stack(tiles)
+
+
+def pictured(x):
+    """(n,3,16,16) -> (n,16,16,3), bytes."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def test_figure5(tmp_path):
+    """Rows: the teacher, one step, two; each column from one initial noise, for one label."""
+    teacher = small_net(tmp_path / "teacher.pt", stage="teacher")
+    student = small_net(tmp_path / "student.pt", offset=0.3, stage="distill")
+    run_script(*"figure5 --teacher teacher.pt --ckpt student.pt --n 12 --N 3 --mid 0.9 --seed 5 "
+               "--save out.png".split(), script="tests/bench.py", cwd=tmp_path, code=0)
+    y, shape = torch.arange(12) % 10, (12, 3, 16, 16)
+    noise = common.SeededNoise(torch.arange(12), 5)
+    z, more = noise(torch.zeros(shape)), noise(torch.zeros(shape))
+    D = lambda x, t: common.denoise(teacher, x, t, y)
+    f = lambda x, t: common.consistency(student, x, torch.full((12,), t), y).clamp(-1, 1)
+    one = f(80 * z, 80.0)
+    two = f(one + (0.9**2 - 0.002**2) ** 0.5 * more, 0.9)
+    wanted = [common.heun_sample(D, 80 * z, 3), one, two]
+    found = picture(tmp_path / "out.png", 3, 12)[0]
+    for row, x in zip(found, wanted):
+        assert np.abs(row - pictured(x)).max() <= 1 and row.std() > 5
+
+
+@torch.no_grad()
+def test_posterior_means_and_ends_of_their_ode(tmp_path):
+    """Of nine images in three classes: the softmax of squared distances, written out; at a low
+    level the image itself. The ODE ends at an image of the class, and the student is f."""
+    rng = np.random.default_rng(0)
+    images = np.kron(rng.integers(0, 256, (9, 4, 4, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
+    labels = np.arange(9) % 3
+    np.savez(tmp_path / "nine.npz", arr_0=images, arr_1=labels)
+    torch.manual_seed(0)
+    model_args = common.net_settings(NET[1:]) | dict(classes=3, dropout=0.0)
+    net = fill(common.UNet(**model_args)).eval()
+    state = dict(script="ct", args={}, model_args=model_args, ema=net.state_dict())
+    torch.save(state, tmp_path / "student.pt")
+    run_script(*"posterior --dataset nine.npz --ckpt student.pt --index 4 8 --sigmas 80 9 0.05 "
+               "--save out.png --seed 2".split(), script="tests/bench.py", cwd=tmp_path, code=0)
+    tiles = picture(tmp_path / "out.png", 4, 3, blocks=2)
+    data = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
+    for index, block in zip((4, 8), tiles):
+        z = common.SeededNoise(torch.tensor([index]), 2)(torch.zeros(1, 3, 16, 16))[0].double()
+        x_t = torch.stack([data[index] + t * z for t in (80, 9, 0.05)])
+        levels, y = torch.tensor([80, 9, 0.05]), torch.full((3,), index % 3)
+        own = data[labels == index % 3]
+        means = []
+        for x, t in zip(x_t, levels.double()):
+            squares = (x - own).square().sum((1, 2, 3))
+            p = (-squares / (2 * t**2)).softmax(0)
+            means.append((p.view(3, 1, 1, 1) * own).sum(0))
+        f = common.consistency(net, x_t.float(), levels, y)
+        shown = x_t / (1 + levels.double().view(3, 1, 1, 1))
+        for row, x in ((block[0], shown), (block[1], torch.stack(means)), (block[3], f)):
+            assert np.abs(row - pictured(x)).max() <= 1
+        distances = np.abs(block[2][:, None] - images[labels == index % 3]).max((2, 3, 4))
+        assert (distances.min(1) <= 2).all()
+        for same in (block[1][2], block[2][2]):
+            assert np.abs(same - images[index]).max() <= 2
+        assert np.abs(block[1][0] - images[index]).mean() > 20  # at 80 it is the mean of three
+
+
+def test_the_ode_of_gaussian_data_ends_where_it_should():
+    """Each image from its own level: x scales with the deviation."""
+    x, t = torch.randn(3, 3, 2, 2), torch.tensor([80.0, 3.0, 0.1])
+    end = bench.ode_end(gaussian_denoiser(0.5), x, t, 60)
+    close(end, gaussian_flow(x, t.view(3, 1, 1, 1), 0.002, 0.5), 5e-3, 1e-5)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("figure5 --teacher student.pt --ckpt student.pt", "--teacher student.pt holds a student"),
+    ("figure5 --teacher teacher.pt --ckpt teacher.pt", "--ckpt teacher.pt holds a teacher"),
+    ("figure5 --teacher teacher.pt --ckpt other.pt",
+     "--teacher teacher.pt has classes 10, --ckpt other.pt 3"),
+    ("posterior --ckpt teacher.pt", "--ckpt teacher.pt holds a teacher"),
+    ("posterior --ckpt student.pt --size 16", "--size does not apply with --ckpt"),
+    ("posterior --ckpt other.pt", "--ckpt other.pt knows 3 classes, and glyphs has 10"),
+    ("posterior --index 20000", "--index 20000: glyphs has 20000 images")])
+def test_mistakes_of_pictures(tmp_path, words, message, monkeypatch):
+    small_net(tmp_path / "teacher.pt", stage="teacher")
+    small_net(tmp_path / "student.pt", stage="distill")
+    model_args = common.net_settings(NET[1:]) | dict(classes=3, dropout=0.0)
+    state = common.UNet(**model_args).state_dict()
+    torch.save(dict(script="ct", args={}, model_args=model_args, ema=state), tmp_path / "other.pt")
+    monkeypatch.chdir(tmp_path)
+    args = bench.make_parser().parse_args(words.split())
+    with pytest.raises(common.UserError, match=message):
+        args.run(args)
