@@ -348,7 +348,7 @@ def figure5(args):
 
 
 def ode_end(D, x, levels, N):
-    """Where D's probability-flow ODE takes x (B,C,H,W) from its levels (B,) by t_min: N Heun steps."""
+    """Where the ODE of D takes x (B,C,H,W) from its levels (B,) by t_min, in N Heun steps."""
     grids = [common.karras_times(N + 1, t_max=t) for t in levels.tolist()]
     times = torch.stack(grids, 1).flip(0)  # (N + 1,B)
     for t, t_next in zip(times, times[1:]):
