@@ -550,11 +550,12 @@ class UNet(nn.Module):
     resblock_updown: resample inside residual blocks. cond: room for a second scalar (CTM's s,
     guidance weight w), which at first changes nothing. null: one more label, numbered `classes`,
     for "no label". time_scale: factor on c_noise (1/1000 in old students of NVIDIA's weights).
+    dropout_size: the largest maps that drop out, pixels of a side; 0: all do.
     Raises ValueError if the sizes do not fit each other.
     """
     def __init__(self, image_size, base, mult, blocks, attention, head_channels, classes=0,
                  dropout=0.0, scale_shift=True, resblock_updown=True, cond=False, null=False,
-                 time_scale=1.0, channels=3):
+                 time_scale=1.0, channels=3, dropout_size=0):
         super().__init__()
         halvings, widths = len(mult) - 1, [base * m for m in mult]
         if image_size % 2**halvings or image_size < 8:
@@ -623,9 +624,15 @@ class UNet(nn.Module):
         self.block_shapes = [block.shape for block in blocks]  # (C,H,W) each
         for number, block in enumerate(blocks):
             block.number = number
+        smallest = min(shape[2] for shape in self.block_shapes)
+        if 0 < dropout_size < smallest:
+            raise ValueError(f"{dropout_size=}: the smallest map has {smallest} pixels, so none "
+                             "would drop out")
+        self.dropout_size = dropout_size or image_size
 
     def draw_masks(self, n):
-        """What dropout keeps of n images: for each residual block (n,C,H,W) bool; None if all.
+        """What dropout keeps of n images: for each residual block (n,C,H,W) bool, or None where its
+        map is larger than dropout_size; None if nothing drops out.
 
         An argument of `forward`, so that several passes can share them, and drawn outside it, as
         what torch.compile makes of a random number depends on the graph around it.
@@ -635,6 +642,9 @@ class UNet(nn.Module):
         device = next(self.parameters()).device
         masks = []
         for shape in self.block_shapes:
+            if shape[2] > self.dropout_size:
+                masks.append(None)
+                continue
             u = torch.empty(n, *shape, device=device, memory_format=self.layout).uniform_()
             masks.append(u >= self.dropout)
         return masks
@@ -1723,10 +1733,16 @@ def choose_device(name, local):
 
 def allows_tf32(args):
     """Whether what is not in bf16, above all LPIPS and critics, may compute in TF32, in which the
-    papers' runs did: not where fp32 is asked for, a derivative taken, or FID measured."""
-    flags = vars(args)
-    continuous = flags.get("objective") in ("continuous", "scm")
-    return flags["precision"] != "fp32" and not continuous and not flags.get("eval")
+    papers' runs did: not where fp32 is asked for, a derivative is a difference of two outputs,
+    which needs all bits, or FID is measured, to be compared. Raises UserError for tf32 there."""
+    flags, why_not = vars(args), None
+    if flags.get("objective") in ("continuous", "scm"):
+        why_not = f"--objective {args.objective}, whose derivatives are differences in fp32"
+    elif flags.get("eval"):
+        why_not = f"--eval {args.eval}: what is measured is drawn and seen in bf16 or fp32"
+    if why_not and args.precision == "tf32":
+        raise UserError(f"--precision tf32 does not apply with {why_not}: name auto, bf16 or fp32")
+    return args.precision != "fp32" and why_not is None
 
 def join_processes(device, rank, world, restarts):
     """Make the process group of what torchrun started. Returns the restarts of any node."""
@@ -1764,13 +1780,12 @@ def setup(args):
     if absent and (rank, local, world) != (0, 0, 1):
         raise UserError(f"the environment holds RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}"
                         f", but no {absent[0]}: start with torchrun, or unset them")
-    device = choose_device(args.device, local)
+    device, tf32 = choose_device(args.device, local), allows_tf32(args)
     if world > 1:
         restarts = join_processes(device, rank, world, restarts)
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        tf32 = allows_tf32(args)
         torch.backends.cudnn.allow_tf32 = tf32
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # it is so on purpose
@@ -1996,6 +2011,9 @@ def take_lock(folder, name, make):
             old.unlink(missing_ok=True)
     return None
 
+# Settings that older runs lack: what they have been all the time
+NEUTRAL = {"dropout_size": "0", "--dropout-size": "0", "--lr-ramp": "0"}
+
 def spans_the_run(args):
     """Whether a schedule depends on --total-steps: N(k), ECT's stages, rounds of distillation."""
     return "s1" in args or "round_steps" in args or args.get("stages", 1) > 1
@@ -2014,7 +2032,7 @@ def check_resumable(args, state, script, model_args, data):
     if state.get("script") != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose "
                         "another, or --overwrite it")
-    old = settings_of_run(state["args"], state["model_args"])
+    old = NEUTRAL | settings_of_run(state["args"], state["model_args"])
     new = settings_of_run(vars(args), model_args)
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
                for key in sorted({"--teacher", "--teacher-digest", *new})  # others do not apply
@@ -2055,8 +2073,8 @@ def bytes_an_image(args, run, script, net):
     if not getattr(args, "stop_gradient", True):  # two passes in float32, whatever the dtype
         graph *= 2.75 * 2 / run.dtype.itemsize
     total = graph
-    if net.dropout:
-        total += units  # the masks
+    if net.dropout:  # the masks
+        total += sum(math.prod(shape) for shape in net.block_shapes if shape[2] <= net.dropout_size)
     if script == "ctm":
         total += graph  # of the jump, and of the target's jump that goes on from it
     if getattr(args, "dist", None) == "lpips":
@@ -2404,6 +2422,13 @@ class Log:
 def due(every, step, last=False):
     return every > 0 and (step % every == 0 or last)
 
+def precision_of(run):
+    """What a run computes in, in words."""
+    dtype = str(run.dtype).removeprefix("torch.")
+    if run.device.type == "cuda" and torch.get_float32_matmul_precision() == "high":
+        return "TF32, the rest float32" if dtype == "float32" else f"{dtype}, the rest TF32"
+    return dtype
+
 def start_run(args, run, net, step, skipped):
     """Make the output folder, say what runs, open the log. Raises UserError."""
     global ranks_differ
@@ -2413,10 +2438,9 @@ def start_run(args, run, net, step, skipped):
             Path(args.out_dir, "samples").mkdir(parents=True, exist_ok=True)
         print(" ".join(f"{key}={show_value(value)}" for key, value in vars(args).items()))
         size = sum(p.numel() for p in net.parameters()) / 1e6
-        precision = str(run.dtype).removeprefix("torch.")
         resumed = f"; resumed at step {step}" if step else ""
         print(f"{size:.2f}M parameters, {run.world} process(es) on {run.device.type}, "
-              f"{precision}{resumed}")
+              f"{precision_of(run)}{resumed}")
         if "bandwidth" in args:
             cut = (net.time_embed[0].weight == 0).all(0).sum()
             print(f"time embedding: {cut} of {net.base} features turn by more than "
@@ -2424,6 +2448,10 @@ def start_run(args, run, net, step, skipped):
         if getattr(args, "warm_up", 0) > args.total_steps:
             print(f"note: --warm-up {args.warm_up} outlasts the run: r ends at "
                   f"{args.r * args.total_steps / args.warm_up:.2g}")
+        images = args.total_steps * args.batch_size
+        if getattr(args, "lr_ramp", 0) > images:
+            print(f"note: --lr-ramp {args.lr_ramp} outlasts the run of {images:,} images: the "
+                  f"learning rate ends at {learning_rate(args, args.total_steps):.2g}")
         pieces = args.batch_size // args.micro_batch
         if run.world > pieces:
             print(f"note: {run.world} processes share {pieces} micro-batches: some idle")
@@ -2747,6 +2775,7 @@ MOVED = {  # flags of before
 RUN_FLAGS = ("dataset", "data_dir", "cache_dir", "class_cond", "flip", "net", "workers",
              "overwrite", "seed", "log_every", "sample_every", "save_every", "device", "precision",
              "compile", "gradient_checkpointing")
+PRECISIONS = "auto", "bf16", "tf32", "fp32"
 SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)  # others than in training
 
 def add_shared_flags(parser, net_only):
@@ -2770,6 +2799,9 @@ def add_shared_flags(parser, net_only):
              help=f"{', '.join(NETS)}, and changes to its settings, e.g. --net cifar-small base=32 "
              "mult=1,2,2 blocks=1 attention=16,8 image_size=32")
     net.flag("--dropout", type=probability, metavar="P", help="dropout in the residual blocks")
+    net.flag("--dropout-size", only=dict(dropout=True), default=0, type=count, metavar="S",
+             help="of these the ones whose maps have S pixels or fewer a side (iCT, ECT, sCM "
+             "ImageNet-64 16); 0: all (default)")
     net.flag("--workers", type=count, metavar="N",
              help="processes that read images ahead (default: of files cores - 1, at most 8; of "
              "arrays on a disk 1, in memory 0)")
@@ -2823,9 +2855,11 @@ def add_shared_flags(parser, net_only):
               "on resume. When sampling 64 by default. Lower it if memory runs out")
     both.flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
               help="default: the first of these that is there")
-    both.flag("--precision", default="auto", choices=("auto", "bf16", "fp32"),
-              help="of convolutions and attention (default: bf16 where the device computes in "
-              "it). On CUDA the rest, LPIPS and critics above all, is in TF32 unless fp32 is named")
+    both.flag("--precision", default="auto", choices=PRECISIONS,
+              help="of convolutions and attention: auto: bf16 where the device computes in it; "
+              "tf32: TF32 on CUDA, fp32 elsewhere (default: auto; ct.py's ict and ect, but for "
+              "glyphs and paths, tf32). On CUDA the rest, LPIPS and critics above all, is in TF32 "
+              "unless fp32 is named")
     both.flag("--compile", action=switch,
               help="torch.compile the network (default: on CUDA, when training)")
 
@@ -2974,10 +3008,19 @@ def add_continuous_flags(group):
                help="the learning rate falls as sqrt(K / step) after K steps (sCM ImageNet-64 "
                "35000; default: constant)")
 
-def decayed_lr(args, step):
-    """The learning rate of a step: constant, or what --lr-decay makes of it."""
+def learning_rate(args, step):
+    """That of a step: constant, or what --lr-ramp, by the images before it, and --lr-decay make."""
+    lr, lr_ramp = args.lr, getattr(args, "lr_ramp", 0)
     lr_decay = getattr(args, "lr_decay", None)
-    return args.lr / math.sqrt(max(step / lr_decay, 1)) if lr_decay else args.lr
+    if lr_ramp:
+        lr *= min(step * args.batch_size / lr_ramp, 1)
+    if lr_decay:
+        lr /= math.sqrt(max(step / lr_decay, 1))
+    return lr
+
+def dropout_settings(args):
+    """The net settings that --dropout and --dropout-size make."""
+    return dict(dropout=args.dropout, dropout_size=getattr(args, "dropout_size", 0))
 
 def add_edit_flags(parser, tasks):
     """The flags of any editing. Returns their group, for more."""
