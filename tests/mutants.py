@@ -117,6 +117,11 @@ MUTANTS = {
         ("(x + 1) * 127.5).round()", "(x + 1) * 127.5)", "common"),
         ("(SAMPLE, seed, i)", "(SAMPLE, seed, 0)", "common"),
         ("return t * noise(torch.zeros(shape", "return noise(torch.zeros(shape", "ct"),
+        ("if shape[2] > self.dropout_size:", "if shape[2] >= self.dropout_size:", "unet"),
+        ("min(step * args.batch_size / lr_ramp, 1)", "min(step / lr_ramp, 1)", "common"),
+        ('"--lr-ramp": "0"}', '"--lr-ramp": "none"}', "common"),
+        ('args.precision != "fp32" and why_not is None', 'args.precision != "fp32"', "common"),
+        ('if why_not and args.precision == "tf32":', "if False:", "common"),
     ],
     "cd.py": [
         ("min((step + 1) / args.warm_up, 1)", "min(step / args.warm_up, 1)", "cd_scripts"),

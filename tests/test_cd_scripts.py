@@ -565,8 +565,8 @@ def test_mistakes_end_in_one_line(workplace, flags, message):
 def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
     flags = ("stage teacher teacher-steps label-dropout N objective stop-gradient solver mu dist "
-             "lr-ramp dropout-size p-t weighting w-max w churn edit image mask factor noise-level noisy ckpt sample "
-             "eval inception sigmas")
+             "p-t weighting w-max w churn edit image mask factor noise-level noisy ckpt sample "
+             "eval inception sigmas lr-ramp dropout-size")
     for flag in flags.split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
