@@ -2796,8 +2796,8 @@ def add_shared_flags(parser, net_only):
     net = parser.group("data and network, training", ckpt=False)
     net.flag("--class-cond", only=net_only, action=switch,
              help="condition on the labels (default: as the paper; for a path, if it has any)")
-    net.flag("--flip", action=switch, help="mirror half of the images (default: not for glyphs, nor where ECT's own "
-             "settings are)")
+    net.flag("--flip", action=switch,
+             help="mirror half of the images (default: not for glyphs, nor for ECT's data sets)")
     net.flag("--net", only=net_only, nargs="+", metavar="NAME KEY=VALUE",
              help=f"{', '.join(NETS)}, and changes to its settings, e.g. --net cifar-small base=32 "
              "mult=1,2,2 blocks=1 attention=16,8 image_size=32")
