@@ -347,8 +347,8 @@ def make_parser():
     train.flag("--label-dropout", only=dict(stage="teacher"), type=common.probability, metavar="P",
                help="share of labels hidden, for guidance (default 0; 0.1 for that of --w-max)")
     train.flag("--lr-ramp", only=dict(stage="teacher"), default=0, type=common.count, metavar="N",
-               help="the learning rate rises from 0 over the first N images (EDM 10 million; "
-               "default there, otherwise 0: at once)")
+               help="images over which the learning rate rises from 0 (EDM 10 million, the default "
+               "for cifar10 and imagenet64; elsewhere 0: none)")
 
     student = parser.group("algorithm, distillation", ckpt=False, stage="distill")
     discrete = dict(objective="discrete")

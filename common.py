@@ -1737,7 +1737,8 @@ def allows_tf32(args):
     """Whether what is not in bf16, above all LPIPS and critics, may compute in TF32, in which the
     papers' runs did: not where fp32 is asked for, a derivative is a difference of two outputs,
     which needs all bits, or FID is measured, to be compared. Raises UserError for tf32 there."""
-    flags, why_not = vars(args), None
+    flags = vars(args)
+    why_not = None
     if flags.get("objective") in ("continuous", "scm"):
         why_not = f"--objective {args.objective}, whose derivatives are differences in fp32"
     elif flags.get("eval"):
@@ -1782,7 +1783,8 @@ def setup(args):
     if absent and (rank, local, world) != (0, 0, 1):
         raise UserError(f"the environment holds RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}"
                         f", but no {absent[0]}: start with torchrun, or unset them")
-    device, tf32 = choose_device(args.device, local), allows_tf32(args)
+    tf32 = allows_tf32(args)
+    device = choose_device(args.device, local)
     if world > 1:
         restarts = join_processes(device, rank, world, restarts)
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -2013,7 +2015,7 @@ def take_lock(folder, name, make):
             old.unlink(missing_ok=True)
     return None
 
-# Settings that older runs lack: what they have been all the time
+# Settings that older runs lack, and what those ran with
 NEUTRAL = {"dropout_size": "0", "--dropout-size": "0", "--lr-ramp": "0"}
 
 def spans_the_run(args):
@@ -2427,9 +2429,10 @@ def due(every, step, last=False):
 def precision_of(run):
     """What a run computes in, in words."""
     dtype = str(run.dtype).removeprefix("torch.")
-    if run.device.type == "cuda" and torch.get_float32_matmul_precision() == "high":
-        return "TF32, the rest float32" if dtype == "float32" else f"{dtype}, the rest TF32"
-    return dtype
+    allowed = run.device.type == "cuda" and torch.get_float32_matmul_precision() == "high"
+    if not allowed or not torch.cuda.is_bf16_supported(including_emulation=False):  # as is TF32
+        return dtype
+    return "TF32, the rest float32" if dtype == "float32" else f"{dtype}, the rest TF32"
 
 def start_run(args, run, net, step, skipped):
     """Make the output folder, say what runs, open the log. Raises UserError."""
@@ -3013,8 +3016,8 @@ def add_continuous_flags(group):
 
 def learning_rate(args, step):
     """That of a step: constant, or what --lr-ramp, by the images before it, and --lr-decay make."""
-    lr, lr_ramp = args.lr, getattr(args, "lr_ramp", 0)
-    lr_decay = getattr(args, "lr_decay", None)
+    lr = args.lr
+    lr_ramp, lr_decay = (getattr(args, key, None) for key in ("lr_ramp", "lr_decay"))
     if lr_ramp:
         lr *= min(step * args.batch_size / lr_ramp, 1)
     if lr_decay:

@@ -383,16 +383,18 @@ def test_tf32_is_switched_as_allowed(monkeypatch):
     assert switches == ["high", "highest", "high", "high"]
 
 
-@pytest.mark.parametrize("device, switch, dtype, wanted", [
-    ("cuda", "high", torch.float32, "cuda, TF32, the rest float32\n"),
-    ("cuda", "highest", torch.float32, "cuda, float32\n"),
-    ("cuda", "high", torch.bfloat16, "cuda, bfloat16, the rest TF32\n"),
-    ("cuda", "highest", torch.bfloat16, "cuda, bfloat16\n"),
-    ("cpu", "high", torch.float32, "cpu, float32\n"),
-    ("cpu", "highest", torch.bfloat16, "cpu, bfloat16\n")])
-def test_what_a_run_computes_in_is_said(device, switch, dtype, wanted, monkeypatch, tmp_path,
+@pytest.mark.parametrize("device, young, switch, dtype, wanted", [
+    ("cuda", True, "high", torch.float32, "cuda, TF32, the rest float32\n"),
+    ("cuda", False, "high", torch.float32, "cuda, float32\n"),  # a V100 has none
+    ("cuda", True, "highest", torch.float32, "cuda, float32\n"),
+    ("cuda", True, "high", torch.bfloat16, "cuda, bfloat16, the rest TF32\n"),
+    ("cuda", True, "highest", torch.bfloat16, "cuda, bfloat16\n"),
+    ("cpu", True, "high", torch.float32, "cpu, float32\n"),
+    ("cpu", True, "highest", torch.bfloat16, "cpu, bfloat16\n")])
+def test_what_a_run_computes_in_is_said(device, young, switch, dtype, wanted, monkeypatch, tmp_path,
                                         capsys):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: switch)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: young)
     run = types.SimpleNamespace(**vars(RUN) | dict(device=torch.device(device), dtype=dtype))
     common.start_run(settings(tmp_path), run, torch.nn.Linear(2, 2), 0, 0)
     assert f"1 process(es) on {wanted}" in capsys.readouterr().out
