@@ -253,9 +253,9 @@ TEACHERS = {
                    p_t=[-0.6, 1.4]),
     "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, ema_decay=0.9995),
     "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, ema_decay=0.99929,
-                    dropout=0.13),
+                    dropout=0.13, lr_ramp=10_000_000),
     "imagenet64": dict(batch_size=4096, total_steps=610_000, lr=1e-4, ema_decay=0.9999432,
-                       dropout=0.1),
+                       dropout=0.1, lr_ramp=10_000_000),
     "bedroom256": LSUN_TEACHER | dict(total_steps=600_000),
     "cat256": LSUN_TEACHER | dict(total_steps=300_000),
 }
@@ -346,6 +346,9 @@ def make_parser():
                "over the grid (distillation: CM)")
     train.flag("--label-dropout", only=dict(stage="teacher"), type=common.probability, metavar="P",
                help="share of labels hidden, for guidance (default 0; 0.1 for that of --w-max)")
+    train.flag("--lr-ramp", only=dict(stage="teacher"), default=0, type=common.count, metavar="N",
+               help="images over which the learning rate rises from 0 (EDM 10 million, the default "
+               "for cifar10 and imagenet64; elsewhere 0: none)")
 
     student = parser.group("algorithm, distillation", ckpt=False, stage="distill")
     discrete = dict(objective="discrete")
@@ -436,7 +439,7 @@ def train(args, run, stop):
     elif label_dropout and not classes:
         raise UserError("--label-dropout needs labels, and there are none; so does --w-max")
 
-    model_args = settings | dict(classes=classes, dropout=args.dropout)
+    model_args = settings | common.dropout_settings(args) | dict(classes=classes)
     if distil:
         model_args["cond"] = w_max > 0
     else:
@@ -515,7 +518,7 @@ def train(args, run, stop):
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
-        lr = common.decayed_lr(args, step)
+        lr = common.learning_rate(args, step)
         optimizer.param_groups[0]["lr"] = lr
         if finite:
             optimizer.step()  # CM Alg. 2, line 7
@@ -592,8 +595,9 @@ if __name__ == "__main__":
 
 # Where this differs from the paper and from the official code
 #   CIFAR-10 net      the ADM UNet at NCSN++'s depth and width, log-time embedding
-#   CIFAR-10 teacher  RAdam, mirrored images. EDM: Adam with warm-up, geometric augmentation, whose
-#                     gain needs the augmentation labels as an input
+#   CIFAR-10 teacher  RAdam, mirrored images. EDM: Adam, geometric augmentation, whose gain needs
+#                     the augmentation labels as an input
+#   --lr-ramp         10 million images on CIFAR-10 and ImageNet-64, as EDM; CM's teachers: none
 #   guidance          distilling it into a consistency model that is told w is ours
 #   embedding of w    sinusoids of 25 w: the papers' 1000 w tells 4 from 4.1 too well
 #   full gradient     (--no-stop-gradient) the paper's squared norm; openai's takes the norm
@@ -613,4 +617,6 @@ if __name__ == "__main__":
 #   dropout           one mask for both branches on every device, compiled or not; openai's code
 #                     replays the CPU's random numbers
 #   pseudo-Huber      one norm an image, as in iCT; a common reimplementation: one an element
-#   precision         bf16 where the device has it, the rest fp32. CM: fp32 on CIFAR-10, else fp16
+#   precision         bf16 where the device has it, on CUDA the rest TF32. CM: fp32 on CIFAR-10,
+#                     else fp16
+#   LPIPS             pools by the average, as openai's code; its JAX code, CIFAR-10: the maximum

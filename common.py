@@ -290,6 +290,8 @@ class LPIPS(nn.Module):
     """LPIPS with VGG16 and average pooling, on images resized to 224 if they are smaller than 256.
 
     pretrained: False leaves VGG16 random, which needs no download (for tests).
+    On CUDA in TF32, where `allows_tf32`: emulated, with a random VGG16, distances of 0.05 and 0.004
+    agree with float32's to 3e-4 and 5e-4; in bf16 only to 3e-3 and 7e-3, and 4e-5 is half noise.
     Source: CM App. C. Pooling and sizes as in openai's code; the paper does not name the pooling.
     """
     def __init__(self, pretrained=True):
@@ -562,11 +564,12 @@ class UNet(nn.Module):
     guidance weight w), which at first changes nothing. null: one more label, numbered `classes`,
     for "no label". time_scale: factor on c_noise (1/1000 in old students of NVIDIA's weights).
     parametrisation: of the consistency function that it was trained as, see `consistency`.
+    dropout_size: the largest maps that drop out, pixels of a side; 0: all do.
     Raises ValueError if the sizes do not fit each other.
     """
     def __init__(self, image_size, base, mult, blocks, attention, head_channels, classes=0,
                  dropout=0.0, scale_shift=True, resblock_updown=True, cond=False, null=False,
-                 time_scale=1.0, channels=3, parametrisation="skip"):
+                 time_scale=1.0, channels=3, parametrisation="skip", dropout_size=0):
         super().__init__()
         halvings, widths = len(mult) - 1, [base * m for m in mult]
         if image_size % 2**halvings or image_size < 8:
@@ -637,9 +640,15 @@ class UNet(nn.Module):
         self.block_shapes = [block.shape for block in blocks]  # (C,H,W) each
         for number, block in enumerate(blocks):
             block.number = number
+        smallest = min(shape[2] for shape in self.block_shapes)
+        if 0 < dropout_size < smallest:
+            raise ValueError(f"{dropout_size=}: the smallest map has {smallest} pixels, so none "
+                             "would drop out")
+        self.dropout_size = dropout_size or image_size
 
     def draw_masks(self, n):
-        """What dropout keeps of n images: for each residual block (n,C,H,W) bool; None if all.
+        """What dropout keeps of n images: for each residual block (n,C,H,W) bool, or None where its
+        map is larger than dropout_size; None if nothing drops out.
 
         An argument of `forward`, so that several passes can share them, and drawn outside it, as
         what torch.compile makes of a random number depends on the graph around it.
@@ -649,6 +658,9 @@ class UNet(nn.Module):
         device = next(self.parameters()).device
         masks = []
         for shape in self.block_shapes:
+            if shape[2] > self.dropout_size:
+                masks.append(None)
+                continue
             u = torch.empty(n, *shape, device=device, memory_format=self.layout).uniform_()
             masks.append(u >= self.dropout)
         return masks
@@ -1737,10 +1749,17 @@ def choose_device(name, local):
 
 def allows_tf32(args):
     """Whether what is not in bf16, above all LPIPS and critics, may compute in TF32, in which the
-    papers' runs did: not where fp32 is asked for, a derivative taken, or FID measured."""
+    papers' runs did: not where fp32 is asked for, a derivative is a difference of two outputs,
+    which needs all bits, or FID is measured, to be compared. Raises UserError for tf32 there."""
     flags = vars(args)
-    continuous = flags.get("objective") in ("continuous", "scm")
-    return flags["precision"] != "fp32" and not continuous and not flags.get("eval")
+    why_not = None
+    if flags.get("objective") in ("continuous", "scm"):
+        why_not = f"--objective {args.objective}, whose derivatives are differences in fp32"
+    elif flags.get("eval"):
+        why_not = f"--eval {args.eval}: what is measured is drawn and seen in bf16 or fp32"
+    if why_not and args.precision == "tf32":
+        raise UserError(f"--precision tf32 does not apply with {why_not}: name auto, bf16 or fp32")
+    return args.precision != "fp32" and why_not is None
 
 def join_processes(device, rank, world, restarts):
     """Make the process group of what torchrun started. Returns the restarts of any node."""
@@ -1778,13 +1797,13 @@ def setup(args):
     if absent and (rank, local, world) != (0, 0, 1):
         raise UserError(f"the environment holds RANK {rank}, LOCAL_RANK {local}, WORLD_SIZE {world}"
                         f", but no {absent[0]}: start with torchrun, or unset them")
+    tf32 = allows_tf32(args)
     device = choose_device(args.device, local)
     if world > 1:
         restarts = join_processes(device, rank, world, restarts)
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        tf32 = allows_tf32(args)
         torch.backends.cudnn.allow_tf32 = tf32
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # it is so on purpose
@@ -2023,7 +2042,9 @@ def settings_of_run(args, model_args):
     return {key: show_value(value) for key, value in (flags | model_args).items()}
 
 # What a run of before there were these settings had.
-LATER_SETTINGS = {"--dsm-weight": "1.0", "--parametrisation": "skip", "parametrisation": "skip"}
+LATER_SETTINGS = {
+    "--dsm-weight": "1.0", "--lr-ramp": "0", "--dropout-size": "0", "dropout_size": "0",
+    "--parametrisation": "skip", "parametrisation": "skip"}
 
 def check_resumable(args, state, script, model_args, data):
     """Raises UserError if the run of a checkpoint was another script's, or had other flags or data.
@@ -2072,8 +2093,8 @@ def bytes_an_image(args, run, script, net):
     if not getattr(args, "stop_gradient", True):  # two passes in float32, whatever the dtype
         graph *= 2.75 * 2 / run.dtype.itemsize
     total = graph
-    if net.dropout:
-        total += units  # the masks
+    if net.dropout:  # the masks
+        total += sum(math.prod(shape) for shape in net.block_shapes if shape[2] <= net.dropout_size)
     if script == "ctm":
         total += graph  # of the jump, and of the target's jump that goes on from it
     if getattr(args, "dist", None) == "lpips":
@@ -2421,6 +2442,14 @@ class Log:
 def due(every, step, last=False):
     return every > 0 and (step % every == 0 or last)
 
+def precision_of(run):
+    """What a run computes in, in words."""
+    dtype = str(run.dtype).removeprefix("torch.")
+    allowed = run.device.type == "cuda" and torch.get_float32_matmul_precision() == "high"
+    if not allowed or not torch.cuda.is_bf16_supported(including_emulation=False):  # as is TF32
+        return dtype
+    return "TF32, the rest float32" if dtype == "float32" else f"{dtype}, the rest TF32"
+
 def start_run(args, run, net, step, skipped):
     """Make the output folder, say what runs, open the log. Raises UserError."""
     global ranks_differ
@@ -2430,10 +2459,9 @@ def start_run(args, run, net, step, skipped):
             Path(args.out_dir, "samples").mkdir(parents=True, exist_ok=True)
         print(" ".join(f"{key}={show_value(value)}" for key, value in vars(args).items()))
         size = sum(p.numel() for p in net.parameters()) / 1e6
-        precision = str(run.dtype).removeprefix("torch.")
         resumed = f"; resumed at step {step}" if step else ""
         print(f"{size:.2f}M parameters, {run.world} process(es) on {run.device.type}, "
-              f"{precision}{resumed}")
+              f"{precision_of(run)}{resumed}")
         if "bandwidth" in args:
             cut = (net.time_embed[0].weight == 0).all(0).sum()
             print(f"time embedding: {cut} of {net.base} features turn by more than "
@@ -2441,6 +2469,10 @@ def start_run(args, run, net, step, skipped):
         if getattr(args, "warm_up", 0) > args.total_steps:
             print(f"note: --warm-up {args.warm_up} outlasts the run: r ends at "
                   f"{args.r * args.total_steps / args.warm_up:.2g}")
+        images = args.total_steps * args.batch_size
+        if getattr(args, "lr_ramp", 0) > images:
+            print(f"note: --lr-ramp {args.lr_ramp} outlasts the run of {images:,} images: the "
+                  f"learning rate ends at {learning_rate(args, args.total_steps):.2g}")
         pieces = args.batch_size // args.micro_batch
         if run.world > pieces:
             print(f"note: {run.world} processes share {pieces} micro-batches: some idle")
@@ -2764,6 +2796,7 @@ MOVED = {  # flags of before
 RUN_FLAGS = ("dataset", "data_dir", "cache_dir", "class_cond", "flip", "net", "workers",
              "overwrite", "seed", "log_every", "sample_every", "save_every", "device", "precision",
              "compile", "gradient_checkpointing")
+PRECISIONS = "auto", "bf16", "tf32", "fp32"
 SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)  # others than in training
 
 def add_shared_flags(parser, net_only):
@@ -2782,11 +2815,15 @@ def add_shared_flags(parser, net_only):
     net = parser.group("data and network, training", ckpt=False)
     net.flag("--class-cond", only=net_only, action=switch,
              help="condition on the labels (default: as the paper; for a path, if it has any)")
-    net.flag("--flip", action=switch, help="mirror half of the images (default: not for glyphs)")
+    net.flag("--flip", action=switch,
+             help="mirror half of the images (default: not for glyphs, nor for ECT's data sets)")
     net.flag("--net", only=net_only, nargs="+", metavar="NAME KEY=VALUE",
              help=f"{', '.join(NETS)}, and changes to its settings, e.g. --net cifar-small base=32 "
              "mult=1,2,2 blocks=1 attention=16,8 image_size=32")
     net.flag("--dropout", type=probability, metavar="P", help="dropout in the residual blocks")
+    net.flag("--dropout-size", only=dict(dropout=True), default=0, type=count, metavar="S",
+             help="of these the ones whose maps have S pixels or fewer a side (iCT, ECT, sCM "
+             "ImageNet-64 16); 0: all (default)")
     net.flag("--workers", type=count, metavar="N",
              help="processes that read images ahead (default: of files cores - 1, at most 8; of "
              "arrays on a disk 1, in memory 0)")
@@ -2840,9 +2877,11 @@ def add_shared_flags(parser, net_only):
               "on resume. When sampling 64 by default. Lower it if memory runs out")
     both.flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
               help="default: the first of these that is there")
-    both.flag("--precision", default="auto", choices=("auto", "bf16", "fp32"),
-              help="of convolutions and attention (default: bf16 where the device computes in "
-              "it). On CUDA the rest, LPIPS and critics above all, is in TF32 unless fp32 is named")
+    both.flag("--precision", default="auto", choices=PRECISIONS,
+              help="of convolutions and attention: auto: bf16 where the device computes in it; "
+              "tf32: TF32 on CUDA, fp32 elsewhere (default: auto; ct.py's ict and ect, but for "
+              "glyphs and paths, tf32). On CUDA the rest, LPIPS and critics above all, is in TF32 "
+              "unless fp32 is named")
     both.flag("--compile", action=switch,
               help="torch.compile the network (default: on CUDA, when training)")
 
@@ -2996,10 +3035,19 @@ def add_continuous_flags(group):
                help="the learning rate falls as sqrt(K / step) after K steps (sCM ImageNet-64 "
                "35000; default: constant)")
 
-def decayed_lr(args, step):
-    """The learning rate of a step: constant, or what --lr-decay makes of it."""
-    lr_decay = getattr(args, "lr_decay", None)
-    return args.lr / math.sqrt(max(step / lr_decay, 1)) if lr_decay else args.lr
+def learning_rate(args, step):
+    """That of a step: constant, or what --lr-ramp, by the images before it, and --lr-decay make."""
+    lr = args.lr
+    lr_ramp, lr_decay = (getattr(args, key, None) for key in ("lr_ramp", "lr_decay"))
+    if lr_ramp:
+        lr *= min(step * args.batch_size / lr_ramp, 1)
+    if lr_decay:
+        lr /= math.sqrt(max(step / lr_decay, 1))
+    return lr
+
+def dropout_settings(args):
+    """The net settings that --dropout and --dropout-size make."""
+    return dict(dropout=args.dropout, dropout_size=getattr(args, "dropout_size", 0))
 
 def add_edit_flags(parser, tasks):
     """The flags of any editing. Returns their group, for more."""

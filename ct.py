@@ -17,7 +17,7 @@ by stage; Lu & Song 2024 (sCM, arXiv 2410.11081) with --objective scm.
 
 Result: 94.3% of one-step and 96.2% of two-step digits are read as the label asked for, 7 minutes
 on 2 cores; ect 97.7% and 99.0%, scm 98.6% and 99.5%, from scratch 96.7% and 98.5%. Published: FID
-8.70 (CT), 2.83 (iCT), 3.60 (ECT), 2.85 (sCT) on CIFAR-10, 13.0, 4.02, 5.51, 2.04 on ImageNet-64 in
+8.70 (CT), 2.83 (iCT), 3.86 (ECT), 2.85 (sCT) on CIFAR-10, 13.0, 4.02, 5.51, 2.04 on ImageNet-64 in
 one step, not run here.
 """
 import copy
@@ -145,12 +145,14 @@ DATASETS = {
     "bedroom256": LSUN | dict(sigmas=[80.0, 3.99122]),
     "cat256": LSUN | dict(sigmas=[80.0, 5.2485]),
 }
-ECT_IMAGENET = dict(batch_size=128, ema_decay=0.9999, total_steps=100_000, dropout=0.1,
+ICT_IMAGENET = dict(dropout=0.2, dropout_size=16)
+ECT_IMAGENET = dict(batch_size=128, ema_decay=0.9999, total_steps=100_000, flip=False,
+                    dropout=0.4, dropout_size=16,
                     dist="huber",  # iCT's c is ECT's 0.06 here
                     p_t=[-0.8, 1.6], weighting="edm")
-LSUN_METHODS = {  # iCT and ECT have published none
+LSUN_METHODS = {  # iCT and ECT have published none: as on ImageNet
     "ct": dict(s1=150, mu0=0.95),
-    "ict": {},
+    "ict": ICT_IMAGENET,
     "ect": ECT_IMAGENET | dict(lr=1e-5),
 }
 RECIPES = {
@@ -170,23 +172,24 @@ RECIPES = {
         "ict": dict(batch_size=1024, lr=1e-4, ema_decay=0.99993, total_steps=400_000,
                     dropout=0.3),
         "ect": dict(batch_size=128, lr=1e-4, ema_decay=0.9999, total_steps=200_000,
-                    dropout=0.2, q=2.0, stages=8),
+                    dropout=0.2, q=2.0, stages=8, flip=False),
     },
     "imagenet64": {
         "ct": dict(batch_size=2048, lr=8e-6, ema_decay=0.999943, total_steps=800_000,
                    s1=200, mu0=0.95, sigmas=[80.0, 1.91284]),
-        "ict": dict(batch_size=4096, lr=1e-4, ema_decay=0.99997, total_steps=800_000,
-                    dropout=0.2),
+        "ict": ICT_IMAGENET | dict(batch_size=4096, lr=1e-4, ema_decay=0.99997,
+                                   total_steps=800_000, net=["imagenet64", "scale_shift=false"]),
         "ect": ECT_IMAGENET | dict(lr=1e-4),
     },
     "bedroom256": LSUN_METHODS,
     "cat256": LSUN_METHODS,
 }
 # --objective continuous: openai's JAX code, CIFAR-10; that of small runs is ours.
-CONTINUOUS_LR = {"glyphs": 1e-4, "path": 1e-4}
+CONTINUOUS = dict(lr=5e-6, dropout=0.3)
+OUR_CONTINUOUS = {"glyphs": dict(lr=1e-4), "path": dict(lr=1e-4)}
 # --objective scm: sCM Tables 3 and 4, of CIFAR-10 by later reimplementations; LSUN like ImageNet.
 SCM_IMAGENET = dict(batch_size=2048, total_steps=400_000, ema_decay=0.999943, p_t=[-1.0, 1.6],
-                    dropout=0.2, lr_decay=35_000, sigmas=[80.0, 0.98238])
+                    dropout=0.45, dropout_size=16, lr_decay=35_000, sigmas=[80.0, 0.98238])
 SCM_DATASETS = {
     "glyphs": dict(total_steps=1500, p_t=[0.0, 1.6], r=0.2, warm_up=100),
     "path": {},
@@ -204,12 +207,13 @@ def recipe(flags):
     settings = dict(recipe=method, objective="discrete") | METHODS[method]
     settings |= DATASETS[name] | RECIPES[name][method]
     if objective == "discrete":
+        if method != "ct" and name in common.NAMED:
+            settings["precision"] = "tf32"
         return settings
     bandwidth = 1.0 if name == "glyphs" else common.BANDWIDTH
     settings |= dict(teacher=None, bandwidth=bandwidth)
     if objective == "continuous":
-        lr = CONTINUOUS_LR.get(name, 5e-6)
-        return settings | dict(p_t=["uniform"], lr=lr)
+        return settings | dict(p_t=["uniform"]) | OUR_CONTINUOUS.get(name, CONTINUOUS)
     settings |= common.SCM | SCM_DATASETS.get(name, SCM_IMAGENET)
     if flags.get("teacher") == "none":
         settings |= SCRATCH.get(name, dict(r=0.1))
@@ -318,7 +322,7 @@ def train(args, run, stop):
     dataset = common.open_dataset(args, run, size)
     _, classes = common.teacher_denoiser(args, run, teacher, dataset)
 
-    model_args = settings | dict(classes=classes, dropout=args.dropout)
+    model_args = settings | common.dropout_settings(args) | dict(classes=classes)
     if discrete:
         model_args["parametrisation"] = args.parametrisation
     net = common.new_network(args, run, model_args, teacher)
@@ -383,7 +387,7 @@ def train(args, run, stop):
         stopping = common.sum_over_ranks(run, stop, gradients, totals)
         grad_norm = torch.linalg.vector_norm(gradients).item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
-        lr = common.decayed_lr(args, step)
+        lr = common.learning_rate(args, step)
         optimizer.param_groups[0]["lr"] = lr
         if finite:
             optimizer.step()  # CM Alg. 3, line 6
@@ -433,21 +437,26 @@ if __name__ == "__main__":
 #   mu(k)             exp(s0 ln mu0 / N(k)), the paper's; openai's code divides by N(k) - 1
 #   N(k)              ends at total steps; openai's code never stops, and N grows on
 #   start of CT       random weights, as in the paper; openai's launch file: from EDM's teacher
+#   learning rate     CT on ImageNet-64 8e-6, on LSUN 1e-5 at batch 2048: the paper's Table 3;
+#                     openai's launch file: 1e-4, and 5e-5 at batch 256
+#   LPIPS             pools by the average, as openai's code; its JAX code, CIFAR-10: the maximum
 #   continuous CT     starts from a diffusion model, as openai's JAX code; --teacher none: from
 #                     random weights
 #   glyphs, ct        l2: LPIPS judges 16-pixel digits badly and needs a download
 #   pseudo-Huber      one norm per image, as in iCT; a common reimplementation takes it by elements
 #   ECT, the end      t_min = 0.002 in training and sampling; r is t_min at least, and there the
 #                     target is x0 + t_min noise. ECT's code: the end at 0, x0 itself the target
-#   ECT, ImageNet-64  ADM net, RAdam, learning rate 1e-4 constant, dropout 0.1 in all blocks. ECT
-#                     tunes EDM2 nets: Adam, 1e-3 to 7e-4 falling like 1/sqrt(step), dropout 0.4 to
-#                     0.5 in blocks of at most 16 pixels
+#   ECT, ImageNet-64  ADM net, RAdam, learning rate 1e-4 constant, dropout 0.4. ECT tunes EDM2
+#                     nets: Adam, 1e-3 to 7e-4 falling like 1/sqrt(step), dropout 0.4 (S) to 0.5
+#   ECT, mirroring    of no image, as in its code; nor for the teacher that is trained first
+#   iCT, ECT, LSUN    nothing published: dropout, and ECT's settings, are ImageNet-64's
+#   precision         iCT, ECT: TF32 on CUDA, as ECT's ImageNet-64; ECT on CIFAR-10: fp32; iCT does
+#                     not say. CT: bf16, the rest TF32; CM: fp32 on CIFAR-10, else fp16
 #   ECT, c            0.0599 for 64 pixels, iCT's formula; ECT's is 0.06. --dist norm is c = 0,
 #                     with gradient 0 where outputs are equal; its code makes NaN of it, then 0
 #   ECT, stages       of equal length, for any number of steps; its code counts ticks
 #   continuous, scm   see cd.py
 #   sCT               from a diffusion model, as in the paper; --teacher none: from random weights,
-#                     r held at 0.1. Dropout on ImageNet 0.2 in all blocks; sCM: 0.45 in those of at
-#                     most 16 pixels
+#                     r held at 0.1
 #   dropout           one mask for both branches, on every device, compiled or not; openai's code
 #                     replays the CPU's random numbers

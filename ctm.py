@@ -508,7 +508,7 @@ def train(args, run, stop):
     dataset = common.open_dataset(args, run, size)
     D, classes = common.teacher_denoiser(args, run, teacher, dataset)
 
-    model_args = settings | dict(classes=classes, dropout=args.dropout, cond=True)
+    model_args = settings | common.dropout_settings(args) | dict(classes=classes, cond=True)
     common.seed_everything(common.INIT, args.seed)
     net = common.make_net(model_args)
     if args.s_init == "published":

@@ -599,7 +599,8 @@ def open_pixels(args, run):
     dataset = common.open_dataset(args, run, size)
     D, classes = common.teacher_denoiser(args, run, teacher, dataset)
     common.check_guidance(args, teacher, classes)
-    model_args = settings | dict(classes=classes, dropout=args.dropout, cond=args.w_max > 0)
+    model_args = settings | common.dropout_settings(args)
+    model_args |= dict(classes=classes, cond=args.w_max > 0)
     net = common.new_network(args, run, model_args, teacher)
     angle = partial(edm_angle, sampler=args.sampler)
 
@@ -914,6 +915,8 @@ if __name__ == "__main__":
 # Where this differs from the papers; no official code was published
 #   pixel models      the teacher is an EDM denoiser; the cosine schedule runs over its noise
 #                     levels, 0.002 to 80: one teacher for all scripts. PD's log SNR: [-20, 20]
+#   averages          students are drawn with the average of a round's weights; PD draws with the
+#                     raw ones. The next round starts from the raw ones, as in PD
 #   encoder           starts at noise level 0.002, not at 0: the least the network knows
 #   stage 2's target  angles multiplied out, coefficients in float64: the papers' quotient loses
 #                     digits where neighbouring levels are close

@@ -550,10 +550,11 @@ def measure(args):
     """One variant, in a process of its own for its peak memory: a row of the table; with --profile
     rows of where its time goes, too: share, ms, calls, name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     run = types.SimpleNamespace(device=device, dtype=dtype, checkpointing=False)
-    if dtype == torch.bfloat16:  # as in the scripts, see common.allows_tf32
-        torch.set_float32_matmul_precision("high")
+    tf32 = args.dtype != "fp32"  # as in the scripts, see common.allows_tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.manual_seed(0)
     classes = 1000 if args.net == "imagenet64" else 10
     settings = common.NETS[args.net] | dict(classes=classes)
@@ -605,7 +606,8 @@ COLUMNS = ("| step | net | batch | mode | dtype | layout | images/s | best | sha
 def speed(args):
     print(COLUMNS)
     cuda = torch.cuda.is_available()
-    variants = args.mode, ("fp32", "bf16"), ("contiguous", "channels_last")
+    dtypes = ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16")
+    variants = args.mode, dtypes, ("contiguous", "channels_last")
     for step, net, *variant in itertools.product(args.step, args.net, *variants):
         batch = args.batch or (32 if net == "cifar-small" else 64)
         command = [sys.executable, __file__, "measure", step, net, str(batch), *variant,
@@ -710,7 +712,7 @@ def add_search(commands):
     flag("--seed", type=common.count, default=0)
     flag("--micro-batch", type=common.positive, default=64, help="images a pass (default 64)")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    flag("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    flag("--precision", choices=common.PRECISIONS, default="auto")
     command.set_defaults(run=search, compile=False)
 
 

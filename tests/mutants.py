@@ -120,6 +120,11 @@ MUTANTS = {
         ("at_t_min = (t <= T_MIN)", "at_t_min = (t < T_MIN)", "math"),
         ("return at_t_min, 1 - at_t_min, c_in", "return 0 * at_t_min, 1 - at_t_min, c_in", "math"),
         ("old = LATER_SETTINGS | settings_of_run", "old = settings_of_run", "cd_scripts"),
+        ("if shape[2] > self.dropout_size:", "if shape[2] >= self.dropout_size:", "unet"),
+        ("min(step * args.batch_size / lr_ramp, 1)", "min(step / lr_ramp, 1)", "common"),
+        ('"--lr-ramp": "0",', '"--lr-ramp": "none",', "common"),
+        ('args.precision != "fp32" and why_not is None', 'args.precision != "fp32"', "common"),
+        ('if why_not and args.precision == "tf32":', "if False:", "common"),
     ],
     "cd.py": [
         ("min((step + 1) / args.warm_up, 1)", "min(step / args.warm_up, 1)", "cd_scripts"),

@@ -592,6 +592,9 @@ def test_recipes_are_the_papers():
         assert recipe["batch_size"] % recipe["micro_batch"] == 0
     imagenet = cd.recipe(dict(stage="teacher", dataset="imagenet64"))
     assert abs(imagenet["total_steps"] * 4096 / 2500e6 - 1) < 0.01
+    for dataset in common.DATASETS:
+        ramp = cd.recipe(dict(stage="teacher", dataset=dataset)).get("lr_ramp", 0)
+        assert ramp == (10e6 if dataset in ("cifar10", "imagenet64") else 0)
     # EDM's half-lives, in images
     assert abs(0.5 ** (4096 / 50e6) - imagenet["ema_decay"]) < 1e-7
     assert abs(0.5 ** (512 / 0.5e6) - 0.99929) < 1e-6

@@ -199,6 +199,44 @@ def test_the_loops_by_hand(trained):
         teacher.load_state_dict(state["ema"])
 
 
+def test_a_teacher_ramps_up_by_hand(tmp_path):
+    """From 0 over 20 images, 8 a step: lr times 0, 0.4, 0.8, 1. Stopped on the way and resumed, it
+    goes on with the same; so does a run of before --lr-ramp, without it."""
+    flags = [*PLAIN, "--stage", "teacher", "--total-steps", 4, "--lr", 0.01, "--out-dir", "run"]
+    ramp = [*flags, "--lr-ramp", 20]
+    run(*ramp, cwd=tmp_path, prelude=STOP_AT_3, code=128 + signal.SIGTERM)
+    assert "outlasts" not in run(*ramp, cwd=tmp_path, code=0).stdout
+    state, dataset = last(tmp_path / "run"), glyph_set(8)
+    args = argparse.Namespace(**state["args"])
+    common.seed_everything(common.INIT, args.seed)
+    net = common.UNet(**state["model_args"])
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.RAdam(net.parameters(), 1.0)
+    indices = common.index_batches(len(dataset), args.seed, 0, 4, 8, 4)
+    for k, record in enumerate(records(tmp_path / "run")):
+        losses = []
+        for m in range(2):
+            common.seed_everything(common.STEP, args.seed, k, m)
+            x0, y = common.to_device(dataset.__getitems__(next(indices)), "cpu", False)
+            t = (args.p_t[0] + args.p_t[1] * torch.randn(4)).exp()
+            D_x = common.denoise(net, x0 + t.view(4, 1, 1, 1) * torch.randn_like(x0), t, y)
+            losses.append((1 / t**2 + 4) * (D_x - x0).square().mean((1, 2, 3)))
+        optimizer.param_groups[0]["lr"] = 0.01 * (0, 0.4, 0.8, 1)[k]
+        assert abs(record["lr"] - optimizer.param_groups[0]["lr"]) < 1e-9
+        step_by_hand(record, net, optimizer, losses, {ema: args.ema_decay})
+    assert_same(net.state_dict(), state["net"], 2e-5)
+    assert_same(ema.state_dict(), state["ema"], 2e-5)
+
+    for key in ("dropout_size", "lr_ramp"):
+        state["args"].pop(key, None), state["model_args"].pop(key, None)
+    torch.save(state, tmp_path / "run" / "last.pt")
+    run(*flags, cwd=tmp_path, code=0)
+    assert_mistake(ramp, "--lr-ramp 0 there, 20 now", "cd.py", tmp_path)
+    done = run(*flags, "--overwrite", "--total-steps", 1, "--lr-ramp", 80, cwd=tmp_path, code=0)
+    assert ("note: --lr-ramp 80 outlasts the run of 8 images: the learning rate ends at 0.001\n"
+            in done.stdout)
+
+
 def test_guidance_weights_are_uniform(trained, tmp_path, monkeypatch):
     """From 0 to --w-max, one for each image."""
     args = argparse.Namespace(**last(trained)["args"])
@@ -529,6 +567,12 @@ MISTAKES = [
     ([*TEACHER, *IMAGES, "--label-dropout", "0.1"], "--label-dropout needs labels"),
     ([*TEACHER, *PLAIN, "--out-dir", "student"], "holds a run with other settings"),
     (["--label-dropout", "0.1"], "--label-dropout does not apply with --stage distill"),
+    (["--lr-ramp", "10"], "--lr-ramp does not apply with --stage distill"),
+    (["--dropout-size", "8"], "--dropout-size does not apply without --dropout"),
+    ([*PLAIN, *TEACHER, "--dropout", "0.1", "--dropout-size", "3", "--out-dir", "small"],
+     "dropout_size=3: the smallest map has 4 pixels, so none would drop out"),
+    (["--objective", "scm", "--precision", "tf32"], "--precision tf32 does not apply with "
+     "--objective scm, whose derivatives are differences in fp32: name auto, bf16 or fp32"),
     (["--bandwidth", "1"], "--bandwidth does not apply with --objective discrete"),
     ([*TEACHER, "--objective", "scm"], "--objective does not apply with --stage teacher"),
     ([*CONTINUOUS, "--r", "0.5"], "--r does not apply with --objective continuous"),
@@ -599,7 +643,7 @@ def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
     flags = ("stage teacher teacher-steps label-dropout N objective stop-gradient solver mu dist "
              "p-t weighting parametrisation w-max w churn edit image mask factor "
-             "noise-level noisy ckpt sample eval inception sigmas")
+             "noise-level noisy ckpt sample eval inception sigmas lr-ramp dropout-size")
     for flag in flags.split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100

@@ -168,6 +168,11 @@ def test_resume_loads_every_part(saved, tmp_path, old):
     ("ct", dict(mu=0.9), {}, "(--mu none there, 0.9 now)"),
     ("ct", dict(teacher_digest="abc"), {}, "(--teacher-digest none there, abc now)"),
     ("ct", dict(teacher="ideal"), {}, "(--teacher none there, ideal now)"),
+    ("ct", dict(precision="tf32"), {}, "(--precision none there, tf32 now)"),
+    ("ct", dict(dropout_size=8), {}, "(--dropout-size 0 there, 8 now)"),
+    ("ct", {}, dict(dropout_size=8), "(dropout_size 0 there, 8 now)"),
+    ("cd", dict(lr_ramp=50), {}, "holds a run of ct.py"),
+    ("ct", dict(lr_ramp=50), {}, "(--lr-ramp 0 there, 50 now)"),
     ("ct", {}, dict(blocks=2), "(blocks 1 there, 2 now)")])
 def test_another_run_is_not_resumed(saved, script, changes, model, message):
     folder, _ = saved
@@ -176,6 +181,14 @@ def test_another_run_is_not_resumed(saved, script, changes, model, message):
         common.resume(args, RUN, script, MODEL_ARGS | model, parts)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert (folder / "last.pt").exists()
+
+
+def test_a_run_without_younger_settings_is_resumed(saved):
+    """Where these are what it did: all blocks drop out, and the learning rate begins as it is."""
+    folder, parts = saved
+    args = settings(folder, dropout_size=0, lr_ramp=0)
+    found = common.resume(args, RUN, "ct", MODEL_ARGS | dict(dropout_size=0), parts)
+    assert found == (7, 2)
 
 
 def test_no_run_half_a_run_and_overwrite(saved, tmp_path):
@@ -248,6 +261,22 @@ def test_the_full_gradient_takes_more_memory(compiled):
         for stop_gradient, wanted in ((False, one * 279 / 103), (True, one * dtype.itemsize / 2)):
             args = argparse.Namespace(stop_gradient=stop_gradient)
             assert abs(common.bytes_an_image(args, run, "cd", net) / wanted - 1) < 0.02
+
+
+def test_masks_take_memory_where_they_are_drawn():
+    """A byte a unit of imagenet64's net: 3 or 4 blocks a level, and those that resample."""
+    args, run = argparse.Namespace(), types.SimpleNamespace(
+        compile=False, checkpointing=False, dtype=torch.float32)
+    total = {}
+    for dropout, size in ((0, 0), (0.2, 0), (0.2, 16)):
+        with torch.device("meta"):
+            net = common.UNet(**common.NETS["imagenet64"], dropout=dropout, dropout_size=size)
+        total[dropout, size] = common.bytes_an_image(args, run, "ct", net)
+    all_units = sum(math.prod(shape) for shape in net.block_shapes)
+    # 16 pixels: down from 32, 3 and 4 blocks of 3 * 192; 8: down, 3, 2, 4, and up to 16
+    small = 192 * (16**2 * (2 + 3 * 3 + 3 * 4 + 4) + 8**2 * (3 + 4 * 3 + 4 * 2 + 4 * 4))
+    assert total[0.2, 0] - total[0, 0] == all_units
+    assert total[0.2, 16] - total[0, 0] == small
 
 
 @pytest.mark.parametrize("free, dtype, compiled, wanted", [
@@ -346,11 +375,35 @@ def test_tf32_is_switched_as_allowed(monkeypatch):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", switches.append)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     args = argparse.Namespace(device="cuda", precision="auto", compile=None, eval=None)
-    for precision, tf32 in (("auto", True), ("fp32", False), ("bf16", True)):
+    for precision, tf32, dtype in (("auto", True, "bfloat16"), ("fp32", False, "float32"),
+                                   ("bf16", True, "bfloat16"), ("tf32", True, "float32")):
         args.precision = precision
-        common.setup(args)
-        assert torch.backends.cudnn.allow_tf32 is tf32
-    assert switches == ["high", "highest", "high"]
+        run = common.setup(args)
+        assert torch.backends.cudnn.allow_tf32 is tf32 and run.dtype is getattr(torch, dtype)
+    assert switches == ["high", "highest", "high", "high"]
+
+
+@pytest.mark.parametrize("device, young, switch, dtype, wanted", [
+    ("cuda", True, "high", torch.float32, "cuda, TF32, the rest float32\n"),
+    ("cuda", False, "high", torch.float32, "cuda, float32\n"),  # a V100 has none
+    ("cuda", True, "highest", torch.float32, "cuda, float32\n"),
+    ("cuda", True, "high", torch.bfloat16, "cuda, bfloat16, the rest TF32\n"),
+    ("cuda", True, "highest", torch.bfloat16, "cuda, bfloat16\n"),
+    ("cpu", True, "high", torch.float32, "cpu, float32\n"),
+    ("cpu", True, "highest", torch.bfloat16, "cpu, bfloat16\n")])
+def test_what_a_run_computes_in_is_said(device, young, switch, dtype, wanted, monkeypatch, tmp_path,
+                                        capsys):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: switch)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: young)
+    run = types.SimpleNamespace(**vars(RUN) | dict(device=torch.device(device), dtype=dtype))
+    common.start_run(settings(tmp_path), run, torch.nn.Linear(2, 2), 0, 0)
+    assert f"1 process(es) on {wanted}" in capsys.readouterr().out
+
+
+def test_tf32_elsewhere_is_float32():
+    """On a CPU that knows bf16 too."""
+    args = argparse.Namespace(device="cpu", precision="tf32", compile=None)
+    assert common.setup(args).dtype is torch.float32
 
 
 def steps_of(folder, step, kinds, **more):
@@ -402,12 +455,36 @@ def test_trials_are_not_counted_into_the_speed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, wanted", [
     ({}, True), (dict(precision="bf16"), True), (dict(precision="fp32"), False),
+    (dict(precision="tf32"), True),
     (dict(objective="continuous"), False), (dict(objective="scm"), False),
     (dict(objective="discrete"), True),
     (dict(eval=50), False)])
 def test_where_tf32_is_allowed(flags, wanted):
     args = argparse.Namespace(**dict(precision="auto", eval=None) | flags)
     assert common.allows_tf32(args) is wanted
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(objective="scm"), "with --objective scm, whose derivatives are differences in fp32"),
+    (dict(objective="continuous"), "with --objective continuous, whose derivatives"),
+    (dict(eval=50), "with --eval 50: what is measured is drawn and seen in bf16 or fp32")])
+def test_where_tf32_is_refused(flags, message):
+    args = argparse.Namespace(**dict(precision="tf32", device="cpu", compile=None) | flags)
+    with pytest.raises(common.UserError, match=f"--precision tf32 does not apply {message}"):
+        common.setup(args)
+
+
+def test_learning_rates():
+    """EDM's: images before the step over 10 million, not above 1; sCM's decay; both."""
+    args = argparse.Namespace(lr=1e-3, batch_size=512)
+    assert [common.learning_rate(args, k) for k in (0, 1, 10**6)] == [1e-3] * 3
+    args.lr_ramp = 10_000_000
+    found = [common.learning_rate(args, k) for k in (0, 1, 9766, 19_531, 19_532, 10**6)]
+    wanted = [0, 512e-10, 9766 * 512e-10, 19_531 * 512e-10, 1e-3, 1e-3]
+    assert found == pytest.approx(wanted, rel=1e-12) and found[-1] == 1e-3
+    args.lr_decay = 10_000
+    found = [common.learning_rate(args, k) for k in (1, 10_000, 19_600, 40_000)]
+    assert found == pytest.approx([512e-10, 5.12e-4, 1e-3 / 1.4, 5e-4], rel=1e-12)
 
 
 @pytest.mark.parametrize("kind, message", [

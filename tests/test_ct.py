@@ -173,6 +173,7 @@ class OneBlock(common.UNet):
     def __init__(self):
         torch.nn.Module.__init__(self)
         self.dropout, self.block_shapes, self.layout = 0.5, [(32, 16, 16)], torch.contiguous_format
+        self.dropout_size = 16
         self.first = common.Conv2d(3, 32, 1)
         self.block = common.ResBlock(32, 32, 16, 1, 0.5, scale_shift=True, cond=False)
         self.last = common.Conv2d(32, 3, 1)
@@ -296,7 +297,9 @@ def test_recipes_are_the_papers():
         ("ict", "cifar10"): dict(lr=1e-4, batch_size=1024, s0=10, s1=1280, mu0=0,
                                  ema_decay=0.99993, total_steps=400_000, dropout=0.3),
         ("ict", "imagenet64"): dict(lr=1e-4, batch_size=4096, s0=10, s1=1280, mu0=0,
-                                    ema_decay=0.99997, total_steps=800_000, dropout=0.2),
+                                    ema_decay=0.99997, total_steps=800_000, dropout=0.2,
+                                    dropout_size=16, net=["imagenet64", "scale_shift=false"]),
+        ("ict", "cat256"): lsun | dict(s0=10, s1=1280, mu0=0, dropout=0.2, dropout_size=16),
     }
     method = {"ct": dict(schedule="sqrt", dist="lpips", p_t=["uniform"], weighting="one"),
               "ict": dict(schedule="double", dist="huber", p_t=[-1.1, 2.0], weighting="inverse")}
@@ -307,6 +310,19 @@ def test_recipes_are_the_papers():
         assert actual["batch_size"] % actual["micro_batch"] == 0
     assert ct.recipe({})["recipe"] == "ict"
     assert ct.recipe(dict(dataset="some/folder"))["net"] == ["cifar-small"]
+    ours = common.net_settings(ct.recipe(dict(dataset="imagenet64"))["net"])
+    assert ours == common.net_settings(["imagenet64"]) | dict(scale_shift=False)
+
+
+@pytest.mark.parametrize("dataset", common.DATASETS)
+def test_precision_of_the_recipes(dataset):
+    """TF32 where outputs nearly as close as r and t are compared, at paper scale; or auto."""
+    flags = dict(dataset=dataset)
+    for method, objective, tf32 in (("ict", "discrete", True), ("ect", "discrete", True),
+                                    ("ct", "discrete", False), ("ct", "scm", False),
+                                    ("ict", "continuous", False)):
+        found = ct.recipe(flags | dict(recipe=method, objective=objective)).get("precision")
+        assert found == ("tf32" if tf32 and dataset not in ("glyphs", "path") else None)
 
 
 def test_two_step_levels_are_the_papers_time_points():

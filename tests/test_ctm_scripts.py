@@ -764,5 +764,5 @@ def test_help(tmp_path):
         "out-dir cache-dir overwrite total-steps batch-size micro-batch lr ema-decay seed "
         "log-every sample-every save-every gradient-checkpointing ckpt sample eval inception "
         "sigmas labels save device precision compile steps gamma heun edit image mask factor "
-        "noise-level noisy".split())
+        "noise-level noisy dropout-size".split())
     assert max(map(len, shown.splitlines())) <= 100

@@ -152,10 +152,12 @@ def test_recipes_are_the_papers():
     wanted = {
         "cifar10": dict(q=2, stages=8, dist="norm", weighting="inverse", p_t=[-1.1, 2.0], lr=1e-4,
                         batch_size=128, total_steps=200_000, dropout=0.2, ema_decay=0.9999,
+                        flip=False,
                         sigmas=[80, 0.821], class_cond=False),
         "imagenet64": dict(q=4, stages=4, dist="huber", weighting="edm", p_t=[-0.8, 1.6],
                            batch_size=128, total_steps=100_000, ema_decay=0.9999,
-                           sigmas=[80, 1.526], class_cond=True),
+                           sigmas=[80, 1.526], class_cond=True, dropout=0.4, dropout_size=16,
+                           flip=False),
     }
     for dataset, settings in wanted.items():
         settings = settings | dict(mapping=[8, 1])
@@ -164,8 +166,10 @@ def test_recipes_are_the_papers():
         assert "teacher" not in actual and actual["batch_size"] % actual["micro_batch"] == 0
     assert ct.recipe(dict(recipe="ct"))["teacher"] == ct.recipe({})["teacher"] == "none"
     continuous = ct.recipe(dict(objective="continuous", dataset="cifar10"))
-    wanted = dict(recipe="ct", teacher=None, lr=5e-6, p_t=["uniform"], batch_size=512)
+    wanted = dict(recipe="ct", teacher=None, lr=5e-6, p_t=["uniform"], batch_size=512, dropout=0.3)
     assert wanted == {key: continuous[key] for key in wanted}
+    ours = ct.recipe(dict(objective="continuous"))
+    assert (ours["lr"], ours["dropout"]) == (1e-4, 0)
 
 
 def test_recipes_of_scm_are_the_papers():
@@ -174,9 +178,10 @@ def test_recipes_of_scm_are_the_papers():
     wanted = {
         "cifar10": big | dict(batch_size=512, p_t=[-1.0, 1.8], dropout=0.2, sigmas=[80, 0.821],
                               lr_decay=None),
-        "imagenet64": big | dict(batch_size=2048, p_t=[-1.0, 1.6], dropout=0.2, lr_decay=35_000,
+        "imagenet64": big | dict(batch_size=2048, p_t=[-1.0, 1.6], dropout=0.45, lr_decay=35_000,
                                  sigmas=[80, 0.98238]),  # 0.5 tan 1.1
     }
+    assert ct.recipe(dict(objective="scm", dataset="imagenet64"))["dropout_size"] == 16
     for dataset, settings in wanted.items():
         ours = ct.recipe(dict(objective="scm", dataset=dataset))
         assert settings == {key: ours[key] for key in settings}, dataset

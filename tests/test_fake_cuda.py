@@ -36,7 +36,8 @@ def case(script, *flags):
 ONE_STEP = "--N", "3", "--max-steps", "1"
 TURNS = "--total-steps", "2", "--disc-start", "0"  # the generator's, and the critic's
 TRAININGS = [
-    case("ct", *TRAIN, *NET, "--dropout", "0.1"),
+    case("ct", *TRAIN, *NET, "--dropout", "0.1", "--dropout-size", "8"),
+    case("ct", *TRAIN, *NET, "--precision", "tf32"),
     case("ct", *TRAIN, *NET, "--recipe", "ct"),
     case("ct", *TRAIN, "--recipe", "ect", *TEACHER),
     case("cd", *TRAIN, *NET, "--stage", "teacher", "--label-dropout", "0.1"),
@@ -58,6 +59,8 @@ LARGE = [*DATA, *"--total-steps 1 --save-every 0 --sample-every 0 --overwrite".s
 SIZES = {  # two micro-batches of each
     ("ct.py", *LARGE): ("64", "128"),
     ("ct.py", *LARGE, "--dropout", "0.3"): ("64", "128"),
+    ("ct.py", *LARGE, "--dropout", "0.3", "--dropout-size", "8"): ("64", "128"),
+    ("ct.py", *LARGE, "--precision", "tf32"): ("64", "128"),
     ("ctm.py", *LARGE, "--teacher", "none", *ONE_STEP): ("64", "128"),
 }
 MEMORY = list(SIZES)
@@ -127,8 +130,10 @@ def test_memory_is_as_the_model_says(seen, command):
     graph alive, that of the denoising loss, would take half as much again."""
     script = command[0].removesuffix(".py")
     settings = common.net_settings("glyphs base=64 mult=1,2 attention=8".split())
-    net = common.UNet(**settings, dropout=0.3 * ("--dropout" in command))
-    run = types.SimpleNamespace(compile=False, dtype=torch.bfloat16, checkpointing=False)
+    net = common.UNet(**settings, dropout=0.3 * ("--dropout" in command),
+                      dropout_size=8 * ("--dropout-size" in command))
+    dtype = torch.float32 if "tf32" in command else torch.bfloat16
+    run = types.SimpleNamespace(compile=False, dtype=dtype, checkpointing=False)
     model = common.bytes_an_image(argparse.Namespace(dist="huber"), run, script, net)
     found = bytes_found(seen, command)
     assert abs(model / found - 1) < 0.25, (model, found)

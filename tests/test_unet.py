@@ -175,7 +175,7 @@ def test_other_sizes(settings):
 
 @pytest.mark.parametrize("settings", [
     dict(image_size=4), dict(image_size=20, mult=(1, 1, 1, 1)), dict(base=40), dict(null=True),
-    dict(base=96, head_channels=64)])
+    dict(base=96, head_channels=64), dict(dropout_size=7)])
 def test_sizes_that_do_not_fit(settings):
     with pytest.raises(ValueError):
         common.UNet(**(TINY | settings))
@@ -218,7 +218,36 @@ def test_masks_are_independent():
         assert abs(mask.double().mean() - 0.7) < 4 * 0.46 / mask.numel() ** 0.5
 
 
-@pytest.mark.parametrize("more", [dict(), dict(resblock_updown=False), dict(dropout=0.3)])
+MAPS = [16, 8, 8, 8, 8, 8, 8, 16, 16, 16]  # of TINY's blocks, each halved or doubled one included
+
+
+@pytest.mark.parametrize("size", [0, 8, 15, 16, 64])
+def test_dropout_of_small_maps_only(size):
+    """Of 8 pixels in a net with maps of 16 and 8; the masks are drawn in the blocks' order."""
+    net = fill(common.UNet(**TINY, dropout=0.4, dropout_size=size))
+    torch.manual_seed(0)
+    masks = net.draw_masks(2)
+    torch.manual_seed(0)
+    drops = [pixels <= (size or 16) for pixels in MAPS]
+    widths = [block.shape[0] for block in kinds(net, common.ResBlock)]
+    for mask, pixels, width, small in zip(masks, MAPS, widths, drops, strict=True):
+        if small:
+            assert torch.equal(mask, torch.rand(2, width, pixels, pixels) >= 0.4)
+        else:
+            assert mask is None
+    inputs = []
+    for block in kinds(net, common.ResBlock):
+        block.out_layers[3].register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    x, t = img((2, 3, 16, 16)), torch.zeros(2)
+    out = net(x, t, masks=masks)
+    zeros = [(h == 0).float().mean() > 0.3 for h in inputs]
+    assert zeros == drops
+    whole = torch.compile(net, backend="eager", fullgraph=True)
+    assert torch.equal(whole(x, t, masks=masks), out)
+
+
+@pytest.mark.parametrize("more", [dict(), dict(resblock_updown=False), dict(dropout=0.3),
+                                  dict(dropout=0.3, dropout_size=8)])
 def test_gradient_checkpointing_changes_no_gradient(more):
     """And keeps less: no activation inside a block is there when the backward pass begins."""
     nets = [fill(common.UNet(**TINY, **more)) for _ in range(2)]
