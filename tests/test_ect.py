@@ -280,7 +280,8 @@ def test_one_command_leaves_a_teacher_and_a_student(trained):
     assert teacher["args"]["stage"] == "teacher"
     assert (student["script"], student["step"]) == ("ct", 5)
     assert student["args"]["teacher"] == "whole/teacher/last.pt" and student["target"] is None
-    assert student["model_args"] == teacher["model_args"] | dict(dropout=0.3)
+    changed = dict(dropout=0.3, parametrisation="skip")
+    assert student["model_args"] == teacher["model_args"] | changed
     assert (trained / "samples" / "000005.png").exists()
 
 

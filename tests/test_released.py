@@ -217,7 +217,8 @@ def test_distil(work):
     for key in ("net", "target", "ema"):
         assert state[key].keys() == WEIGHTS.keys()
         assert all(torch.equal(state[key][name], WEIGHTS[name]) for name in WEIGHTS), key
-    assert state["model_args"] == TINY | dict(classes=10, dropout=0.0, dropout_size=0, cond=False)
+    assert state["model_args"] == TINY | dict(classes=10, dropout=0.0, dropout_size=0, cond=False,
+                                               parametrisation="skip")
     before, after = (drawn(work, "--ckpt", path)[0] for path in ("openai.pt", "still/last.pt"))
     assert np.array_equal(before, after)
 
