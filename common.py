@@ -230,7 +230,7 @@ def deis_slope(history, t_next):
 
     Of a lower degree while there are fewer. The weights are those that have the powers of
     u = (t' - t) / (t_next - t) right, whose means over [0, 1] are 1 / (k + 1).
-    Source: Zhang & Chen 2022 (2204.13902) Eq. 15 and Sec. 3.4, rho = t: its rho-AB3.
+    Source: Zhang & Chen 2022 (2204.13902), rho-AB3: its rho is t.
     """
     t = history[-1][0]
     u = [(level - t) / (t_next - t) for level, _, _ in history]
