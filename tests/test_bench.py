@@ -305,6 +305,7 @@ def test_expectations():
         "ict": [row(1, 4.0), row(2, 3.0)],
         "ctm": [row(1, 1.0, 0.0, "one jump"), row(2, 0.9, 0.0, "gamma 0"),
                 row(4, 0.8, 0.0, "gamma 0"), row(2, 1.5, 0.0, "gamma 1")],
+        "sct-scratch": [row(1, 0.1)],
         "teacher": [row(35, 1.0), row(70, 4.0, 1.0)],
         "guided-d": [row(4, 9.0, 0.0, "stage 1, DDIM"), row(4, 1.05, 0.0, "DDIM", 0.89),
                      row(4, 4.5, 1.0, "DDIM", 0.85)],
