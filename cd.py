@@ -615,6 +615,8 @@ if __name__ == "__main__":
 #   stop-gradient     the loss reported is |df/dt|^2: the pseudo-objective's own value says nothing,
 #                     and the gradient is the same
 #   teacher's solver  denoised images are not clipped, as in EDM; openai's code clips them
+#   fast samplers     on EDM's grid, to 0 by a step of first order; their papers: grids even in ln t
+#                     or in powers of their own t, to an end above 0
 #   --dist            is what the flag says; openai's --loss_norm never reaches the loss
 #   dropout           one mask for both branches on every device, compiled or not; openai's code
 #                     replays the CPU's random numbers
