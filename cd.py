@@ -108,12 +108,14 @@ def sample(net, sigmas, y, noise, shape, w=0.0):
 
 
 @torch.no_grad()
-def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0):
-    """Draw images (B,C,H,W) with a teacher: N Heun steps, 2 N - 1 calls, twice that if guided."""
+def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0, sampler="heun"):
+    """Draw images (B,C,H,W) with a teacher in N steps of a sampler; churn: of heun alone."""
     x_T = common.initial_noise(net, noise, shape, T_MAX)
     weights = x_T.new_full((len(x_T),), w) if w else None
     D = guide(common.net_denoiser(net), y, weights)
-    return common.heun_sample(D, x_T, N, churn, noise=noise)
+    if churn:
+        return common.heun_sample(D, x_T, N, churn, noise=noise)
+    return common.SAMPLERS[sampler](D, x_T, N, noise=noise)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,8 +336,8 @@ def make_parser():
     both.flag("--stage", choices=("teacher", "distill"),
               help="train a teacher, or distil one (default); or what a --ckpt is that cannot tell")
     both.flag("--N", only=dict(objective=(None, "discrete")), type=number(int, 2), metavar="N",
-              help="noise levels: of the distillation's grid, and of a teacher's Heun samples, in "
-              "2 N - 1 network calls (CM, EDM 18 or 40)")
+              help="noise levels: of the distillation's grid, and of a teacher's samples, in N or "
+              "2 N - 1 network calls: --sampler (CM, EDM 18 or 40)")
     both.flag("--sigmas", only=dict(stage=(None, "distill")), metavar="T",
               nargs="+", type=common.noise_level,
               help="noise levels t, EDM's sigma, largest first, a network call each, to draw with "
@@ -378,9 +380,14 @@ def make_parser():
     common.add_continuous_flags(student)
 
     draw = parser.group("sampling, further flags", ckpt=True)
-    draw.flag("--w", default=0.0, type=number(float, 0), metavar="W",
-              help="guidance weight, with --label-dropout's teacher or --w-max's student")
-    draw.flag("--churn", default=0.0, type=number(float, 0), metavar="S",
+    draw.flag("--w", default=0.0, type=common.guidance_weight, metavar="W",
+              help="guidance weight, with --w-max's student or --label-dropout's teacher; of the "
+              "latter down to -1, which is without labels")
+    draw.flag("--sampler", choices=common.SAMPLERS,
+              help="of a teacher: 2 N - 1 calls in heun (default, EDM's) and dpm2 (DPM-Solver-2), "
+              "N in euler (DDIM), dpm++2m (DPM-Solver++), deis (third order), ancestral (DDPM)")
+    draw.flag("--churn", default=0.0, only=dict(sampler=(None, "heun")), type=number(float, 0),
+              metavar="S",
               help="of a teacher: EDM's S_churn (default 0: deterministic; EDM ImageNet-64 40)")
     common.add_zero_shot_flags(parser)
     return parser
@@ -557,23 +564,25 @@ def use_checkpoint(args, run):
     elif run.main:
         kind = "teacher" if teacher else "consistency model; --stage teacher takes it for a teacher"
         print(f"{args.ckpt} is taken for a {kind}")
-    w_max = settings.get("w_max", 0.0)
+    w_min, w_max = 0.0, settings.get("w_max", 0.0)
     if teacher:
-        w_max = 0.0 if net.null_y is None else math.inf
+        if net.null_y is not None:
+            w_min, w_max = -1.0, math.inf
         common.refuse(args, ["sigmas", "edit"], f"to {args.ckpt}, a teacher with a grid --N")
     else:
-        common.refuse(args, ["churn", "N"], f"to {args.ckpt}, a consistency model")
-    if args.w > w_max:
-        able = f"weights up to {w_max}" if w_max else "no guidance"
-        raise UserError(f"--w {args.w}: {args.ckpt} was trained for {able}")
+        common.refuse(args, ["churn", "sampler", "N"], f"to {args.ckpt}, a consistency model")
+    if not w_min <= args.w <= w_max:
+        able = f"weights from 0 to {w_max:g}" if w_max else "no guidance"
+        raise UserError(f"--w {args.w:g}: {args.ckpt} was trained for {able}")
 
     if args.edit:
         f = partial(consistency_function, net, w=args.w)
         return edit_images(args, run, net, f)
     if teacher:
         N = args.N or (18 if net.image_size <= 32 else 40)  # EDM's
-        draw = partial(sample_teacher, net, N, w=args.w, churn=args.churn)
-        calls = 2 * N - 1
+        sampler = args.sampler or "heun"
+        draw = partial(sample_teacher, net, N, w=args.w, churn=args.churn, sampler=sampler)
+        calls = common.sampler_calls(sampler, N)
         if args.w:
             calls *= 2
     else:
@@ -613,6 +622,8 @@ if __name__ == "__main__":
 #   stop-gradient     the loss reported is |df/dt|^2: the pseudo-objective's own value says nothing,
 #                     and the gradient is the same
 #   teacher's solver  denoised images are not clipped, as in EDM; openai's code clips them
+#   fast samplers     on EDM's grid, to 0 by a step of first order; their papers: grids even in ln t
+#                     or in powers of their own t, to an end above 0
 #   --dist            is what the flag says; openai's --loss_norm never reaches the loss
 #   dropout           one mask for both branches on every device, compiled or not; openai's code
 #                     replays the CPU's random numbers

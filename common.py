@@ -178,11 +178,32 @@ def heun_step(D, x, t, t_next):
     x_heun = x + dt * (d_cur + d_prime) / 2
     return torch.where(bcast(t_next > 0, x), x_heun, x_next)
 
+def dpm2_step(D, x, t, t_next):
+    """One step of DPM-Solver-2 to t_next > 0, with the slope midway in ln t; two calls of D.
+
+    Source: Lu et al. 2022 (2206.00927) Alg. 1, for alpha = 1.
+    """
+    t_mid = (t * t_next).sqrt()
+    x_mid = euler_step(D, x, t, t_mid)
+    d_mid = (x_mid - D(x_mid, t_mid)) / bcast(t_mid, x)
+    return x + bcast(t_next - t, x) * d_mid
+
+def ancestral_step(D, x, t, t_next, noise):
+    """Draw x at t_next from the posterior q(x_t_next | x_t, x0) with x0 = D(x, t).
+
+    Source: Ho et al. 2020 (DDPM, 2006.11239) Eq. 6 and 7, for alpha = 1.
+    """
+    x_denoised = D(x, t)
+    kept = (t_next / t) ** 2
+    std = t_next * (1 - kept).sqrt()
+    return x_denoised + bcast(kept, x) * (x - x_denoised) + bcast(std, x) * noise(x)
+
 def heun_sample(D, x_T, N, churn=0.0, churn_min=0.05, churn_max=50.0,
-                churn_noise=1.003, noise=torch.randn_like):
+                churn_noise=1.003, noise=torch.randn_like, step=heun_step):
     """Solve the ODE from T_MAX to 0 in N Heun steps, 2 N - 1 calls of D; with churn, the SDE.
 
-    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise.
+    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise. step: another
+    than Heun's; the last one, to 0, is Euler's, which lands on D.
     Source: EDM Alg. 1 (churn = 0) and Alg. 2.
     """
     x = x_T
@@ -193,9 +214,67 @@ def heun_sample(D, x_T, N, churn=0.0, churn_min=0.05, churn_max=50.0,
             t_hat = t * (1 + gamma)
             x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * noise(x)
             t = t_hat
-        step = heun_step if t_next > 0 else euler_step
-        x = step(D, x, levels_like(x, t), levels_like(x, t_next))
+        solver = step if t_next > 0 else euler_step
+        x = solver(D, x, levels_like(x, t), levels_like(x, t_next))
     return x
+
+def ancestral_sample(D, x_T, N, noise=torch.randn_like):
+    """Draw on the grid of `heun_sample`, in N calls of D; noise is called N - 1 times."""
+    return heun_sample(D, x_T, N, step=functools.partial(ancestral_step, noise=noise))
+
+def dpm_plus_plus_slope(history, t_next):
+    """DPM-Solver++(2M): D at the middle of the step in ln t, on the line through the last two.
+
+    Source: Lu et al. 2022 (2211.01095) Alg. 2, for alpha = 1.
+    """
+    t, x, x_denoised = history[-1]
+    if len(history) > 1:
+        t_last, _, x_denoised_last = history[-2]
+        r = math.log(t_last / t) / math.log(t / t_next)  # of the steps
+        x_denoised = x_denoised + (x_denoised - x_denoised_last) / (2 * r)
+    return (x - x_denoised) / t
+
+def deis_slope(history, t_next):
+    """Third-order DEIS: the mean over the step of the cubic in t through the last four slopes.
+
+    Of a lower degree while there are fewer. The weights are those that have the powers of
+    u = (t' - t) / (t_next - t) right, whose means over [0, 1] are 1 / (k + 1).
+    Source: Zhang & Chen 2022 (2204.13902), rho-AB3: its rho is t.
+    """
+    t = history[-1][0]
+    u = [(level - t) / (t_next - t) for level, _, _ in history]
+    slopes = [(x - x_denoised) / level for level, x, x_denoised in history]
+    k = torch.arange(len(u))
+    powers = torch.tensor(u, dtype=torch.float64) ** k[:, None]
+    weights = torch.linalg.solve(powers, 1 / (k + 1).double())
+    return sum(weight * slope for weight, slope in zip(weights.tolist(), slopes))
+
+def linear_multistep_sample(D, x_T, N, slope, noise=None):
+    """Solve the ODE on the grid of `heun_sample` in N calls of D; no noise is drawn.
+
+    slope: (history, t_next) -> dx/dt to step with; history: (t, x, D(x, t)) of the last four calls.
+    """
+    x, history = x_T, []
+    times = [*karras_times(N).tolist()[::-1], 0.0]
+    for t, t_next in zip(times[:-1], times[1:]):
+        history = [*history[-3:], (t, x, D(x, levels_like(x, t)))]
+        if t_next == 0:
+            history = history[-1:]  # with one alone the step lands on D
+        x = x + (t_next - t) * slope(history, t_next)
+    return x
+
+SAMPLERS = {  # (D, x_T, N, noise=) -> samples
+    "heun": heun_sample,
+    "euler": functools.partial(heun_sample, step=euler_step),
+    "dpm2": functools.partial(heun_sample, step=dpm2_step),
+    "dpm++2m": functools.partial(linear_multistep_sample, slope=dpm_plus_plus_slope),
+    "deis": functools.partial(linear_multistep_sample, slope=deis_slope),
+    "ancestral": ancestral_sample,
+}
+
+def sampler_calls(sampler, N):
+    """How often one of SAMPLERS calls D."""
+    return 2 * N - 1 if sampler in ("heun", "dpm2") else N
 
 def renoised(x, tau, noise):
     """x at t_min, noised up to level tau (CM Alg. 1, line 4)."""
@@ -255,7 +334,8 @@ def net_denoiser(net):
     return D
 
 def guide(D, y, w):
-    """D(x, t) for labels y; if w (B,) is given, (1 + w) D(x, t, y) - w D(x, t, None)."""
+    """D(x, t) for labels y; if w (B,) is given, (1 + w) D(x, t, y) - w D(x, t, None): at w = -1
+    the unconditional D."""
     if w is None:
         return lambda x, t: D(x, t, y)
 
@@ -2699,6 +2779,7 @@ def number(kind, low, high=math.inf, name="number"):
 positive = number(int, 1, name="positive integer")
 count = number(int, 0, name="count")
 probability = number(float, 0, 1)
+guidance_weight = number(float, -1, name="guidance weight (-1 or more)")
 noise_level = number(float, T_MIN, T_MAX, "noise level")
 
 def p_of_t(word):

@@ -179,6 +179,16 @@ def renoise(angle, z, tau, tau_up, noise):
     return kept + on(added / phi.cos(), z) * noise
 
 
+def clipped(v, angle):
+    """v as it is if its x = alpha z - sigma v is clipped to [-1, 1], and its noise is what z then
+    holds beside x. (z, tau) -> v like v. As the code of PD samples; no part of training."""
+    def v_clipped(z, tau):
+        alpha, sigma = alpha_sigma(angle(tau), z)  # sigma >= 0.002
+        x = alpha * z - sigma * v(z, tau)
+        return (alpha * z - x.clamp(-1, 1)) / sigma
+    return v_clipped
+
+
 def sample(v, angle, N, sampler, z, noise=torch.randn_like, start=None, paste=None):
     """Run the N steps, or the last `start` of them, from z down to the image; for an encoder up.
 
@@ -199,11 +209,14 @@ def sample(v, angle, N, sampler, z, noise=torch.randn_like, start=None, paste=No
 
 
 @torch.no_grad()
-def draw(v, angle, N, sampler, w, device, y, noise, shape):
-    """Draw images (B,C,H,W) in N calls of v: (z, tau, y, w); w: a number."""
+def draw(v, angle, N, sampler, w, device, y, noise, shape, clip=True):
+    """Draw images (B,C,H,W) in N calls of v: (z, tau, y, w); w: a number. Latents: clip=False."""
     z = noise(torch.zeros(shape, device=device))
     weights = z.new_full((len(z),), w)
-    return sample(conditioned(v, y, weights), angle, N, sampler, z, noise)
+    v = conditioned(v, y, weights)
+    if clip:
+        v = clipped(v, angle)
+    return sample(v, angle, N, sampler, z, noise)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,7 +416,8 @@ class LatentModel:
             i = noise.indices.cpu().numpy() % len(self.dataset)
             y = self.dataset.__getitems__(i)[1].to(device)
         latents = len(y), *self.shape
-        return self.decode(draw(v, angle, N, sampler, w, device, y, noise, latents))
+        z = draw(v, angle, N, sampler, w, device, y, noise, latents, clip=False)
+        return self.decode(z)
 
     def export(self, net, path):
         """A folder that diffusers' pipelines load: the teacher's, with this UNet and scheduler."""
@@ -528,7 +542,6 @@ def make_parser():
     parser = common.Parser(__doc__)
     built = dict(teacher=(None, "ideal"))  # not like a --teacher FILE
     common.add_shared_flags(parser, built)
-    weight = number(float, 0)
 
     both = parser.group("algorithm, training and sampling")
     both.flag("--sampler", choices=("D", "S", "encoder"),
@@ -540,9 +553,10 @@ def make_parser():
                  "ideal: the exact denoiser, or diffusers:PATH: a latent diffusion model")
     student.flag("--teacher-steps", only=dict(teacher=False), type=positive,
                  help="optimizer steps of the teacher that is trained first")
-    student.flag("--w-min", only=dict(w_max=True), type=weight,
-                 help="least guidance weight w: (1 + w) cond - w uncond (GD 0; text 2)")
-    student.flag("--w-max", type=weight,
+    student.flag("--w-min", only=dict(w_max=True), type=common.guidance_weight,
+                 help="least guidance weight w: (1 + w) cond - w uncond (GD 0; text 2); at -1 it "
+                 "is the model without labels or text")
+    student.flag("--w-max", type=number(float, 0),
                  help="largest (GD 4; latents 14); 0: plain progressive distillation")
     student.flag("--start-N", type=number(int, 2),
                  help="DDIM steps of stage 2's teacher (GD 1024; PD 8192 for CIFAR-10)")
@@ -559,7 +573,9 @@ def make_parser():
     draws = parser.group("sampling and editing, further flags", ckpt=True)
     draws.flag("--N", type=positive,
                help="steps, of a teacher or of stage 1 (default 64); of others their own")
-    draws.flag("--w", type=weight, help="guidance weight (default: the least the student knows)")
+    draws.flag("--w", type=common.guidance_weight,
+               help="guidance weight (default: 0, or the least above it that the student knows); "
+               "of a teacher from -1, which is without labels")
     edits = common.add_edit_flags(parser, ("img2img", "inpaint", "style"))
     edits.flag("--strength", only=dict(edit="img2img"), type=common.probability, default=0.5,
                help="share of the steps that is run (default 0.5)")
@@ -777,7 +793,7 @@ def open_student(path, run, encoder=False):
 
     v_teacher = edm_v(common.net_denoiser(net), student.angle)
     if net.null_y is not None:
-        student.w_max = math.inf
+        student.w_min, student.w_max = -1.0, math.inf
         student.calls = 2
 
     def guided(z, tau, y, w):
@@ -815,7 +831,7 @@ def choose(args, student):
         raise UserError("--sampler encoder applies to training only")
     student.N = student.N or args.N or 64
     student.sampler = student.sampler or args.sampler or "D"
-    student.w = student.w_min if args.w is None else args.w
+    student.w = max(student.w_min, 0.0) if args.w is None else args.w
     if student.w == 0:
         student.calls = 1
     if not student.w_min <= student.w <= student.w_max:
@@ -894,7 +910,7 @@ def edit_images(args, run, student):
         elif task == "style":
             z = z_top[row]
         w = first.new_full((len(row),), student.w)
-        v = conditioned(student.v, y, w)
+        v = clipped(conditioned(student.v, y, w), student.angle)
         after = paste if task == "inpaint" else None
         return sample(v, student.angle, student.N, student.sampler, z, noise, start, after)
 

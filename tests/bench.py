@@ -422,7 +422,7 @@ def show_in_tensorboard(args):
 def guided(args):
     """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and
     for each round; a column a weight."""
-    run = types.SimpleNamespace(device=torch.device("cpu"), main=False)
+    run = types.SimpleNamespace(device=torch.device("cpu"), main=False, checkpointing=False)
     run.dtype = torch.float32 if args.fp32 else torch.bfloat16
     judge, folder = make_judge(), Path(args.dir)
     students = sorted(folder.glob("N????.pt"))

@@ -125,6 +125,11 @@ MUTANTS = {
         ('"--lr-ramp": "0",', '"--lr-ramp": "none",', "common"),
         ('args.precision != "fp32" and why_not is None', 'args.precision != "fp32"', "common"),
         ('if why_not and args.precision == "tf32":', "if False:", "common"),
+        ("t_mid = (t * t_next).sqrt()", "t_mid = (t + t_next) / 2", "solvers"),
+        ("x_denoised_last) / (2 * r)", "x_denoised_last) / r", "solvers"),
+        ("1 / (k + 1).double()", "1 / (k + 2).double()", "solvers"),
+        ("std = t_next * (1 - kept).sqrt()", "std = t * (1 - kept).sqrt()", "solvers"),
+        ('if sampler in ("heun", "dpm2")', 'if sampler == "heun"', "solvers"),
     ],
     "cd.py": [
         ("min((step + 1) / args.warm_up, 1)", "min(step / args.warm_up, 1)", "cd_scripts"),
@@ -158,6 +163,8 @@ MUTANTS = {
          "args.ema_decay)", "cd_scripts"),
         ('        model_args["parametrisation"] = args.parametrisation\n', "        pass\n",
          "cd_scripts"),
+        ("w_min, w_max = -1.0, math.inf", "w_min, w_max = 0.0, math.inf", "cd_scripts"),
+        ("return common.SAMPLERS[sampler](", 'return common.SAMPLERS["heun"](', "cd_scripts"),
     ],
     "ct.py": [
         ("r = args.r * min((step + 1) / args.warm_up, 1)", "r = args.r", "cd_scripts"),
@@ -241,6 +248,9 @@ MUTANTS = {
         ("common.ema_update(ema, net, args.ema_decay)",
          "common.ema_update(ema, net, 1 - args.ema_decay)", "guided_scripts"),
         ("w = args.w_min + span *", "w = args.w_min + args.w_max *", "guided_scripts"),
+        ("(alpha * z - x.clamp(-1, 1)) / sigma", "(alpha * z - x) / sigma", "guided"),
+        ("latents, clip=False)", "latents)", "guided_scripts"),
+        ("max(student.w_min, 0.0) if", "student.w_min if", "guided"),
     ],
 }
 

@@ -66,6 +66,18 @@ def heun(N, w=0.0):
     return way((2 * N - 1) * (2 if w else 1), f"{N} Heun steps", w, draw)
 
 
+# Of a teacher, on Heun's grid; without training the fast ones are what there is.
+FAST = {"euler": "Euler (DDIM)", "dpm2": "DPM-Solver-2", "dpm++2m": "DPM-Solver++(2M)",
+        "deis": "DEIS, third order"}
+SAMPLERS = FAST | {"ancestral": "ancestral"}
+
+
+def sampler(name, N):
+    def draw(net, *drawn):
+        return cd.sample_teacher(net, N, *drawn, sampler=name)
+    return way(common.sampler_calls(name, N), SAMPLERS[name], 0.0, draw)
+
+
 def multistep(*sigmas):
     drawn = "from " + ", ".join(f"{sigma:.3g}" for sigma in sigmas)
     return way(len(sigmas), drawn, 0.0, cd.sample, sigmas)
@@ -97,7 +109,14 @@ CONSISTENCY = [multistep(80.0), multistep(80.0, 1.6), multistep(*FOUR)]
 JUMPS = [jumps(1, 0.0), *(jumps(n, gamma) for gamma in (0.0, 0.3, 1.0) for n in (2, 4))]
 ON_G = way(35, "18 Heun steps on g", 0.0, ctm.sample_heun, 18)
 WEIGHTS = 0.0, 1.0
-TEACHER = [*(heun(18, w) for w in WEIGHTS), *(ddim(N, w) for w in WEIGHTS for N in (4, 2, 1))]
+TEACHER = [
+    *(heun(18, w) for w in WEIGHTS),
+    *(ddim(N, w) for w in WEIGHTS for N in (4, 2, 1)),
+    *(heun(N) for N in (6, 5, 3)),
+    *(sampler("dpm2", N) for N in (6, 5, 3)),
+    *(sampler(name, N) for name in ("euler", "dpm++2m", "deis") for N in (12, 10, 8, 5)),
+    *(sampler("ancestral", N) for N in (35, 10)),
+]
 STAGE_1 = [ddim(N, w, "stage1.pt", "stage 1, ") for w in WEIGHTS for N in (16, 4)]
 CT, CD, CTM, GD = "ct.py", "cd.py", "ctm.py", "guided_distill.py"
 MODULES = {CT: ct, CD: cd, CTM: ctm, GD: guided_distill}
@@ -424,6 +443,27 @@ def judged(claim, pairs):
     return f"- {claim}: **{verdict}** ({'; '.join(shown)})."
 
 
+def beside_solvers(rows):
+    """For `judged`: the teacher's fast solvers beside DDIM, and in one and two calls the best
+    student beside the best solver. rows: name -> its rows."""
+    quick, students = [], []
+    for calls, alike in {5: (5,), 8: (8,), 10: (9, 10), 12: (11, 12)}.items():  # 2 N - 1 is odd
+        teacher = [row for row in rows.get("teacher", ()) if row[2] == 0]
+        solved = {row[1]: row[5] for row in teacher if row[0] in alike}
+        ddim = solved.get(FAST["euler"])
+        for name in list(FAST.values())[1:]:
+            quick.append((f"NFE {calls}, {name}", solved.get(name), ddim))
+        for n in (1, 2):
+            drawn = [(row[5], METHODS[name].title) for name in rows for row in rows[name]
+                     if "{teacher}" in METHODS[name].flags and (row[0], row[2]) == (n, 0)]
+            if solved and drawn:
+                distance, student = min(drawn)
+                solver = min(solved, key=solved.get)
+                label = f"{student}, NFE {n}, beside {solver}, {calls}"
+                students.append((label, distance, solved[solver]))
+    return quick, students
+
+
 def expectations(rows):
     """Lines on what the papers lead one to expect of the table. rows: name -> its rows."""
     def cell(column, name, calls, w=0.0, drawn=""):
@@ -463,6 +503,7 @@ def expectations(rows):
         for gamma in ("gamma 0.3", "gamma 1"):
             none, some = (distance(name, 4, 0.0, drawn) for drawn in ("gamma 0", gamma))
             noisier.append((f"{METHODS[name].title} beside {gamma}", none, some))
+    quick, students = beside_solvers(rows)
     return [judged("CD is better than CT at equal steps", beside_ct("cd")),
             judged("Two steps are better than one", fewer),
             judged("CTM with gamma 0 improves with steps", more),
@@ -472,7 +513,10 @@ def expectations(rows):
             judged("CTM: soft matching is ahead of global", soft_beside("ctm-global")),
             judged("CTM: soft matching is ahead of local", soft_beside("ctm-local")),
             judged("CTM: the denoising loss helps", soft_beside("ctm-no-dsm")),
-            judged("CTM in four jumps: gamma 0 is ahead of more noise", noisier)]
+            judged("CTM in four jumps: gamma 0 is ahead of more noise", noisier),
+            judged("Of a teacher, fast solvers are ahead of DDIM at equal calls", quick),
+            judged("The teacher's best student is ahead of its best solver in more calls",
+                   students)]
 
 
 def conclusions(curves):
@@ -535,30 +579,45 @@ def table(rows, records):
 
 
 NOISY = {"gamma 0.3": "--", "gamma 1": ":"}  # lines of CTM's own comparison
+QUICKEST = "best of the fast solvers"
+MARKERS = {"Heun": "*", "ancestral": "x", QUICKEST: "P"}
 
 
 def kind_of(row):
     """Rows that make one curve, of several sorts that a method has."""
-    for kind in ("stage 1", "Heun"):
+    for kind in ("stage 1", "Heun", "ancestral"):
         if kind in row[1]:
             return kind
+    if row[1] in FAST.values():
+        return QUICKEST
     return row[1] if row[1] in NOISY else ""
+
+
+def curves_of(rows, column, best):
+    """{kind: {network calls: value}} of the rows of w = 0; of several in as many calls the best."""
+    curves = {}
+    for row in sorted(rows, key=lambda row: (kind_of(row), row[0])):
+        if row[2] == 0:
+            curve = curves.setdefault(kind_of(row), {})
+            curve[row[0]] = best(row[column], curve.get(row[0], row[column]))
+    return curves
 
 
 def draw_lines(drawing, rows):
     """Shares and distances against network calls, a line for each method and kind."""
     left, right = drawing.subplots(1, 2)
-    for axis, column, scale in ((left, 4, 100), (right, 5, 1)):
+    for axis, column, scale, best in ((left, 4, 100, max), (right, 5, 1, min)):
         for number, (name, its_rows) in enumerate(rows.items()):
-            for kind in sorted(set(map(kind_of, its_rows))):
-                points = sorted((row[0], scale * row[column]) for row in its_rows
-                                if row[2] == 0 and kind_of(row) == kind)
+            for kind, curve in curves_of(its_rows, column, best).items():
+                values = [scale * value for value in curve.values()]
                 line = ":" if kind else "--" if number > 9 else "-"
-                axis.plot(*zip(*points), linestyle=NOISY.get(kind, line), color=f"C{number % 10}",
-                          marker="*" if kind == "Heun" else "osD^v"[number % 5],
-                          label=METHODS[name].title + (f", {kind}" if kind else ""))
+                style = NOISY.get(kind, line)
+                marker = MARKERS.get(kind, "osD^v"[number % 5])
+                label = METHODS[name].title + (f", {kind}" if kind else "")
+                axis.plot(list(curve), values, linestyle=style, color=f"C{number % 10}",
+                          marker=marker, label=label)
         axis.set(xscale="log", xlabel="network calls (NFE)")
-        axis.set_xticks([1, 2, 4, 16, 35], ["1", "2", "4", "16", "35"], minor=False)
+        axis.set_xticks([1, 2, 4, 8, 16, 35], ["1", "2", "4", "8", "16", "35"], minor=False)
         axis.grid(alpha=0.3)
     left.set(title="read as the label asked for, %")
     right.set(title="Fréchet distance", yscale="log")

@@ -310,13 +310,24 @@ def test_expectations():
                 row(4, 0.75, 0.0, "gamma 1"), row(35, 0.6, 0.0, "18 Heun steps on g")],
         "ctm-global": [row(1, 1.1, 0.0, "one jump"), row(2, 0.8, 0.0, "gamma 0")],
         "ctm-no-dsm": [row(4, 0.9, 0.0, "gamma 0"), row(35, 9.0, 0.0, "18 Heun steps on g")],
+        "sct-scratch": [row(1, 0.1)],
         "teacher": [row(35, 1.0), row(70, 4.0, 1.0)],
         "guided-d": [row(4, 9.0, 0.0, "stage 1, DDIM"), row(4, 1.05, 0.0, "DDIM", 0.89),
                      row(4, 4.5, 1.0, "DDIM", 0.85)],
     }
+    rows["teacher"] += [row(5, 6.0, 0.0, "Euler (DDIM)"), row(5, 5.0, 0.0, "DPM-Solver++(2M)"),
+                        row(5, 7.0, 0.0, "DEIS, third order"), row(10, 3.0, 0.0, "Euler (DDIM)"),
+                        row(9, 0.4, 0.0, "5 Heun steps"), row(9, 0.7, 0.0, "DPM-Solver-2"),
+                        row(4, 0.1, 0.0, "DDIM"), row(10, 0.1, 1.0, "DPM-Solver-2")]
     lines = scoreboard.expectations(rows)
     assert verdicts(lines) == ["holds in part", "holds in part", "holds", "does not hold", "",
-                               "holds in part", "holds in part", "", "holds", "holds in part"]
+                               "holds in part", "holds in part", "", "holds", "holds in part",
+                               "holds in part", "holds in part"]
+    assert ("(NFE 5, DPM-Solver++(2M) 5.000 < 6.000; NFE 5, DEIS, third order 7.000 ≥ 6.000; "
+            "NFE 10, DPM-Solver-2 0.700 < 3.000)") in lines[10]
+    assert ("(CD, NFE 1, beside DPM-Solver++(2M), 5 1.000 < 5.000; CD, NFE 2, beside DPM-Solver++"
+            "(2M), 5 0.500 < 5.000; CD, NFE 1, beside 5 Heun steps, 10 1.000 ≥ 0.400; CD, NFE 2, "
+            "beside 5 Heun steps, 10 0.500 ≥ 0.400)") in lines[11]
     assert lines[4].endswith(": *not measured*.")
     assert "NFE 1 1.000 < 3.000" in lines[0] and "NFE 4 0.600 ≥ 0.500" in lines[0]
     assert "CTM 1.500 ≥ 1.000" in lines[1]
@@ -346,6 +357,46 @@ def test_ways_of_ctm_take_the_calls_they_say(tmp_path):
         drawn.append(draw(torch.tensor([3, 4]), noise, (2, 3, 16, 16)))
         assert len(calls) == way.calls
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+
+
+def test_curves_of_a_teacher():
+    """Heun's, and the best of the fast solvers, whichever that is at so many calls."""
+    rows = [row(35, 1.0, 0.0, "18 Heun steps"), row(9, 2.0, 0.0, "5 Heun steps"),
+            row(10, 3.0, 0.0, "DPM-Solver++(2M)", 0.7), row(10, 4.0, 0.0, "Euler (DDIM)", 0.8),
+            row(5, 8.0, 0.0, "DPM-Solver-2", 0.5), row(10, 0.1, 1.0, "DEIS, third order"),
+            row(4, 9.0, 0.0, "DDIM", 0.4), row(35, 1.5, 0.0, "ancestral")]
+    curves = scoreboard.curves_of(rows, 5, min)
+    assert {kind: list(curve.items()) for kind, curve in curves.items()} == {
+        "": [(4, 9.0)], "Heun": [(9, 2.0), (35, 1.0)], "ancestral": [(35, 1.5)],
+        "best of the fast solvers": [(5, 8.0), (10, 3.0)]}
+    shares = scoreboard.curves_of(rows, 4, max)
+    assert shares["best of the fast solvers"] == {5: 0.5, 10: 0.8}
+
+
+def test_solvers_of_a_teacher(monkeypatch):
+    """Each asks the network as often as it says, and draws its own samples."""
+    asked, samples = [], []
+
+    def D(x, t, y):
+        asked.append(t[0].item())
+        return x * 0.25 / (common.bcast(t, x) ** 2 + 0.25)
+
+    monkeypatch.setattr(common, "load_network", lambda *_: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(common, "place", lambda net, run: net)
+    monkeypatch.setattr(common, "net_denoiser", lambda net: D)
+    ways = [way for way in scoreboard.TEACHER if way.drawn != "DDIM"]
+    for way in ways:
+        asked.clear()
+        noise = common.SeededNoise(torch.arange(2), 0)
+        samples.append(way.open("x.pt", None)[1](None, noise, (2, 3, 4, 4)))
+        assert len(asked) == way.calls and asked[0] > 79 and asked[-1] < 0.003
+    unguided = [x for x, way in zip(samples, ways) if way.w == 0]
+    assert min((a - b).abs().max() for a, b in itertools.combinations(unguided, 2)) > 1e-3
+    assert [(way.calls, way.drawn) for way in ways if "Heun" in way.drawn] == [
+        (35, "18 Heun steps"), (70, "18 Heun steps"), (11, "6 Heun steps"), (9, "5 Heun steps"),
+        (5, "3 Heun steps")]
+    assert sorted(way.calls for way in ways if "Heun" not in way.drawn) == sorted(
+        3 * [5, 8, 10, 12] + [5, 9, 11] + [10, 35])
 
 
 def test_conclusions():

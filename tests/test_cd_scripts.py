@@ -14,7 +14,7 @@ import cd
 import common
 import scoreboard
 from test_scripts import STOP_AT_3, assert_same, records, step_by_hand
-from util import assert_mistake, close, exact_derivative, glyph_set, last, run_script
+from util import assert_mistake, close, exact_derivative, fill, glyph_set, last, run_script
 
 MACHINE = ["--precision", "fp32", "--device", "cpu"]
 NET = ["--net", "glyphs", "image_size=8", "base=32", "mult=1,1", "blocks=1"]
@@ -435,11 +435,20 @@ def assert_drawn(path, x):
     return saved
 
 
+@pytest.fixture(scope="module")
+def wild(trained, tmp_path_factory):
+    """The teacher with weights to which labels matter; after three steps they hardly do."""
+    path = tmp_path_factory.mktemp("wild") / "teacher.pt"
+    state = last(trained / "teacher")
+    net = fill(common.UNet(**state["model_args"]), 0)
+    torch.save(state | dict(ema=net.state_dict()), path)
+    return path
+
+
 @torch.no_grad()
-def test_teacher_samples_are_heuns(trained, tmp_path):
-    path = trained / "teacher" / "last.pt"
-    flags = ["--ckpt", path, "--sample", 4, "--N", 5, *MACHINE]
-    net, _ = common.load_network(path, ("cd",))
+def test_teacher_samples_are_heuns(wild, tmp_path):
+    flags = ["--ckpt", wild, "--sample", 4, "--N", 5, *MACHINE]
+    net, _ = common.load_network(wild, ("cd",))
     y, null, noise = torch.arange(4), torch.full((4,), 10), common.SeededNoise(torch.arange(4), 0)
     x_T = 80 * noise(torch.zeros(4, 3, 8, 8))
 
@@ -455,6 +464,27 @@ def test_teacher_samples_are_heuns(trained, tmp_path):
     run(*flags, "--churn", 3, "--save", "churn.npz", cwd=tmp_path, code=0)
     churned = assert_drawn(tmp_path / "churn.npz", heun(0, 3))
     assert not np.array_equal(churned, saved[0])
+    unconditional = common.heun_sample(lambda x, t: common.denoise(net, x, t, null), x_T, 5)
+    for w, wanted in ((-1, unconditional), (-0.5, heun(-0.5))):
+        done = run(*flags, "--w", w, "--save", "below.npz", cwd=tmp_path, code=0)
+        assert not np.array_equal(assert_drawn(tmp_path / "below.npz", wanted), saved[0])
+        assert "18 network call(s)" in done.stdout
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", common.SAMPLERS)
+def test_samplers_of_a_teacher(wild, tmp_path, name):
+    """Each draws its own samples, guided too, with the seed's noise, in as many calls as said."""
+    net, _ = common.load_network(wild, ("cd",))
+    y, noise = torch.arange(4), common.SeededNoise(torch.arange(4), 0)
+    x_T = 80 * noise(torch.zeros(4, 3, 8, 8))
+    D = common.guide(common.net_denoiser(net), y, torch.full((4,), 0.5))
+    x = common.SAMPLERS[name](D, x_T, 5, noise=noise)
+    done = run("--ckpt", wild, "--sample", 4, "--N", 5, "--sampler", name, "--w", 0.5, *MACHINE,
+               "--save", "x.npz", cwd=tmp_path, code=0)
+    assert_drawn(tmp_path / "x.npz", x)
+    calls = {"heun": 18, "dpm2": 18}.get(name, 10)
+    assert f"4 samples, {calls} network call(s) each" in done.stdout
 
 
 @torch.no_grad()
@@ -608,7 +638,19 @@ MISTAKES = [
     (["--N", "1"], "--N"),
     (["--edit", "inpaint"], "--edit does not apply without --ckpt"),
     (["--ckpt", "teacher.pt", "--sigmas", "80"], "--sigmas does not apply to teacher.pt"),
-    (["--ckpt", "student.pt", "--w", "3.5"], "--w 3.5: student.pt was trained for weights up to 3"),
+    (["--ckpt", "student.pt", "--w", "3.5"],
+     "--w 3.5: student.pt was trained for weights from 0 to 3"),
+    (["--ckpt", "student.pt", "--w", "-0.5"],
+     "--w -0.5: student.pt was trained for weights from 0 to 3"),
+    (["--ckpt", "plain.pt", "--w", "-0.5"], "--w -0.5: plain.pt was trained for no guidance"),
+    (["--ckpt", "teacher.pt", "--w", "-1.01"],
+     "argument --w: invalid guidance weight (-1 or more) value: '-1.01'"),
+    (["--w-max", "-0.5"], "argument --w-max: invalid number value: '-0.5'"),
+    (["--ckpt", "student.pt", "--sampler", "heun"], "--sampler does not apply to student.pt"),
+    (["--ckpt", "teacher.pt", "--sampler", "deis", "--churn", "3"],
+     "--churn does not apply with --sampler deis"),
+    (["--ckpt", "teacher.pt", "--sampler", "ddim"], "argument --sampler: invalid choice: 'ddim'"),
+    (["--sampler", "deis"], "--sampler does not apply without --ckpt"),
     (["--ckpt", "student.pt", "--stage", "teacher"], "--stage does not apply to student.pt"),
     (["--ckpt", "student.pt", "--churn", "3"], "--churn does not apply to student.pt"),
     (["--ckpt", "student.pt", "--dataset", "glyphs"], "--dataset does not apply without --eval"),
@@ -642,7 +684,7 @@ def test_mistakes_end_in_one_line(workplace, flags, message):
 def test_help(tmp_path):
     done = run("--help", cwd=tmp_path, code=0)
     flags = ("stage teacher teacher-steps label-dropout N objective stop-gradient solver mu dist "
-             "p-t weighting parametrisation w-max w churn edit image mask factor "
+             "p-t weighting parametrisation w-max w sampler churn edit image mask factor "
              "noise-level noisy ckpt sample eval inception sigmas lr-ramp dropout-size")
     for flag in flags.split():
         assert f"\n  --{flag}" in done.stdout

@@ -184,11 +184,13 @@ def test_guided_gaussian():
     model, w = -1 the unconditional."""
     s, m_c, m_0, tau = 0.5, 0.8, -0.1, at(0.4)
     v = lambda z, tau, y: gaussian_v(s, m_0 if y is None else m_c, EDM)(z, tau)
-    for w in (0.0, 1.0, 4.0, -1.0):
+    for w in (0.0, 1.0, 4.0, -0.5, -1.0):
         wanted = gaussian_v(s, (1 + w) * m_c - w * m_0, EDM)(Z, tau)
         close(common.guide(v, 0, at(w))(Z, tau), wanted, 1e-10, 1e-10)
     close(common.guide(v, 0, at(-1))(Z, tau), v(Z, tau, None), 1e-15)
     assert torch.equal(common.guide(v, 0, at(0))(Z, tau), v(Z, tau, 0))
+    mean = (v(Z, tau, 0) + v(Z, tau, None)) / 2
+    close(common.guide(v, 0, at(-0.5))(Z, tau), mean, 1e-12, 1e-12)
 
 
 def test_guided_different_deviations():
@@ -513,6 +515,54 @@ def test_stochastic_sampler_keeps_the_deviation(N):
     close(x.mean(), 0.3, 0.03)
 
 
+# ---- clipping
+
+@both_angles
+@pytest.mark.parametrize("sampler", ["D", "S"])
+def test_clipped_steps_by_hand(angle, sampler):
+    """x clipped to [-1, 1], the noise what z then holds beside it, DDIM's step with these two."""
+    wild = lambda z, tau: -2 - z.sin()
+    found = gd.sample(gd.clipped(wild, angle), angle, 4, sampler, Z, gauss_like)
+    z, beyond = Z, 0
+    for i in (4, 3, 2, 1):
+        tau, tau_mid, tau_end = (at(k / 4) for k in (i, i - 1, max(i - 2, 0)))
+        if sampler == "D":
+            tau_end = tau_mid
+        alpha, sigma = waves(angle(tau))
+        x = alpha * z - sigma * wild(z, tau)
+        beyond += (x.abs() > 1).any().item()
+        x = x.clamp(-1, 1)
+        epsilon = (z - alpha * x) / sigma
+        alpha, sigma = waves(angle(tau_end))
+        z = alpha * x + sigma * epsilon
+        if sampler == "S" and i > 1:
+            z = gd.renoise(angle, z, tau_end, tau_mid, gauss_like(z))
+    assert beyond > 1
+    close(found, z, 1e-10, 1e-10)
+    close(found.abs().max(), 1.0, 1e-12)
+    assert (gd.sample(wild, angle, 4, sampler, Z, gauss_like).abs() > 1.1).any()
+
+
+def test_nothing_is_clipped_that_is_within():
+    """Then v is what it was, and at the least level too there is nothing to divide by."""
+    v = lambda z, tau: (waves(EDM(tau))[0] * z - 0.9 * z.sin()) / waves(EDM(tau))[1]  # x 0.9 sin z
+    for tau in (1.0, 0.3, 1 / 1024, 1e-9):
+        z = Z.clamp(-50, 50)
+        close(gd.clipped(v, EDM)(z, at(tau)), v(z, at(tau)), 1e-9, 1e-9)
+    close(gd.sample(gd.clipped(v, EDM), EDM, 8, "D", Z), gd.sample(v, EDM, 8, "D", Z), 1e-9, 1e-9)
+
+
+def test_images_are_drawn_clipped_and_latents_are_not():
+    v = lambda z, tau, y, w: -2 - z.sin()
+    plain = lambda z, tau: v(z, tau, None, None)
+    drawn = functools.partial(gd.draw, v, EDM, 4, "D", 0.0, torch.device("cpu"), None,
+                              gauss_like, Z.shape)
+    z = gauss_like(torch.zeros(Z.shape))
+    close(drawn(), gd.sample(gd.clipped(plain, EDM), EDM, 4, "D", z))
+    assert torch.equal(drawn(clip=False), gd.sample(plain, EDM, 4, "D", z))
+    assert drawn().abs().max() < 1 + 1e-5 < drawn(clip=False).abs().max()
+
+
 def gauss_like(z):
     return gauss(tuple(z.shape), 5).to(z.dtype)
 
@@ -598,11 +648,15 @@ def test_what_a_student_draws_with():
     assert chosen((4, "S", 2.0, 14.0), N=4, sampler="S", w=7.5) == (4, "S", 7.5)
     assert chosen((0, None, 1.0, 4.0)) == (64, "D", 1.0)
     assert chosen((0, None, 1.0, 4.0), N=3, sampler="S") == (3, "S", 1.0)
+    assert chosen((4, "D", -1.0, 4.0)) == (4, "D", 0.0)
+    assert chosen((0, None, -1.0, math.inf), w=-1.0) == (64, "D", -1.0)
     for own, given, message in (
             ((4, "D", 0.0, 4.0), dict(N=8), "--N 8: x.pt was trained for N 4"),
             ((4, "D", 0.0, 4.0), dict(sampler="S"), "trained for sampler D"),
             ((0, None, 0.0, 4.0), dict(sampler="encoder"), "applies to training only"),
             ((4, "D", 2.0, 4.0), dict(w=1.0), "--w 1: x.pt was trained for weights from 2 to 4"),
-            ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for weights from 0 to 0")):
+            ((4, "D", 0.0, 0.0), dict(w=1.0), "trained for weights from 0 to 0"),
+            ((4, "D", -0.5, 4.0), dict(w=-1.0), "--w -1: x.pt was trained for weights from -0.5"),
+            ((4, "D", 0.0, 4.0), dict(w=-0.5), "--w -0.5: x.pt was trained for weights from 0")):
         with pytest.raises(common.UserError, match=message):
             chosen(own, **given)

@@ -276,6 +276,8 @@ def by_hand(path, y, w, N, sampler, z, *more, angle=gd.edm_angle, **options):
     v = gd.conditioned(gd.net_v(net, angle), y, w)
     if net.null_y is not None and not net.cond:
         v = common.guide(gd.edm_v(common.net_denoiser(net), angle), y, w)
+    if sampler != "encoder":
+        v = gd.clipped(v, angle)
     return gd.sample(v, angle, N, sampler, z, *more, **options)
 
 
@@ -291,7 +293,8 @@ def test_samples_are_the_formulas(wild, tmp_path):
     for name, flags, N, sampler, w, calls in (
             ("N0002.pt", [], 2, "D", 1.0, 2), ("N0004.pt", ["--w", 2.5, "--N", 4], 4, "D", 2.5, 4),
             ("stage1.pt", ["--N", 3, "--w", 2, "--sampler", "S"], 3, "S", 2.0, 3),
-            ("teacher/last.pt", ["--N", 3, "--w", 2], 3, "D", 2.0, 6)):
+            ("teacher/last.pt", ["--N", 3, "--w", 2], 3, "D", 2.0, 6),
+            ("teacher/last.pt", ["--N", 3, "--w", -0.5], 3, "D", -0.5, 6)):
         found, done = drawn(tmp_path, "--ckpt", wild / name, "--sample", 4, *flags)
         assert f"{calls} network call(s)" in done.stdout
 
@@ -301,6 +304,42 @@ def test_samples_are_the_formulas(wild, tmp_path):
 
         assert far(found, wanted(y, w)) <= 1, name
         assert far(found, wanted(y, w - 1)) > 10 and far(found, wanted(y + 1, w)) > 10, name
+
+
+@torch.no_grad()
+def test_at_weight_minus_one_a_teacher_does_not_look_at_labels(wild, tmp_path):
+    path = wild / "teacher" / "last.pt"
+    net, _ = common.load_network(path, ("cd",))
+    null = lambda z, tau: gd.edm_v(common.net_denoiser(net), gd.edm_angle)(z, tau, None)
+    noise = common.SeededNoise(torch.arange(4), 0)
+    x = gd.sample(gd.clipped(null, gd.edm_angle), gd.edm_angle, 3, "D",
+                  noise(torch.zeros(4, 3, 16, 16)))
+    for labels in ((), ("--labels", 3)):
+        found, done = drawn(tmp_path, "--ckpt", path, "--N", 3, "--w", -1, "--sample", 4, *labels)
+        assert far(found, x) <= 1 and "6 network call(s)" in done.stdout
+
+
+def test_weights_below_zero_are_trained(teacher, tmp_path):
+    """--w-min -1: stage 1 draws w from [-1, --w-max]; students draw there, by default at 0."""
+    spy = """
+def guide(D, y, w, real=common.guide):
+    open("w.txt", "a").write(" ".join(map(str, w.tolist())) + " ")
+    return real(D, y, w)
+monkeypatch.setattr(common, "guide", guide)
+"""
+    short = "--start-N 2 --stage1-steps 1 --round-steps 1 --last-steps 1 --sample-every 0".split()
+    batch = ["--batch-size", 64, "--micro-batch", 64]
+    run(*FP32, *teacher, *short, *batch, "--w-min", -1, "--w-max", 2, "--out-dir", "run",
+        cwd=tmp_path, prelude=spy, code=0)
+    w = np.unique((tmp_path / "w.txt").read_text().split()).astype(float)  # the trial's too
+    w.sort()
+    assert len(w) == 64 and abs((w + 1) / 3 - (np.arange(64) + 0.5) / 64).max() < 0.15
+    for flags, w in (([], 0.0), (["--w", -1], -1.0)):
+        found, done = drawn(tmp_path, "--ckpt", "run/N0001.pt", "--sample", 2, *flags)
+        noise = common.SeededNoise(torch.arange(2), 0)(torch.zeros(2, 3, 16, 16))
+        path = tmp_path / "run" / "N0001.pt"
+        assert far(found, by_hand(path, torch.arange(2), w, 1, "D", noise)) <= 1
+        assert "1 network call(s)" in done.stdout
 
 
 def test_editing(wild, digits, tmp_path):
@@ -675,6 +714,13 @@ MISTAKES = [
     ("--ckpt N0002.pt --N 4", "--N 4: N0002.pt was trained for N 2"),
     ("--ckpt N0002.pt --sampler S", "--sampler S: N0002.pt was trained for sampler D"),
     ("--ckpt N0002.pt --w 4.5", "--w 4.5: N0002.pt was trained for weights from 1 to 4"),
+    ("--ckpt N0002.pt --w -0.5", "--w -0.5: N0002.pt was trained for weights from 1 to 4"),
+    ("--ckpt N0002.pt --w -1.5",
+     "argument --w: invalid guidance weight (-1 or more) value: '-1.5'"),
+    ("--ckpt plain.pt --w -1", "--w -1: plain.pt was trained for weights from 0 to 0"),
+    ("--w-min -1.5", "argument --w-min: invalid guidance weight (-1 or more) value: '-1.5'"),
+    ("--w-max -1", "argument --w-max: invalid number value: '-1'"),
+    ("--w-min -1 --w-max 0", "--w-min does not apply without --w-max"),
     ("--ckpt N0002.pt --sigmas 80", "unrecognized arguments: --sigmas"),
     ("--sigmas 80", "unrecognized arguments: --sigmas"),
     ("--total-steps 80",
