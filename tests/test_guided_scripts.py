@@ -644,7 +644,8 @@ def test_the_adapter(tmp_path):
     for prediction in ("epsilon", "v_prediction", "sample"):
         pipeline(tmp_path, prediction)
         model = open_model(tmp_path)
-        c = model.dataset.__getitems__(np.arange(2))[1]
+        _, c, none = model.dataset.__getitems__(np.arange(2))
+        y = c, none
         teacher, student = model.v(model.teacher), model.v(model.net)
         for N in (1, 2, 4, 8):
             scheduler = model.scheduler
@@ -655,14 +656,14 @@ def test_the_adapter(tmp_path):
                 tau = tau.expand(2)
                 with torch.no_grad():
                     out = model.teacher(z, k, encoder_hidden_states=c).sample
-                    found = gd.ddim(gd.conditioned(teacher, c, None), model.angle, z, tau,
+                    found = gd.ddim(gd.conditioned(teacher, y, None), model.angle, z, tau,
                                     tau - 1 / N)
-                    assert torch.equal(student(z, tau, c, w), teacher(z, tau, c))
+                    assert torch.equal(student(z, tau, y, w), teacher(z, tau, y))
                 wanted = scheduler.step(out, k, z).prev_sample
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             null = model.dataset.null.expand(2, -1, -1)
-            assert torch.equal(teacher(z, tau, None), teacher(z, tau, null))
+            assert torch.equal(teacher(z, tau, (None, none)), teacher(z, tau, (null, none)))
     wanted = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, w, 256)
     # sines of 14000, in float32
     torch.testing.assert_close(gd.w_features(w, 256), wanted, rtol=0, atol=2e-3)
