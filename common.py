@@ -2008,13 +2008,15 @@ def settings_of_run(args, model_args):
         flags["--teacher"] = args["teacher"]
     return {key: show_value(value) for key, value in (flags | model_args).items()}
 
+FLAGS_SINCE = {"--stage": "distill"}  # what runs did when they had no such flag yet
+
 def check_resumable(args, state, script, model_args, data):
     """Raises UserError if the run of a checkpoint was another script's, or had other flags or data.
     data: a summary, as checkpoints hold one."""
     if state.get("script") != script:
         raise UserError(f"--out-dir {args.out_dir} holds a run of {state.get('script')}.py; choose "
                         "another, or --overwrite it")
-    old = settings_of_run(state["args"], state["model_args"])
+    old = FLAGS_SINCE | settings_of_run(state["args"], state["model_args"])
     new = settings_of_run(vars(args), model_args)
     changed = [f"{key} {old.get(key, 'none')} there, {new.get(key, 'none')} now"
                for key in sorted({"--teacher", "--teacher-digest", *new})  # others do not apply

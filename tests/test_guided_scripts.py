@@ -396,6 +396,10 @@ def pipeline(folder, prediction="epsilon", labels=False, **more):
     conditions = dict(embeddings=embeddings, null=null)
     if labels:
         conditions = dict(labels=np.arange(12) % 3)
+    if more.get("in_channels") == 9:
+        masks = rng.random((12, 1, 8, 8)) < 0.5
+        masked = rng.normal(size=(12, 4, 8, 8)).astype(np.float32)
+        conditions |= dict(masks=masks, masked=masked)
     np.savez(folder / "latents.npz", latents=latents.astype(np.float16), **conditions)
 
 
@@ -419,14 +423,21 @@ for name, N, w in {students!r}:
     assert done.returncode == 0, done.stderr
 
 
+def of_diffusers(folder, pipe="pipe"):
+    """The UNet and alpha^2 of a pipeline, and the data beside it; extra channels are in `extra`."""
+    import diffusers
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / pipe / "unet")
+    alphas = diffusers.DDIMScheduler.from_pretrained(folder / pipe / "scheduler").alphas_cumprod
+    data = {key: torch.from_numpy(value).float()
+            for key, value in np.load(folder / "latents.npz").items()}
+    extra = [data.get(key, data["latents"][:, :0]) for key in ("masks", "masked")]
+    return unet, alphas, data | dict(extra=torch.cat(extra, 1))
+
+
 def first_loss(folder, prediction):
     """Of stage 1, by hand: the student still being its conditional teacher, it misses
     w (v_cond - v_null)."""
-    import diffusers
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "pipe" / "unet")
-    alphas = diffusers.DDIMScheduler.from_pretrained(folder / "pipe" / "scheduler").alphas_cumprod
-    data = {key: torch.from_numpy(value).float()
-            for key, value in np.load(folder / "latents.npz").items()}
+    unet, alphas, data = of_diffusers(folder)
     losses, indices = [], common.index_batches(12, 0, 0, 9, 8, 4)
     for m in range(2):
         common.seed_everything(common.STEP, 0, 0, m)
@@ -435,6 +446,7 @@ def first_loss(folder, prediction):
         a = alphas[k].view(4, 1, 1, 1)
         z = a.sqrt() * data["latents"][batch] + (1 - a).sqrt() * torch.randn(4, 4, 8, 8)
         with torch.no_grad():
+            z = torch.cat([z, data["extra"][batch]], 1)
             cond = unet(z, k, data["embeddings"][batch]).sample
             missed = cond - unet(z, k, data["null"].expand(4, -1, -1)).sample
         if prediction == "epsilon":
@@ -507,9 +519,9 @@ def test_a_class_conditional_latent_model(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def open_model(folder, guided=True, data="latents.npz"):
+def open_model(folder, guided=True, data="latents.npz", to_v=False):
     run_on = SimpleNamespace(device=CPU, dtype=torch.float32, checkpointing=False, main=True)
-    return gd.LatentModel(f"diffusers:{folder / 'pipe'}", folder / data, guided, run_on)
+    return gd.LatentModel(f"diffusers:{folder / 'pipe'}", folder / data, guided, run_on, to_v)
 
 
 def edit_config(path, old, new):
@@ -551,15 +563,16 @@ def test_latent_models_that_are_refused(tmp_path):
     assert open_model(tmp_path).digest != model.digest
     edit_config(tmp_path / "pipe" / "scheduler" / "scheduler_config.json",
                 '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true')
-    with pytest.raises(common.UserError, match="nothing about x at zero SNR"):
+    with pytest.raises(common.UserError, match="nothing about x at zero SNR; .* --stage teacher"):
         open_model(tmp_path)
+    assert open_model(tmp_path, to_v=True).prediction == "v_prediction"
     (tmp_path / "full").write_text("a file where a folder should be")
     with pytest.raises(common.UserError, match="cannot write .*full"):
         model.export(model.net, tmp_path / "full")
     model.shape = 3, 8, 8
     with pytest.raises(common.UserError, match=r"vae does not decode latents \(3, 8, 8\)"):
         model.open_vae()
-    for more in (dict(in_channels=9), dict(time_cond_proj_dim=16),
+    for more in (dict(in_channels=8), dict(time_cond_proj_dim=16),
                  dict(class_embed_type="timestep"), dict(sample_size=(8, 16))):
         pipeline(tmp_path, "v_prediction", **more)
         with pytest.raises(common.UserError, match="more than square latents"):
@@ -669,6 +682,238 @@ def test_the_adapter(tmp_path):
     torch.testing.assert_close(gd.w_features(w, 256), wanted, rtol=0, atol=2e-3)
 
 
+# ---- latent models: noise to v, inpainting, image to image
+
+TO_V = [*FP32, *STEPS, "--stage", "teacher", "--total-steps", 4, "--lr", 1e-3, "--ema-decay", 0.5,
+        "--label-dropout", 0.5, "--teacher", "diffusers:pipe", "--dataset", "latents.npz"]
+INPAINTS = dict(in_channels=9)
+
+
+def to_v_by_hand(folder):
+    """The four steps of TO_V: losses, and the average of the weights."""
+    unet, alphas, data = of_diffusers(folder)
+    ema, losses = copy.deepcopy(unet).requires_grad_(False), []
+    optimizer, indices = torch.optim.Adam(unet.parameters(), 1e-3), common.index_batches(
+        12, 0, 0, 4, 8, 4)
+    for step in range(4):
+        halves = []
+        for m in range(2):
+            common.seed_everything(common.STEP, 0, step, m)
+            batch = next(indices)
+            k = (1000 * torch.rand(4, dtype=torch.float64)).ceil().long() - 1
+            noise = torch.randn(4, 4, 8, 8)
+            words = data["embeddings"][batch]
+            words[torch.rand(4) < 0.5] = data["null"]
+            alpha, sigma = (a.sqrt().view(4, 1, 1, 1) for a in (alphas[k], 1 - alphas[k]))
+            x0 = data["latents"][batch]
+            z = torch.cat([alpha * x0 + sigma * noise, data["extra"][batch]], 1)
+            missed = unet(z, k, words).sample - (alpha * noise - sigma * x0)
+            halves.append(missed.square().mean((1, 2, 3)))
+        optimizer.zero_grad()
+        loss = torch.cat(halves).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        for average, p in zip(ema.parameters(), unet.parameters()):
+            average.lerp_(p.detach(), 0.5)
+        losses.append(loss.item())
+    return losses, ema
+
+
+def assert_close_weights(found, wanted, atol):
+    for (name, p), q in zip(found.named_parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol, msg=name)
+
+
+def test_noise_to_v(tmp_path):
+    """The loop by hand; resumed and on two processes it is the same; the folder that it leaves is
+    guided by diffusers as by --ckpt, and is a teacher for stage 1."""
+    pipeline(tmp_path)
+    done = run_latent(tmp_path, *TO_V, "--out-dir", "run", code=0)
+    assert "pipe is fine-tuned to v, with its weights as they are to begin with\n" in done.stdout
+    wanted, ema = to_v_by_hand(tmp_path)
+    np.testing.assert_allclose(losses(tmp_path / "run"), wanted, 1e-4)
+    assert {line["lr"] for line in records(tmp_path / "run")} == {1e-3}
+    unet, alphas, data = of_diffusers(tmp_path, "run/v")
+    assert_close_weights(unet, ema, 1e-4)
+    assert not torch.equal(unet.conv_in.weight, of_diffusers(tmp_path)[0].conv_in.weight)
+
+    run_latent(tmp_path, *TO_V, "--out-dir", "again", prelude=stop_after(2), code=STOPPED)
+    run_latent(tmp_path, *TO_V, "--out-dir", "again", code=0)
+    assert_same(last(tmp_path / "again"), last(tmp_path / "run"))
+    run_latent(tmp_path, *TO_V, "--out-dir", "two", ranks=2, code=0)
+    assert_same(last(tmp_path / "two")["net"], last(tmp_path / "run")["net"], 1e-5)
+
+    import diffusers
+    pipe = pipe_of(diffusers.StableDiffusionPipeline, tmp_path / "run" / "v")
+    config = pipe.scheduler.config
+    assert (config.prediction_type, config.timestep_spacing) == ("v_prediction", "trailing")
+    z = common.SeededNoise(torch.arange(2), 0)(torch.zeros(2, 4, 8, 8))
+    null = data["null"].expand(2, -1, -1)
+    ours, done = drawn(tmp_path, "--ckpt", "run/v.pt", "--w", 3, "--N", 4, "--sample", 2,
+                       prelude=IMPORTABLE)
+    assert "8 network call(s)" in done.stdout
+    theirs = pipe(prompt_embeds=data["embeddings"][:2], negative_prompt_embeds=null, latents=z,
+                  guidance_scale=4.0, num_inference_steps=4, output_type="np").images
+    assert ours.std() > 5 and np.abs(ours - (255 * theirs).round()).max() <= 1
+
+    shutil.rmtree(tmp_path / "pipe")
+    (tmp_path / "run" / "v").rename(tmp_path / "pipe")
+    stage_1 = [*LATENT, "--end-N", 4, "--stage1-steps", 1, "--round-steps", 1, "--last-steps", 1]
+    run_latent(tmp_path, *stage_1, "--out-dir", "student", code=0)
+    found = losses(tmp_path / "student")[0]
+    np.testing.assert_allclose(found, first_loss(tmp_path, "v_prediction"), 1e-3)
+    (tmp_path / "pipe").rename(tmp_path / "run" / "v")
+    done = run_latent(tmp_path, *stage_1, "--out-dir", "run", "--overwrite", "--teacher",
+                      "diffusers:run/v", code=2)
+    assert "--out-dir run holds the --teacher: choose another" in done.stderr
+
+
+def pipe_of(kind, folder):
+    pipe = kind.from_pretrained(folder, safety_checker=None, tokenizer=None, text_encoder=None,
+                                feature_extractor=None, image_encoder=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def student_of(folder, kind, **more):
+    """A random student, and diffusers' pipeline of the folder that it leaves."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline(folder, "v_prediction", **more)
+    model = open_model(folder)
+    model.open_vae()
+    net = model.net.requires_grad_(False)
+    for p in net.parameters():
+        p += 0.1 * torch.randn_like(p)
+    model.export(net, folder / "N0004")
+    return model, model.v(net), pipe_of(getattr(diffusers, kind), folder / "N0004")
+
+
+def assert_pictures(found, wanted):
+    """(b,C,H,W) in [-1, 1] of ours, (b,H,W,C) in [0, 1] of diffusers."""
+    found = (found.clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) / 2
+    assert found.std() > 0.02
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_a_student_inpaints_in_diffusers(tmp_path):
+    model, v, pipe = student_of(tmp_path, "StableDiffusionInpaintPipeline", **INPAINTS)
+    noise = common.SeededNoise(torch.arange(2), 0)
+    ours = model.draw(v, model.angle, 4, "D", 6.5, CPU, None, noise, None)
+    data = of_diffusers(tmp_path)[2]
+    z = common.SeededNoise(torch.arange(2), 0)(torch.zeros(2, 4, 8, 8))
+    masks = data["masks"].repeat_interleave(2, 2).repeat_interleave(2, 3)  # latents' pixels: 2 x 2
+    words = data["embeddings"][:2]
+
+    def theirs(masks, masked):
+        return pipe(prompt_embeds=words, negative_prompt_embeds=words, latents=z,
+                    image=torch.zeros(2, 3, 16, 16), mask_image=masks[:2],
+                    masked_image_latents=masked[:2], guidance_scale=7.5, num_inference_steps=4,
+                    height=16, width=16, output_type="np").images
+    assert_pictures(ours, theirs(masks, data["masked"]))
+    assert np.abs(theirs(masks, data["masked"]) - theirs(1 - masks, data["masked"])).max() > 0.02
+    assert np.abs(theirs(masks, data["masked"]) - theirs(masks, data["masked"][2:])).max() > 0.02
+
+
+@torch.no_grad()
+def test_without_its_text_an_image_keeps_its_mask(tmp_path):
+    pipeline(tmp_path, "v_prediction", **INPAINTS)
+    model = open_model(tmp_path)
+    unet, _, data = of_diffusers(tmp_path)
+    x0, y = model.fetch(model.dataset.__getitems__(np.array([3, 7])))
+    tau, w = torch.tensor([0.25, 1.0], dtype=torch.float64), torch.tensor([2.0, 14.0])
+    words, extra, null = data["embeddings"][[3, 7]], data["extra"][[3, 7]], data["null"]
+    both = [unet(torch.cat([x0, extra], 1), torch.tensor([249, 999]), text).sample
+            for text in (words, null.expand(2, -1, -1))]
+    wanted = both[1] + (1 + w.view(2, 1, 1, 1)) * (both[0] - both[1])
+    found = model.guide(model.v_teacher, y, w)(x0, tau)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    dropped, kept = model.drop_labels(y, 1.0)
+    assert torch.equal(kept, extra) and torch.equal(dropped, null.expand(2, -1, -1))
+    assert torch.equal(model.drop_labels(y, 0.0)[0], words)
+
+
+def test_labels_are_dropped_by_image(tmp_path):
+    pipeline(tmp_path, labels=True)
+    model = open_model(tmp_path)
+    labels = torch.arange(12_000) % 3
+    dropped, _ = model.drop_labels((labels, None), 0.1)
+    assert ((dropped == labels) | (dropped == 3)).all()
+    assert abs((dropped == 3).float().mean().item() - 0.1) < 0.02
+
+
+def test_an_inpainting_model_through_all_stages(tmp_path):
+    pipeline(tmp_path, **INPAINTS)
+    done = run_latent(tmp_path, *TO_V, "--out-dir", "to_v", code=0)
+    assert "pipe inpaints: masks and masked latents of" in done.stdout
+    np.testing.assert_allclose(losses(tmp_path / "to_v"), to_v_by_hand(tmp_path)[0], 1e-4)
+    shutil.rmtree(tmp_path / "pipe")
+    shutil.copytree(tmp_path / "to_v" / "v", tmp_path / "pipe")
+    run_latent(tmp_path, *LATENT, "--out-dir", "run", "--sample-every", 500, code=0)
+    found = losses(tmp_path / "run")
+    np.testing.assert_allclose(found[0], first_loss(tmp_path, "v_prediction"), 1e-3)
+    assert len(found) == 9 and np.isfinite(found).all()
+    student, _ = drawn(tmp_path, "--ckpt", "run/N0002.pt", "--w", 7, "--sample", 2,
+                       prelude=IMPORTABLE)
+    model = open_model(tmp_path)
+    model.open_vae()
+    model.net.load_state_dict(load(tmp_path / "run" / "N0002.pt")["ema"])
+    wanted = model.draw(model.v(model.net), model.angle, 2, "D", 7.0, CPU, None,
+                        common.SeededNoise(torch.arange(2), 0), None)
+    assert np.abs(student - common.to_uint8(wanted).numpy()).max() <= 1
+
+
+def test_masks_that_are_refused(tmp_path):
+    pipeline(tmp_path, "v_prediction", **INPAINTS)
+    whole = dict(np.load(tmp_path / "latents.npz"))
+
+    def opened(without=(), **arrays):
+        arrays = {key: value for key, value in (whole | arrays).items() if key not in without}
+        np.savez(tmp_path / "bad.npz", **arrays)
+        return open_model(tmp_path, data="bad.npz").dataset
+
+    def refused(message, *without, **arrays):
+        with pytest.raises(common.UserError, match=message):
+            opened(without, **arrays)
+    refused(r"takes .*'masks': \(12, 1, 8, 8\), 'masked': \(12, 4, 8, 8\)}, not .*embeddings",
+            "masks", "masked")
+    refused(r"takes .*'masked': .*, not .*'masks': \(12, 1, 8, 8\)", "masked")
+    refused(r"not .*'masks': \(12, 8, 8\)", masks=whole["masks"][:, 0])
+    refused(r"not .*'masked': \(12, 3, 8, 8\)", masked=whole["masked"][:, :3])
+    for wrong, message in ((1.5, "mask outside"), (-0.1, "mask outside"), (np.nan, "inf or nan")):
+        masks = whole["masks"].astype(np.float32)
+        opened(masks=masks).__getitems__(np.array([2, 4]))
+        masks[4, 0, 1, 1] = wrong
+        with pytest.raises(common.UserError, match=f"sample 4, counted from 0, .*{message}"):
+            opened(masks=masks).__getitems__(np.array([2, 4]))
+    pipeline(tmp_path, "v_prediction")  # it would not look at them
+    refused(r"takes .*, not .*'masks': \(12, 1, 8, 8\)")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength, steps", [(1.0, 4), (0.8, 3), (0.5, 2), (0.3, 1)])
+def test_a_student_draws_from_an_image_in_diffusers(tmp_path, strength, steps):
+    """The last int(4 strength) steps, from the image noised to tau = steps / 4."""
+    model, v, pipe = student_of(tmp_path, "StableDiffusionImg2ImgPipeline")
+    words = model.dataset.__getitems__(np.arange(2))[1]
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    theirs = pipe(prompt_embeds=words, negative_prompt_embeds=words, image=images,
+                  strength=strength, guidance_scale=7.5, num_inference_steps=4, output_type="np",
+                  generator=torch.Generator().manual_seed(0)).images
+
+    generator = torch.Generator().manual_seed(0)
+    encoded = model.vae.encode(2 * images - 1).latent_dist
+    x0 = encoded.mean + encoded.std * torch.randn(2, 4, 8, 8, generator=generator)
+    x0 = x0 * model.vae.config.scaling_factor
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    a = of_diffusers(tmp_path)[1][1000 * steps // 4 - 1]
+    z = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    v = gd.conditioned(v, (words, z[:, :0]), torch.full((2,), 6.5))
+    ours = model.decode(gd.sample(v, model.angle, 4, "D", z, start=steps))
+    assert_pictures(ours, theirs)
+
+
 # ---- mistakes
 
 STYLE = "--edit style --image images/0.png --labels 1 --from-labels"
@@ -688,7 +933,14 @@ MISTAKES = [
     ("--w-max 0 --stage1-steps 5", "--stage1-steps does not apply without --w-max"),
     ("--sampler encoder --w-max 2", "--sampler encoder goes with --w-max 0"),
     ("--sampler encoder --sample-every 5", "with --w-max 0 and --sample-every 0"),
-    ("--stage teacher --w-max 2", "--stage teacher (did you mean python cd.py --stage?)"),
+    ("--stage teacher", "teachers of images are trained by python cd.py --stage teacher"),
+    ("--stage teacher --teacher diffusers:pipe --w-max 2", "--w-max does not apply with --stage"),
+    ("--stage teacher --teacher diffusers:pipe --start-N 4", "--start-N does not apply with --sta"),
+    ("--stage teacher --teacher diffusers:pipe", "needs --dataset FILE.npz"),
+    ("--stage teacher --teacher diffusers:pipe --dataset x.npz --dropout 0.1",
+     "--dropout does not apply with --teacher diffusers:PATH"),
+    ("--label-dropout 0.1", "--label-dropout does not apply with --stage distill"),
+    ("--ckpt N0002.pt --stage teacher", "--stage does not apply with --ckpt"),
     ("--teacher plain.pt", "plain.pt, trained without --label-dropout, cannot guide"),
     ("--dataset images", "needs labels"),
     ("--no-class-cond", "needs labels, and there are none; so does --w-max"),
