@@ -91,9 +91,9 @@ def loss_fn(student, target, angle, x0, noise, tau, weight):
     """The distillation loss of each image, of either stage. GD Alg. 1 and 2.
 
     Args:    student: (z, tau) -> v, of theta.  target: (z, tau) -> the v to match: in stage 1 the
-             guided teacher's, in stage 2 `two_steps` of the student before; `true_v` makes this
-             the loss of a diffusion model.  angle: tau -> phi.
-             x0, noise: (B,C,H,W).  tau: (B,) float64.  weight: phi -> factors (B,).
+             guided teacher's, in stage 2 `two_steps` of the student before; with `true_v` this
+             trains a diffusion model.  angle: tau -> phi.  x0, noise: (B,C,H,W).
+             tau: (B,) float64.  weight: phi -> factors (B,).
     Returns: (B,). Gradient flows through the student alone.
     """
     phi = angle(tau)
@@ -153,9 +153,11 @@ def conditioned(v, y, w):
     return lambda z, tau: v(z, tau, y, w)
 
 
+NAMES = {None: "v", 0: "stage1"}  # of what a round leaves; others: N0032, ..
+
+
 def plan(settings):
-    """The rounds of a run: (N, optimizer steps) each; stage 1 has N = 0, a teacher's only one None.
-    """
+    """The rounds of a run: (N, optimizer steps) each. N = 0 is stage 1, None is noise to v."""
     if settings.get("stage") == "teacher":
         return [(None, settings["total_steps"])]
     stochastic = settings["sampler"] == "S"  # the first student has all its teacher's steps
@@ -276,9 +278,8 @@ SCHEDULERS = (
 class LatentModel:
     """A UNet2DConditionModel on text or classes, predicting noise, v or x; its student and data.
 
-    What it is told of image i is y: its text or label, and its extra channels: masks and masked
-    latents (B,1+C,h,w) for inpainting, else none (B,0,h,w).
-    to_v: the student is a teacher, too: the same network, which is to predict v.
+    y is a text or label, and extra channels: for inpainting mask and masked latents (B,1+C,h,w),
+    else none (B,0,h,w). to_v: the student is a teacher, too: the same network, to predict v.
     """
     latent = True
 
@@ -299,13 +300,13 @@ class LatentModel:
             net = self.read(self.diffusers.UNet2DConditionModel, unet)
         self.digest = digest.hexdigest()[:12]
         self.teacher = net.requires_grad_(False).eval().to(run.device)
-        self.prediction = self.scheduler.config.prediction_type
+        self.first_prediction = self.prediction = self.scheduler.config.prediction_type
         self.times = self.scheduler.config.num_train_timesteps
         alpha = self.scheduler.alphas_cumprod.double().sqrt()
         no_noise = torch.zeros(1, dtype=torch.float64)
         self.angles = torch.cat([no_noise, alpha.acos()]).to(times_device(run.device))
         if to_v:
-            self.prediction = "v_prediction"  # of what begins with weights for noise
+            self.prediction = "v_prediction"
             self.scheduler.register_to_config(prediction_type=self.prediction)
         if self.prediction == "epsilon" and alpha[-1] < 1e-3:
             raise UserError(f"--teacher {teacher}: predicting noise, it says nothing about x at "
@@ -410,9 +411,9 @@ class LatentModel:
             text, labels = (None, condition) if self.classes else (condition, None)
             features = w_features(w, w_dim) if w_dim else None
             k = (self.index(tau) - 1).to(z.device)  # the timestep
+            inputs = torch.cat([z, extra], 1)
             dtype = self.run.dtype
             with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-                inputs = torch.cat([z, extra], 1)
                 out = net(inputs, k, text, class_labels=labels, timestep_cond=features)
             out = out.sample.float()
             if self.prediction == "v_prediction":
@@ -456,8 +457,7 @@ class LatentModel:
         return self.vae.decode(z / self.vae.config.scaling_factor).sample
 
     def draw(self, v, angle, N, sampler, w, device, y, noise, shape):
-        """Draw images as `draw` does: image i of what the data tell of i, but of labels y if given.
-        """
+        """Draw as `draw` does, image i of the y of sample i, or of labels y if given."""
         i = noise.indices.cpu().numpy() % len(self.dataset)
         _, (condition, extra) = self.fetch(self.dataset.__getitems__(i))
         y = (condition if y is None else y), extra
@@ -510,12 +510,11 @@ STUDENTS = {
     "imagenet64": dict(batch_size=2048, lr=1e-4, stage1_steps=50_000),
 }
 LSUN = STUDENTS["imagenet64"] | dict(w_max=0.0)  # bedroom256, cat256: ours; without labels
-# GD's for text; with labels w_min is 0. It starts from a teacher fine-tuned to v. Learning rate and
-# EMA are ours.
+# GD's for text; with labels w_min is 0. Learning rate and EMA are ours. GD starts from a teacher
+# fine-tuned to v; how long is not known here, label dropout is Stable Diffusion's.
 LATENT = dict(
     w_min=2.0, w_max=14.0, batch_size=512, micro_batch=8, flip=False, lr=1e-5,
     start_N=512, stage1_steps=3000, round_steps=2000, last_steps=20_000)
-# Meng et al. fine-tuned noise to v first; how long is ours, as --label-dropout: Ho & Salimans 2021.
 LATENT_TEACHER = dict(total_steps=2000, label_dropout=0.1, out_dir="out/v_teacher")
 PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc")  # PD
 PLAIN_STUDENTS = {"cifar10": dict(start_N=8192)}
@@ -652,13 +651,13 @@ def make_parser():
 def open_latents(args, run):
     """A LatentModel to distil. A student will be sampled with it and its data, wherever that is."""
     to_v = args.stage == "teacher"
-    guided = args.label_dropout > 0 if to_v else args.w_max > 0
+    guides = args.label_dropout > 0 if to_v else args.w_max > 0
     with common.main_process_first(run):
-        model = LatentModel(args.teacher, args.dataset, guided, run, to_v)
+        model = LatentModel(args.teacher, args.dataset, guides, run, to_v)
     if Path(args.out_dir).resolve() in model.path.resolve().parents:
         raise UserError(f"--out-dir {args.out_dir} holds the --teacher: choose another")
     if to_v and run.main:
-        print(f"{model.path} is fine-tuned to v, with its weights as they are to begin with")
+        print(f"{model.path} predicts {model.first_prediction}; its weights are where v begins")
     if model.inpaints and run.main:
         print(f"{model.path} inpaints: masks and masked latents of {args.dataset} tell it where")
     if not to_v and args.start_N > model.times:
@@ -734,7 +733,7 @@ def train(args, run, stop):
     weight = WEIGHTS[args.weighting]
     shown_weights = [0.0]  # of guidance, in grids of samples
     if not distil:
-        v_ema = guided(v_ema, task.guide)
+        v_ema = guided_v(v_ema, task.guide)
         shown_weights = [0.0, 2.0]
     if w_max:
         span = w_max - args.w_min
@@ -756,7 +755,7 @@ def train(args, run, stop):
         # ------------------------------------------------------------------------ one training step
         lr = args.lr
         if distil:
-            lr = args.lr * (1 - done / steps)  # PD: to 0 within each round
+            lr *= 1 - done / steps  # PD: to 0 within each round
         if args.sampler == "S" and N == 1:
             lr = 0.0  # it is its teacher already; Adam would make a step of a rounded gradient of 0
         optimizer.param_groups[0]["lr"] = lr
@@ -801,10 +800,10 @@ def train(args, run, stop):
         step += 1
         # ------------------------------------------------------------------------------------------
         # log.jsonl: loss_bins is the mean loss where tan phi is below 0.1, 1, 10 and above;
-        # grad_norm is that before it is clipped; N is 0 in stage 1
+        # grad_norm is that before it is clipped; N is 0 in stage 1, null in --stage teacher
         last = stopping or step == args.total_steps
         ended = done + 1 == steps
-        name = f"N{N:04d}" if N else "stage1" if distil else "v"
+        name = NAMES.get(N) or f"N{N:04d}"
         log.step(step, finite, last, N=N, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm, lr=lr)
         if ended and run.main and not common.not_finite(ema.state_dict()):
@@ -832,7 +831,8 @@ def save_student(args, run, path, step, N, task, ema, log):
 def delete_students(args):
     """`--overwrite`: the students of a run, and what was exported of them to diffusers."""
     out_dir = Path(args.out_dir)
-    for old in [out_dir / "v.pt", out_dir / "stage1.pt", *out_dir.glob("N????.pt")]:
+    names = [f"{name}.pt" for name in NAMES.values()]
+    for old in [*map(out_dir.joinpath, names), *out_dir.glob("N????.pt")]:
         old.unlink(missing_ok=True)
         shutil.rmtree(old.with_suffix(""), ignore_errors=True)
 
@@ -874,11 +874,11 @@ def open_student(path, run, encoder=False):
         student.w_max = math.inf
         student.calls = 2
 
-    student.v = guided(v_teacher, common.guide)
+    student.v = guided_v(v_teacher, common.guide)
     return student
 
 
-def guided(v, guide):
+def guided_v(v, guide):
     """v(z, tau, y, w) of a teacher's v (z, tau, y), guided by two calls where w is not 0."""
     return lambda z, tau, y, w: guide(v, y, w if w.any() else None)(z, tau)
 
@@ -902,7 +902,7 @@ def open_latent_student(args, run, checkpoint):
     args.micro_batch = min(args.micro_batch, 8)
     student = trained_for(checkpoint, net=net, v=model.v(net), angle=model.angle, draw=model.draw)
     if to_v:
-        student.v = guided(student.v, model.guide)
+        student.v = guided_v(student.v, model.guide)
     if to_v and guides:
         student.w_max = math.inf
         student.calls = 2
@@ -1023,5 +1023,11 @@ if __name__ == "__main__":
 #   encoder           starts at noise level 0.002, not at 0: the least the network knows
 #   stage 2's target  angles multiplied out, coefficients in float64: the papers' quotient loses
 #                     digits where neighbouring levels are close
+#   latent models     GD says neither how long noise is fine-tuned to v nor how fast, as far as is
+#                     known: 2,000 steps, 1e-5. The first v is the noise predicted so far, raw: read
+#                     as noise it would be divided by alpha. Texts, latents, masks and what they
+#                     leave come from a file, drawn once; GD's from images. w enters as diffusers
+#                     has it: 1000 w in sinusoids, one linear layer, zero, added to those of time.
+#                     The last step ends at alpha = 1; Stable Diffusion's betas end at 0.9996
 #   embedding of w    pixel models: sinusoids of 25 w, one linear layer of each block zero. The
 #                     papers' factor of 1000 tells 4 from 4.1 too well for short training
