@@ -14,7 +14,8 @@ and angles are (B,) float64; their coefficients meet the images.
 
 Stage 1 leaves stage1.pt, which draws in any number of steps, each at half the teacher's cost; the
 rounds of stage 2 leave N0032.pt .. N0001.pt, which draw in just so many. The same command again
-resumes a run, exactly, on any number of processes.
+resumes a run, exactly, on any number of processes. A latent model of noise is fine-tuned to v first:
+--stage teacher leaves v.pt and the folder v, the --teacher diffusers:.../v of stage 1.
 
 Measured: of glyphs in four steps 99.0%, 99.9% and 100% are read as the label asked for at w = 0, 1,
 4, after 9 minutes on 2 cores; of the teacher's in 64, 97.9%, 99.9%, 100%. No code of the paper was
@@ -1023,11 +1024,10 @@ if __name__ == "__main__":
 #   encoder           starts at noise level 0.002, not at 0: the least the network knows
 #   stage 2's target  angles multiplied out, coefficients in float64: the papers' quotient loses
 #                     digits where neighbouring levels are close
-#   latent models     GD says neither how long noise is fine-tuned to v nor how fast, as far as is
-#                     known: 2,000 steps, 1e-5. The first v is the noise predicted so far, raw: read
-#                     as noise it would be divided by alpha. Texts, latents, masks and what they
-#                     leave come from a file, drawn once; GD's from images. w enters as diffusers
-#                     has it: 1000 w in sinusoids, one linear layer, zero, added to those of time.
-#                     The last step ends at alpha = 1; Stable Diffusion's betas end at 0.9996
+#   latent models     noise to v: 2,000 steps at a constant 1e-5 are ours. The output for noise is
+#                     where v begins, as it is: turned into v it would be divided by alpha. Texts,
+#                     latents and masks are made once, by the user. w enters as diffusers has it:
+#                     sinusoids of 1000 w, one linear layer, zero, added to those of time. The last
+#                     step ends at alpha = 1; Stable Diffusion's betas end at 0.9996
 #   embedding of w    pixel models: sinusoids of 25 w, one linear layer of each block zero. The
 #                     papers' factor of 1000 tells 4 from 4.1 too well for short training
