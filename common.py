@@ -2123,7 +2123,8 @@ def settings_of_run(args, model_args):
 
 # What a run of before there were these settings had.
 LATER_SETTINGS = {
-    "--dsm-weight": "1.0", "--lr-ramp": "0", "--dropout-size": "0", "dropout_size": "0",
+    "--stage": "distill", "--dsm-weight": "1.0", "--lr-ramp": "0",
+    "--dropout-size": "0", "dropout_size": "0",
     "--parametrisation": "skip", "parametrisation": "skip"}
 
 def check_resumable(args, state, script, model_args, data):

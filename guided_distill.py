@@ -14,7 +14,8 @@ and angles are (B,) float64; their coefficients meet the images.
 
 Stage 1 leaves stage1.pt, which draws in any number of steps, each at half the teacher's cost; the
 rounds of stage 2 leave N0032.pt .. N0001.pt, which draw in just so many. The same command again
-resumes a run, exactly, on any number of processes.
+resumes a run, exactly, on any number of processes. A latent model of noise is first fine-tuned
+to v: --stage teacher leaves v.pt and the folder v/, the --teacher diffusers:.../v of stage 1.
 
 Measured: of glyphs in four steps 99.0%, 99.9% and 100% are read as the label asked for at w = 0, 1,
 4, after 9 minutes on 2 cores; of the teacher's in 64, 97.9%, 99.9%, 100%. No code of the paper was
@@ -91,8 +92,9 @@ def loss_fn(student, target, angle, x0, noise, tau, weight):
     """The distillation loss of each image, of either stage. GD Alg. 1 and 2.
 
     Args:    student: (z, tau) -> v, of theta.  target: (z, tau) -> the v to match: in stage 1 the
-             guided teacher's, in stage 2 `two_steps` of the student before.  angle: tau -> phi.
-             x0, noise: (B,C,H,W).  tau: (B,) float64.  weight: phi -> factors (B,).
+             guided teacher's, in stage 2 `two_steps` of the student before; with `true_v` this
+             trains a diffusion model.  angle: tau -> phi.  x0, noise: (B,C,H,W).
+             tau: (B,) float64.  weight: phi -> factors (B,).
     Returns: (B,). Gradient flows through the student alone.
     """
     phi = angle(tau)
@@ -102,6 +104,14 @@ def loss_fn(student, target, angle, x0, noise, tau, weight):
         v_target = target(z, tau)
     losses = common.l2(student(z, tau), v_target)
     return on(weight(phi), x0).flatten() * losses
+
+
+def true_v(x0, noise, angle):
+    """A target of `loss_fn`: alpha noise - sigma x0, whose mean given z is the data's own v."""
+    def v(z, tau):
+        alpha, sigma = alpha_sigma(angle(tau), z)
+        return alpha * noise - sigma * x0
+    return v
 
 
 WEIGHTS = {  # factors on |v - v'|^2 = (SNR + 1) |x - x'|^2; PD: SNR itself is 0 at tau = 1
@@ -144,8 +154,13 @@ def conditioned(v, y, w):
     return lambda z, tau: v(z, tau, y, w)
 
 
+NAMES = {None: "v", 0: "stage1"}  # of what a round leaves; others: N0032, ..
+
+
 def plan(settings):
-    """The rounds of a run: (N, optimizer steps) each; stage 1 has N = 0."""
+    """The rounds of a run: (N, optimizer steps) each. N = 0 is stage 1, None is noise to v."""
+    if settings.get("stage") == "teacher":
+        return [(None, settings["total_steps"])]
     stochastic = settings["sampler"] == "S"  # the first student has all its teacher's steps
     last_N = 4 if settings["w_max"] > 0 else 2  # rounds that take --last-steps: GD, PD
     rounds = []
@@ -224,33 +239,46 @@ def draw(v, angle, N, sampler, w, device, y, noise, shape, clip=True):
 # --------------------------------------------------------------------------------------------------
 
 class Latents:
-    """An .npz of latents (n,C,h,w), and embeddings (n,L,D) with `null` (L,D), or labels (n,)."""
+    """An .npz of latents (n,C,h,w), and embeddings (n,L,D) with `null` (L,D), or labels (n,); for
+    inpainting also masks (n,1,h,w), 1 where to paint, and masked (n,C,h,w), latents of the rest."""
     def __init__(self, path):
         self.path = path
         with common.explain(f"--dataset {path} holds no latents"):
             with np.load(path) as file:
                 text = "embeddings" in file
-            keys = ["latents", "embeddings", "null"] if text else ["latents", "labels"]
+                extra = [key for key in ("masks", "masked") if key in file]
+            keys = ["latents", "embeddings" if text else "labels", *extra]
             arrays = [common.map_array(Path(path), key) for key in keys]
-        self.parts = arrays[:2]
-        self.latents, self.conditions = self.parts
-        self.null = torch.tensor(arrays[2], dtype=torch.float32) if text else None
+            self.shapes = {key: array.shape for key, array in zip(keys, arrays)}
+            self.null = None
+            if text:
+                null = common.map_array(Path(path), "null")
+                self.null = torch.tensor(null, dtype=torch.float32)
+                self.shapes["null"] = null.shape
         if text and not self.null.isfinite().all():
             raise UserError(f"--dataset {path}: null holds inf or nan")
         self.dtype = torch.float32 if text else torch.int64
-        self.shapes = {key: array.shape for key, array in zip(keys, arrays)}
+        self.parts = arrays
+        self.latents, self.conditions, *self.extra = arrays
 
     def __len__(self):
         return len(self.latents)
 
     def __getitems__(self, indices):
+        """latents (b,C,h,w), conditions (b,..), extra channels: masks and masked (b,1+C,h,w) or
+        none (b,0,h,w)."""
         latents = torch.tensor(self.latents[indices], dtype=torch.float32)
         conditions = torch.tensor(self.conditions[indices], dtype=self.dtype)
-        for i, *parts in zip(indices, latents, conditions):
+        extra = [torch.tensor(part[indices], dtype=torch.float32) for part in self.extra]
+        extra = torch.cat([latents[:, :0], *extra], 1)
+        for i, *parts in zip(indices, latents, conditions, extra):
+            sample = f"--dataset {self.path}: sample {i}, counted from 0"
             if not all(part.isfinite().all() for part in parts):
-                raise UserError(f"--dataset {self.path}: sample {i}, counted from 0, holds inf or "
-                                "nan")
-        return latents, conditions
+                raise UserError(f"{sample}, holds inf or nan")
+            mask = parts[2][:1]
+            if ((mask < 0) | (mask > 1)).any():
+                raise UserError(f"{sample}, has a mask outside [0, 1]: 1 is to be painted, 0 kept")
+        return latents, conditions, extra
 
 
 # diffusers' samplers of a network that predicts noise, v or x, at the discrete times of its betas
@@ -262,10 +290,14 @@ SCHEDULERS = (
 
 
 class LatentModel:
-    """A UNet2DConditionModel on text or classes, predicting noise, v or x; its student and data."""
+    """A UNet2DConditionModel on text or classes, predicting noise, v or x; its student and data.
+
+    y is a text or label, and extra channels: for inpainting mask and masked latents (B,1+C,h,w),
+    else none (B,0,h,w). to_v: the student is a teacher, too: the same network, to predict v.
+    """
     latent = True
 
-    def __init__(self, teacher, dataset, guided, run):
+    def __init__(self, teacher, dataset, guided, run, to_v=False):
         self.diffusers = common.import_optional(
             "diffusers", "--teacher diffusers:PATH needs the package diffusers")
         self.path = Path(teacher.removeprefix("diffusers:"))
@@ -282,21 +314,26 @@ class LatentModel:
             net = self.read(self.diffusers.UNet2DConditionModel, unet)
         self.digest = digest.hexdigest()[:12]
         self.teacher = net.requires_grad_(False).eval().to(run.device)
-        self.prediction = self.scheduler.config.prediction_type
+        self.first_prediction = self.prediction = self.scheduler.config.prediction_type
         self.times = self.scheduler.config.num_train_timesteps
         alpha = self.scheduler.alphas_cumprod.double().sqrt()
         no_noise = torch.zeros(1, dtype=torch.float64)
         self.angles = torch.cat([no_noise, alpha.acos()]).to(times_device(run.device))
+        if to_v:
+            self.prediction = "v_prediction"
+            self.scheduler.register_to_config(prediction_type=self.prediction)
         if self.prediction == "epsilon" and alpha[-1] < 1e-3:
             raise UserError(f"--teacher {teacher}: predicting noise, it says nothing about x at "
-                            "zero SNR; fine-tune it to v first")
-        C = net.config.in_channels
+                            "zero SNR; fine-tune it to v first, with --stage teacher")
+        C = net.config.out_channels
+        self.inpaints = net.config.in_channels == C + 1 + C
         size = net.config.sample_size
         keys = "addition_embed_type encoder_hid_dim_type class_embed_type time_cond_proj_dim"
         further = [key for key in keys.split() if net.config.get(key)]
-        if further or C != net.config.out_channels or not isinstance(size, int):
+        known = self.inpaints or net.config.in_channels == C
+        if further or not known or not isinstance(size, int):
             raise UserError(f"--teacher {teacher}: this UNet takes more than square latents, a "
-                            f"time, and a text or a label {further}")
+                            f"time, a text or a label, and what to inpaint {further}")
         self.shape = C, size, size
         self.classes = net.config.num_class_embeds
         self.labels = 0  # how many there is data of
@@ -306,8 +343,9 @@ class LatentModel:
             null = torch.tensor(self.classes - 1)
         self.check_data(net.config.cross_attention_dim)
         self.null = null.to(run.device)
-        self.model_args = dict(cond=guided)
-        self.net = self.make_student(guided)
+        takes_w = guided and not to_v
+        self.model_args = dict(cond=takes_w)
+        self.net = self.make_student(takes_w)
         self.v_teacher = self.v(self.teacher)
 
     def read(self, kind, folder):
@@ -347,19 +385,22 @@ class LatentModel:
         wanted = dict(embeddings=(n, L, width), null=(L, width))
         if self.classes:
             wanted = dict(labels=(n,))
-        wanted = dict(latents=(n, *self.shape)) | wanted
+        C, h, w = self.shape
+        if self.inpaints:
+            wanted |= dict(masks=(n, 1, h, w), masked=(n, C, h, w))
+        wanted = dict(latents=(n, C, h, w)) | wanted
         if self.dataset.shapes != wanted:
             raise UserError(f"--dataset: this teacher takes {wanted}, not {self.dataset.shapes}")
         if self.classes and not np.isin(self.dataset.conditions, range(self.labels)).all():
             raise UserError(f"--dataset: this teacher takes labels 0 to {self.labels - 1}; if "
                             "guided, its last class is the null class")
 
-    def make_student(self, guided):
+    def make_student(self, takes_w):
         """The teacher's copy; with room for w, added to the time's sinusoid, zero at first."""
-        config = dict(self.teacher.config, time_cond_proj_dim=256 if guided else None)
+        config = dict(self.teacher.config, time_cond_proj_dim=256 if takes_w else None)
         net = self.diffusers.UNet2DConditionModel.from_config(config)
         net.load_state_dict(self.teacher.state_dict(), strict=False)
-        if guided:
+        if takes_w:
             torch.nn.init.zeros_(net.time_embedding.cond_proj.weight)
         if self.run.checkpointing:
             net.enable_gradient_checkpointing()
@@ -373,18 +414,22 @@ class LatentModel:
         return self.angles[self.index(tau)]
 
     def v(self, net):
-        """v(z, tau, y, w) of a UNet: y (B,L,D), labels (B,) or None for none; w (B,)."""
+        """v(z, tau, y, w) of a UNet: y: text (B,L,D), labels (B,) or None for none, and extra
+        channels; w (B,)."""
         w_dim = net.config.time_cond_proj_dim
 
         def v(z, tau, y, w=None):
-            if y is None:
-                y = self.null.expand(len(z), *self.null.shape)
-            text, labels = (None, y) if self.classes else (y, None)
+            condition, extra = y
+            if condition is None:
+                condition = self.null.expand(len(z), *self.null.shape)
+            text, labels = (None, condition) if self.classes else (condition, None)
             features = w_features(w, w_dim) if w_dim else None
             k = (self.index(tau) - 1).to(z.device)  # the timestep
+            inputs = torch.cat([z, extra], 1)
             dtype = self.run.dtype
             with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-                out = net(z, k, text, class_labels=labels, timestep_cond=features).sample.float()
+                out = net(inputs, k, text, class_labels=labels, timestep_cond=features)
+            out = out.sample.float()
             if self.prediction == "v_prediction":
                 return out
             alpha, sigma = alpha_sigma(self.angle(tau), z)
@@ -393,8 +438,23 @@ class LatentModel:
             return (alpha * z - out) / sigma
         return v
 
+    def guide(self, v, y, w):
+        """`common.guide`: without its text or label an image keeps its extra channels."""
+        condition, extra = y
+
+        def v_given(z, tau, condition):
+            return v(z, tau, (condition, extra))
+        return common.guide(v_given, condition, w)
+
     def fetch(self, batch):
-        return [part.to(self.run.device, non_blocking=True) for part in batch]
+        x0, *y = [part.to(self.run.device, non_blocking=True) for part in batch]
+        return x0, y
+
+    def drop_labels(self, y, share):
+        """Replace that share of texts or labels by the null one."""
+        condition, extra = y
+        dropped = torch.rand(len(condition), device=condition.device) < share
+        return torch.where(bcast(dropped, condition), self.null, condition), extra
 
     @torch.no_grad()
     def open_vae(self):
@@ -411,11 +471,11 @@ class LatentModel:
         return self.vae.decode(z / self.vae.config.scaling_factor).sample
 
     def draw(self, v, angle, N, sampler, w, device, y, noise, shape):
-        """Draw images as `draw` does; for y None image i is of condition i of the data."""
-        if y is None:
-            i = noise.indices.cpu().numpy() % len(self.dataset)
-            y = self.dataset.__getitems__(i)[1].to(device)
-        latents = len(y), *self.shape
+        """Draw as `draw` does, image i of the y of sample i, or of labels y if given."""
+        i = noise.indices.cpu().numpy() % len(self.dataset)
+        _, (condition, extra) = self.fetch(self.dataset.__getitems__(i))
+        y = (condition if y is None else y), extra
+        latents = len(i), *self.shape
         z = draw(v, angle, N, sampler, w, device, y, noise, latents, clip=False)
         return self.decode(z)
 
@@ -465,11 +525,12 @@ STUDENTS = {
     "imagenet64": dict(batch_size=2048, lr=1e-4, stage1_steps=50_000),
 }
 LSUN = STUDENTS["imagenet64"] | dict(w_max=0.0)  # bedroom256, cat256: ours; without labels
-# GD's for text; with labels w_min is 0. It starts from a teacher fine-tuned to v. Learning rate and
-# EMA are ours.
+# GD's for text; with labels w_min is 0. Learning rate and EMA are ours. GD starts from a teacher
+# fine-tuned to v; how long is not known here, label dropout is Stable Diffusion's.
 LATENT = dict(
     w_min=2.0, w_max=14.0, batch_size=512, micro_batch=8, flip=False, lr=1e-5,
     start_N=512, stage1_steps=3000, round_steps=2000, last_steps=20_000)
+LATENT_TEACHER = dict(total_steps=2000, label_dropout=0.1, out_dir="out/v_teacher")
 PLAIN = dict(w_min=0.0, w_max=0.0, weighting="trunc")  # PD
 PLAIN_STUDENTS = {"cifar10": dict(start_N=8192)}
 LABELLED = {"cifar10": dict(class_cond=True)}  # others are without being told
@@ -494,6 +555,8 @@ def recipe(flags):
         settings |= LATENT
         if takes_labels(teacher):
             settings["w_min"] = 0.0
+    if flags.get("stage") == "teacher":
+        return settings | LATENT_TEACHER
     if flags.get("sampler") == "encoder":
         settings |= dict(w_max=0.0, sample_every=0)
     w_max = flags.get("w_max", settings["w_max"])
@@ -511,14 +574,18 @@ def recipe(flags):
 
 def check(args):
     """Raises UserError for values that do not fit each other."""
+    latent = is_latent(args.teacher)
+    distil = args.stage == "distill"
     rounds = plan(vars(args))
     if args.total_steps != sum(steps for _, steps in rounds):
         raise UserError("--total-steps does not apply to rounds: name --stage1-steps, "
                         "--round-steps and --last-steps")
+    if not distil and not latent:
+        raise UserError("--stage teacher goes with --teacher diffusers:PATH; teachers of images "
+                        "are trained by python cd.py --stage teacher")
     if args.teacher == "none":
         raise UserError("--teacher none: what is distilled here is a teacher")
-    latent = is_latent(args.teacher)
-    if args.sampler == "encoder" and (args.w_max or args.sample_every or latent):
+    if args.sampler == "encoder" and (latent or args.w_max or args.sample_every):
         raise UserError("--sampler encoder goes with --w-max 0 and --sample-every 0: guided it is "
                         "ill-conditioned, and it draws nothing; and with a teacher of images")
     if latent and args.dataset in common.DATASETS:
@@ -526,6 +593,8 @@ def check(args):
                         "README)")
     if latent:
         common.refuse(args, ["flip", "dropout"], "with --teacher diffusers:PATH")
+    if not distil:
+        return
     powers = math.log2(args.start_N).is_integer() and math.log2(args.end_N).is_integer()
     if not powers or not any(N for N, _ in rounds):
         raise UserError(f"--start-N {args.start_N} --end-N {args.end_N}: steps are halved, so name "
@@ -547,10 +616,18 @@ def make_parser():
     both.flag("--sampler", choices=("D", "S", "encoder"),
               help="deterministic steps (default), stochastic ones of double length, or the way "
               "from image to noise (training, with --w-max 0)")
-    student = parser.group("algorithm, training", ckpt=False)
-    student.flag("--teacher", metavar="FILE",
-                 help="a teacher written by cd.py, released EDM weights (--w-max 0), "
-                 "ideal: the exact denoiser, or diffusers:PATH: a latent diffusion model")
+    train = parser.group("algorithm, training", ckpt=False)
+    train.flag("--stage", choices=("teacher", "distill"), default="distill",
+               help="fine-tune a latent diffusion model that predicts noise, to v, as Meng et al. "
+               "did first, or distil a teacher (default)")
+    train.flag("--teacher", metavar="FILE",
+               help="a teacher written by cd.py, released EDM weights (--w-max 0), "
+               "ideal: the exact denoiser, or diffusers:PATH: a latent diffusion model")
+    train.flag("--label-dropout", only=dict(stage="teacher"), type=common.probability, metavar="P",
+               help="share of texts or labels that are dropped, so that the teacher guides (0.1)")
+    train.flag("--weighting", choices=WEIGHTS,
+               help="of the loss: 1 + SNR, which is plain in v, or truncated SNR (PD)")
+    student = parser.group("algorithm, distillation", ckpt=False, stage="distill")
     student.flag("--teacher-steps", only=dict(teacher=False), type=positive,
                  help="optimizer steps of the teacher that is trained first")
     student.flag("--w-min", only=dict(w_max=True), type=common.guidance_weight,
@@ -567,8 +644,6 @@ def make_parser():
                  help="optimizer steps of a round of stage 2 (PD 50,000), but the last ones")
     student.flag("--last-steps", type=positive,
                  help="of those of N <= 4 (GD), or 2 with --w-max 0 (PD 100,000)")
-    student.flag("--weighting", choices=WEIGHTS,
-                 help="of the loss: 1 + SNR, which is plain in v, or truncated SNR (PD)")
 
     draws = parser.group("sampling and editing, further flags", ckpt=True)
     draws.flag("--N", type=positive,
@@ -592,9 +667,17 @@ def make_parser():
 
 def open_latents(args, run):
     """A LatentModel to distil. A student will be sampled with it and its data, wherever that is."""
+    to_v = args.stage == "teacher"
+    guides = args.label_dropout > 0 if to_v else args.w_max > 0
     with common.main_process_first(run):
-        model = LatentModel(args.teacher, args.dataset, args.w_max > 0, run)
-    if args.start_N > model.times:
+        model = LatentModel(args.teacher, args.dataset, guides, run, to_v)
+    if Path(args.out_dir).resolve() in model.path.resolve().parents:
+        raise UserError(f"--out-dir {args.out_dir} holds the --teacher: choose another")
+    if to_v and run.main:
+        print(f"{model.path} predicts {model.first_prediction}; its weights are where v begins")
+    if model.inpaints and run.main:
+        print(f"{model.path} inpaints: masks and masked latents of {args.dataset} tell it where")
+    if not to_v and args.start_N > model.times:
         raise UserError(f"--start-N {args.start_N}: the teacher knows {model.times} times")
     if args.sample_every:
         model.open_vae()
@@ -625,7 +708,7 @@ def open_pixels(args, run):
         return x0, y if classes else None
 
     return SimpleNamespace(
-        latent=False, dataset=dataset, fetch=fetch, angle=angle, draw=draw,
+        latent=False, dataset=dataset, fetch=fetch, angle=angle, draw=draw, guide=common.guide,
         teacher=teacher, v_teacher=edm_v(D, angle),
         net=net, v=partial(net_v, angle=angle), model_args=model_args,
         grid=dict(classes=classes, shape=(3, size, size)))
@@ -641,8 +724,10 @@ def round_of(step, rounds):
 
 def train(args, run, stop):
     """Train, or go on with the run found in --out-dir. Returns whether it came to its end."""
+    distil = args.stage == "distill"
+    w_max = args.w_max if distil else 0.0
     if args.teacher is None:
-        label_dropout = 0.1 if args.w_max else 0.0
+        label_dropout = 0.1 if w_max else 0.0
         common.train_first_teacher(args, run, stop, "guided_distill", label_dropout)
     open_task = open_latents if is_latent(args.teacher) else open_pixels
     task = open_task(args, run)
@@ -665,8 +750,11 @@ def train(args, run, stop):
     v_ema = task.v(ema)
     weight = WEIGHTS[args.weighting]
     shown_weights = [0.0]  # of guidance, in grids of samples
-    if args.w_max:
-        span = args.w_max - args.w_min
+    if not distil:
+        v_ema = guided_v(v_ema, task.guide)
+        shown_weights = [0.0, 2.0]
+    if w_max:
+        span = w_max - args.w_min
         shown_weights = [args.w_min + share * span for share in (0, 0.25, 1)]
     rounds = plan(vars(args))
     clock = times_device(run.device)
@@ -683,7 +771,9 @@ def train(args, run, stop):
             ema.load_state_dict(net.state_dict())
             optimizer.state.clear()
         # ------------------------------------------------------------------------ one training step
-        lr = args.lr * (1 - done / steps)  # PD: to 0 within each round
+        lr = args.lr
+        if distil:
+            lr *= 1 - done / steps  # PD: to 0 within each round
         if args.sampler == "S" and N == 1:
             lr = 0.0  # it is its teacher already; Adam would make a step of a rounded gradient of 0
         optimizer.param_groups[0]["lr"] = lr
@@ -693,19 +783,24 @@ def train(args, run, stop):
             common.seed_everything(common.STEP, args.seed, step, m)
             x0, y = task.fetch(batch)
             w = None
-            if args.w_max:
+            if w_max:
                 w = args.w_min + span * torch.rand(len(x0), device=run.device)
-            if N == 0:  # stage 1: GD Alg. 1
+            if N:
+                i = torch.randint(1, N + 1, (len(x0),), device=clock).double()
+                tau, tau_mid, tau_end = times_of(i, N, args.sampler)
+            else:
                 tau = torch.rand(len(x0), dtype=torch.float64, device=clock)
                 if task.latent:  # the next that the teacher knows
                     tau = (tau * task.times).ceil().clamp(min=1) / task.times
-                target = common.guide(task.v_teacher, y, w)  # v is affine in x: guides like x
+            noise = torch.randn_like(x0)
+            if not distil:  # noise to v
+                y = task.drop_labels(y, args.label_dropout)
+                target = true_v(x0, noise, angle)
+            elif N == 0:  # stage 1: GD Alg. 1
+                target = task.guide(task.v_teacher, y, w)  # v is affine in x: guides like x
             else:  # stage 2: GD Alg. 2
-                i = torch.randint(1, N + 1, (len(x0),), device=clock).double()
-                tau, tau_mid, tau_end = times_of(i, N, args.sampler)
                 teacher = conditioned(v_before, y, w)
                 target = partial(two_steps, teacher, angle, tau_mid=tau_mid, tau_end=tau_end)
-            noise = torch.randn_like(x0)
             student = conditioned(v_net, y, w)
             losses = loss_fn(student, target, angle, x0, noise, tau, weight)
             (losses.sum() / args.batch_size).backward()
@@ -723,10 +818,10 @@ def train(args, run, stop):
         step += 1
         # ------------------------------------------------------------------------------------------
         # log.jsonl: loss_bins is the mean loss where tan phi is below 0.1, 1, 10 and above;
-        # grad_norm is that before it is clipped; N is 0 in stage 1
+        # grad_norm is that before it is clipped; N is 0 in stage 1, null in --stage teacher
         last = stopping or step == args.total_steps
         ended = done + 1 == steps
-        name = f"N{N:04d}" if N else "stage1"
+        name = NAMES.get(N) or f"N{N:04d}"
         log.step(step, finite, last, N=N, loss=totals["loss"], loss_bins=totals.loss_bins(),
                  grad_norm=grad_norm, lr=lr)
         if ended and run.main and not common.not_finite(ema.state_dict()):
@@ -754,7 +849,8 @@ def save_student(args, run, path, step, N, task, ema, log):
 def delete_students(args):
     """`--overwrite`: the students of a run, and what was exported of them to diffusers."""
     out_dir = Path(args.out_dir)
-    for old in [out_dir / "stage1.pt", *out_dir.glob("N????.pt")]:
+    names = [f"{name}.pt" for name in NAMES.values()]
+    for old in [*map(out_dir.joinpath, names), *out_dir.glob("N????.pt")]:
         old.unlink(missing_ok=True)
         shutil.rmtree(old.with_suffix(""), ignore_errors=True)
 
@@ -796,16 +892,21 @@ def open_student(path, run, encoder=False):
         student.w_min, student.w_max = -1.0, math.inf
         student.calls = 2
 
-    def guided(z, tau, y, w):
-        return common.guide(v_teacher, y, w if w.any() else None)(z, tau)
-    student.v = guided
+    student.v = guided_v(v_teacher, common.guide)
     return student
+
+
+def guided_v(v, guide):
+    """v(z, tau, y, w) of a teacher's v (z, tau, y), guided by two calls where w is not 0."""
+    return lambda z, tau, y, w: guide(v, y, w if w.any() else None)(z, tau)
 
 
 def open_latent_student(args, run, checkpoint):
     """The same of a latent student, which draws --labels, or the data's conditions in turn."""
     settings = checkpoint["args"]
-    model = LatentModel(settings["teacher"], settings["dataset"], settings["w_max"] > 0, run)
+    to_v = settings.get("stage") == "teacher"
+    guides = settings["label_dropout" if to_v else "w_max"] > 0
+    model = LatentModel(settings["teacher"], settings["dataset"], guides, run, to_v)
     if model.digest != settings["teacher_digest"]:
         raise UserError(f"{model.path} is not the teacher any more that {args.ckpt} was made of: "
                         "its UNet or scheduler has changed")
@@ -817,7 +918,13 @@ def open_latent_student(args, run, checkpoint):
     net.image_size = model.grid["shape"][-1]
     net.classes = model.labels if args.labels else 0
     args.micro_batch = min(args.micro_batch, 8)
-    return trained_for(checkpoint, net=net, v=model.v(net), angle=model.angle, draw=model.draw)
+    student = trained_for(checkpoint, net=net, v=model.v(net), angle=model.angle, draw=model.draw)
+    if to_v:
+        student.v = guided_v(student.v, model.guide)
+    if to_v and guides:
+        student.w_max = math.inf
+        student.calls = 2
+    return student
 
 
 def choose(args, student):
@@ -936,5 +1043,10 @@ if __name__ == "__main__":
 #   encoder           starts at noise level 0.002, not at 0: the least the network knows
 #   stage 2's target  angles multiplied out, coefficients in float64: the papers' quotient loses
 #                     digits where neighbouring levels are close
+#   latent models     noise to v: 2,000 steps at a constant 1e-5 are ours. The output for noise is
+#                     where v begins, as it is: turned into v it would be divided by alpha. Texts,
+#                     latents and masks are made once, by the user. w enters as diffusers has it:
+#                     sinusoids of 1000 w, one linear layer, zero, added to those of time. The last
+#                     step ends at alpha = 1; Stable Diffusion's betas end at 0.9996
 #   embedding of w    pixel models: sinusoids of 25 w, one linear layer of each block zero. The
 #                     papers' factor of 1000 tells 4 from 4.1 too well for short training

@@ -241,7 +241,7 @@ MUTANTS = {
         ("added = ((up - phi).sin() * (up + phi).sin()).sqrt()", "added = (up - phi).sin()",
          "guided"),
         ("z = ddim(v, angle, z, tau, tau_end)", "z = ddim(v, angle, z, tau, tau_mid)", "guided"),
-        ("lr = args.lr * (1 - done", "lr = args.lr * (1 - 0 * done", "guided_scripts"),
+        ("lr *= 1 - done / steps", "pass", "guided_scripts"),
         ("            before.load_state_dict(net.state_dict())\n", "", "guided_scripts"),
         ("            optimizer.state.clear()\n", "", "guided_scripts"),
         ("gradients *= min(1.0, 1.0 /", "gradients *= max(1.0, 1.0 /", "guided_scripts"),
@@ -251,6 +251,13 @@ MUTANTS = {
         ("(alpha * z - x.clamp(-1, 1)) / sigma", "(alpha * z - x) / sigma", "guided"),
         ("latents, clip=False)", "latents)", "guided_scripts"),
         ("max(student.w_min, 0.0) if", "student.w_min if", "guided"),
+        ("return alpha * noise - sigma * x0", "return alpha * noise + sigma * x0", "guided"),
+        ("return v(z, tau, (condition, extra))",
+         "return v(z, tau, (condition, extra if condition is not None else 0 * extra))", "latent"),
+        ("bcast(dropped, condition), self.null, condition)",
+         "bcast(dropped, condition), condition, self.null)", "latent"),
+        ("torch.cat([z, extra], 1)", "torch.cat([extra, z], 1)", "latent"),
+        ("        if distil:\n            lr *=", "        if True:\n            lr *=", "latent"),
     ],
 }
 

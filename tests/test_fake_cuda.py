@@ -51,6 +51,8 @@ TRAININGS = [
     case("guided_distill", *ROUNDS, *TEACHER, *SHORT),
     case("guided_distill", *LOOP, *ON_CUDA, *SHORT, *"--sample-every 0 --teacher diffusers:pipe "
          "--dataset latents.npz --gradient-checkpointing".split()),
+    case("guided_distill", *LOOP, *ON_CUDA, *"--stage teacher --total-steps 1 --sample-every 0 "
+         "--teacher diffusers:pipe --dataset latents.npz".split()),
 ]
 DRAW = [*ON_CUDA, "--save", "drawn.png", "--sample", "2"]
 EDIT = [*DRAW, "--sigmas", "80", "1", "--edit"]
@@ -99,11 +101,14 @@ def seen(tmp_path_factory):
 
 @pytest.mark.parametrize("command", TRAININGS)
 def test_a_training_step_stays_on_the_device(seen, command):
-    """The batch is copied to it, two tensors a micro-batch, and nothing else, either way."""
+    """The batch is copied to it, two tensors a micro-batch, of latents three, and nothing else,
+    either way."""
     result = seen[tuple(command)]
     assert result["error"] is None, result["error"]
-    micro_batches = 1 + ("--disc" in command) + (command[0] == "guided_distill.py")
-    assert len(result["inside"]) == 2 * micro_batches, result["inside"]
+    rounds = command[0] == "guided_distill.py" and "--stage" not in command
+    micro_batches = 1 + ("--disc" in command) + rounds
+    tensors = 3 if "diffusers:pipe" in command else 2
+    assert len(result["inside"]) == tensors * micro_batches, result["inside"]
     assert {operation for operation, _ in result["inside"]} == {"_to_copy"}
     assert result["peak"] > 1e6
 

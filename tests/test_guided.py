@@ -610,6 +610,26 @@ def test_plans():
     assert [gd.round_of(step, D) for step in range(29)] == places
 
 
+def test_true_v():
+    """With it z is turned into x0 and noise; what is learned is E[v | z], here of data N(0, s^2):
+    alpha sigma (1 - s^2) z / var z."""
+    s, n = 0.5, 200_000
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, n, 1, 1, 1, generator=generator, dtype=torch.float64)
+    x0 *= s
+    tau = torch.full((n,), 0.3, dtype=torch.float64)
+    phi = gd.edm_angle(tau[:1])
+    alpha, sigma = phi.cos(), phi.sin()
+    z = alpha * x0 + sigma * noise
+    v = gd.true_v(x0, noise, gd.edm_angle)
+    torch.testing.assert_close(alpha * z - sigma * v(z, tau), x0)
+    torch.testing.assert_close(sigma * z + alpha * v(z, tau), noise)
+    c = (alpha * sigma * (1 - s**2) / (alpha**2 * s**2 + sigma**2)).requires_grad_()
+    losses = gd.loss_fn(lambda z, tau: c * z, v, gd.edm_angle, x0, noise, tau, torch.ones_like)
+    slope, = torch.autograd.grad(losses.mean(), c)
+    assert abs(slope.item()) < 0.02  # five standard errors
+
+
 def test_recipes(tmp_path):
     """The published numbers; what each stage refuses is tested in test_guided_scripts.py."""
     def has(flags, **wanted):
@@ -631,9 +651,20 @@ def test_recipes(tmp_path):
         (tmp_path / "unet" / "config.json").write_text(json.dumps(dict(num_class_embeds=classes)))
         has(latent | dict(teacher=f"diffusers:{tmp_path}"), w_min=w_min, w_max=14)
     has(latent | dict(w_max=0.0), w_min=0)
+    has(latent | dict(stage="teacher"), label_dropout=0.1, weighting="snr+1", lr=1e-5)
     # An ideal teacher is made a network first of all.
     has(dict(dataset="bedroom256", teacher="ideal"), w_max=0, stage1_steps=50_000)
     has(dict(sampler="encoder", teacher="t.pt"), w_max=0, stage1_steps=0, sample_every=0)
+
+
+def test_a_run_of_before_there_were_stages():
+    args = dict(lr=1.0, total_steps=3, round_steps=1, out_dir="x")
+    state = dict(script="guided_distill", args=args, model_args={}, data=None, step=1)
+    new = argparse.Namespace(**args, stage="distill")
+    common.check_resumable(new, state, "guided_distill", {}, None)
+    new.stage = "teacher"
+    with pytest.raises(common.UserError, match="--stage distill there, teacher now"):
+        common.check_resumable(new, state, "guided_distill", {}, None)
 
 
 def test_what_a_student_draws_with():

@@ -435,6 +435,10 @@ def pipeline(folder, prediction="epsilon", labels=False, **more):
     conditions = dict(embeddings=embeddings, null=null)
     if labels:
         conditions = dict(labels=np.arange(12) % 3)
+    if more.get("in_channels") == 9:
+        masks = rng.random((12, 1, 8, 8)) < 0.5
+        masked = rng.normal(size=(12, 4, 8, 8)).astype(np.float32)
+        conditions |= dict(masks=masks, masked=masked)
     np.savez(folder / "latents.npz", latents=latents.astype(np.float16), **conditions)
 
 
@@ -458,14 +462,21 @@ for name, N, w in {students!r}:
     assert done.returncode == 0, done.stderr
 
 
+def of_diffusers(folder, pipe="pipe"):
+    """The UNet and alpha^2 of a pipeline, and the data beside it; extra channels are in `extra`."""
+    import diffusers
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / pipe / "unet")
+    alphas = diffusers.DDIMScheduler.from_pretrained(folder / pipe / "scheduler").alphas_cumprod
+    data = {key: torch.from_numpy(value).float()
+            for key, value in np.load(folder / "latents.npz").items()}
+    extra = [data.get(key, data["latents"][:, :0]) for key in ("masks", "masked")]
+    return unet, alphas, data | dict(extra=torch.cat(extra, 1))
+
+
 def first_loss(folder, prediction):
     """Of stage 1, by hand: the student still being its conditional teacher, it misses
     w (v_cond - v_null)."""
-    import diffusers
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "pipe" / "unet")
-    alphas = diffusers.DDIMScheduler.from_pretrained(folder / "pipe" / "scheduler").alphas_cumprod
-    data = {key: torch.from_numpy(value).float()
-            for key, value in np.load(folder / "latents.npz").items()}
+    unet, alphas, data = of_diffusers(folder)
     losses, indices = [], common.index_batches(12, 0, 0, 9, 8, 4)
     for m in range(2):
         common.seed_everything(common.STEP, 0, 0, m)
@@ -474,6 +485,7 @@ def first_loss(folder, prediction):
         a = alphas[k].view(4, 1, 1, 1)
         z = a.sqrt() * data["latents"][batch] + (1 - a).sqrt() * torch.randn(4, 4, 8, 8)
         with torch.no_grad():
+            z = torch.cat([z, data["extra"][batch]], 1)
             cond = unet(z, k, data["embeddings"][batch]).sample
             missed = cond - unet(z, k, data["null"].expand(4, -1, -1)).sample
         if prediction == "epsilon":
@@ -546,9 +558,9 @@ def test_a_class_conditional_latent_model(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def open_model(folder, guided=True, data="latents.npz"):
+def open_model(folder, guided=True, data="latents.npz", to_v=False):
     run_on = SimpleNamespace(device=CPU, dtype=torch.float32, checkpointing=False, main=True)
-    return gd.LatentModel(f"diffusers:{folder / 'pipe'}", folder / data, guided, run_on)
+    return gd.LatentModel(f"diffusers:{folder / 'pipe'}", folder / data, guided, run_on, to_v)
 
 
 def edit_config(path, old, new):
@@ -590,15 +602,16 @@ def test_latent_models_that_are_refused(tmp_path):
     assert open_model(tmp_path).digest != model.digest
     edit_config(tmp_path / "pipe" / "scheduler" / "scheduler_config.json",
                 '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true')
-    with pytest.raises(common.UserError, match="nothing about x at zero SNR"):
+    with pytest.raises(common.UserError, match="nothing about x at zero SNR; .* --stage teacher"):
         open_model(tmp_path)
+    assert open_model(tmp_path, to_v=True).prediction == "v_prediction"
     (tmp_path / "full").write_text("a file where a folder should be")
     with pytest.raises(common.UserError, match="cannot write .*full"):
         model.export(model.net, tmp_path / "full")
     model.shape = 3, 8, 8
     with pytest.raises(common.UserError, match=r"vae does not decode latents \(3, 8, 8\)"):
         model.open_vae()
-    for more in (dict(in_channels=9), dict(time_cond_proj_dim=16),
+    for more in (dict(in_channels=8), dict(time_cond_proj_dim=16),
                  dict(class_embed_type="timestep"), dict(sample_size=(8, 16))):
         pipeline(tmp_path, "v_prediction", **more)
         with pytest.raises(common.UserError, match="more than square latents"):
@@ -683,7 +696,8 @@ def test_the_adapter(tmp_path):
     for prediction in ("epsilon", "v_prediction", "sample"):
         pipeline(tmp_path, prediction)
         model = open_model(tmp_path)
-        c = model.dataset.__getitems__(np.arange(2))[1]
+        _, c, none = model.dataset.__getitems__(np.arange(2))
+        y = c, none
         teacher, student = model.v(model.teacher), model.v(model.net)
         for N in (1, 2, 4, 8):
             scheduler = model.scheduler
@@ -694,14 +708,14 @@ def test_the_adapter(tmp_path):
                 tau = tau.expand(2)
                 with torch.no_grad():
                     out = model.teacher(z, k, encoder_hidden_states=c).sample
-                    found = gd.ddim(gd.conditioned(teacher, c, None), model.angle, z, tau,
+                    found = gd.ddim(gd.conditioned(teacher, y, None), model.angle, z, tau,
                                     tau - 1 / N)
-                    assert torch.equal(student(z, tau, c, w), teacher(z, tau, c))
+                    assert torch.equal(student(z, tau, y, w), teacher(z, tau, y))
                 wanted = scheduler.step(out, k, z).prev_sample
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             null = model.dataset.null.expand(2, -1, -1)
-            assert torch.equal(teacher(z, tau, None), teacher(z, tau, null))
+            assert torch.equal(teacher(z, tau, (None, none)), teacher(z, tau, (null, none)))
     wanted = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, w, 256)
     # sines of 14000, in float32
     torch.testing.assert_close(gd.w_features(w, 256), wanted, rtol=0, atol=2e-3)
@@ -733,7 +747,14 @@ MISTAKES = [
     ("--w-max 0 --stage1-steps 5", "--stage1-steps does not apply without --w-max"),
     ("--sampler encoder --w-max 2", "--sampler encoder goes with --w-max 0"),
     ("--sampler encoder --sample-every 5", "with --w-max 0 and --sample-every 0"),
-    ("--stage teacher --w-max 2", "--stage teacher (did you mean python cd.py --stage?)"),
+    ("--stage teacher", "teachers of images are trained by python cd.py --stage teacher"),
+    ("--stage teacher --teacher diffusers:pipe --w-max 2", "--w-max does not apply with --stage"),
+    ("--stage teacher --teacher diffusers:pipe --start-N 4", "--start-N does not apply with --sta"),
+    ("--stage teacher --teacher diffusers:pipe", "needs --dataset FILE.npz"),
+    ("--stage teacher --teacher diffusers:pipe --dataset x.npz --dropout 0.1",
+     "--dropout does not apply with --teacher diffusers:PATH"),
+    ("--label-dropout 0.1", "--label-dropout does not apply with --stage distill"),
+    ("--ckpt N0002.pt --stage teacher", "--stage does not apply with --ckpt"),
     ("--teacher plain.pt", "plain.pt, trained without --label-dropout, cannot guide"),
     ("--dataset images", "needs labels"),
     ("--no-class-cond", "needs labels, and there are none; so does --w-max"),
