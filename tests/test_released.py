@@ -254,7 +254,7 @@ REFUSED = [
     ["--ckpt", "teacher.pt", "--edit", "denoise", "--image", "x.png", "--labels", "1",
      "--edit does not apply to teacher.pt, a teacher"],
     ["--ckpt", "openai.pt", "--N", "18", "--N does not apply"],
-    ["--ckpt", "openai.pt", "--w", "1", "--w 1.0: openai.pt was trained for no guidance"],
+    ["--ckpt", "openai.pt", "--w", "1", "--w 1: openai.pt was trained for no guidance"],
     ["--ckpt", "openai.pt", "--labels", "10", "labels 0 to 9"],
     ["--ckpt", "openai.pt", "--edit", "inpaint", "--image", "x.png", "--labels"],
 ]
