@@ -922,7 +922,7 @@ def open_latent_student(args, run, checkpoint):
     if to_v:
         student.v = guided_v(student.v, model.guide)
     if to_v and guides:
-        student.w_max = math.inf
+        student.w_min, student.w_max = -1.0, math.inf
         student.calls = 2
     return student
 

@@ -595,7 +595,7 @@ MISTAKES = [  # task, checkpoint and flags, or after a space all flags; what the
     ("inpaint labels --image a.png --labels 10", "--labels 10", "9"),
     ("inpaint teacher --image a.png", "--edit", "teacher.pt"),
     ("stroke wild --image a.png --w 0.5", "--w 0.5", "wild.pt"),
-    ("stroke guided --image a.png --w 4.5", "--w 4.5", "4.0"),
+    ("stroke guided --image a.png --w 4.5", "--w 4.5", "from 0 to 4"),
     ("stroke ct --image a.png --w 1", "--w 1", "ct.pt"),
     ("stroke wild --image a.png --N 18", "--N"),
     ("stroke wild --image a.png --churn 10", "--churn", "wild.pt"),
