@@ -113,9 +113,10 @@ def sample_teacher(net, N, y, noise, shape, w=0.0, churn=0.0, sampler="heun"):
     x_T = common.initial_noise(net, noise, shape, T_MAX)
     weights = x_T.new_full((len(x_T),), w) if w else None
     D = guide(common.net_denoiser(net), y, weights)
+    solve = common.SAMPLERS[sampler]
     if churn:
-        return common.heun_sample(D, x_T, N, churn, noise=noise)
-    return common.SAMPLERS[sampler](D, x_T, N, noise=noise)
+        solve = partial(solve, churn=churn)
+    return solve(D, x_T, N, noise=noise)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,6 +416,9 @@ def train_first_teacher(args, run, stop, script, label_dropout):
     settings["label_dropout"] = label_dropout
     settings["micro_batch_limit"] = settings["micro_batch"]
     settings["micro_batch"] = None
+    if (out_dir / "teacher" / "last.pt").exists() and not args.overwrite:  # perhaps of before ramps
+        found = common.load_checkpoint(out_dir / "teacher" / "last.pt")
+        settings["lr_ramp"] = found["args"].get("lr_ramp", 0)
     if args.micro_batch:
         settings["micro_batch"] = math.gcd(settings["batch_size"], args.micro_batch)
     if args.teacher_steps:
@@ -609,6 +613,8 @@ if __name__ == "__main__":
 #   --lr-ramp         10 million images on CIFAR-10 and ImageNet-64, as EDM; CM's teachers: none
 #   guidance          distilling it into a consistency model that is told w is ours
 #   embedding of w    sinusoids of 25 w: the papers' 1000 w tells 4 from 4.1 too well
+#   --parametrisation free: c_in stays; the net is still begun with the teacher's weights, whose
+#                     output alone is no denoiser: far from the teacher at first
 #   full gradient     (--no-stop-gradient) the paper's squared norm; openai's takes the norm
 #   continuous time   the time embedding is cut (--bandwidth); derivatives are central differences
 #   sCM               of networks told of ln t in ADM's embedding, cut, with ordinary group norms.

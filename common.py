@@ -114,7 +114,10 @@ def cm_scalings(t):
     return c_skip, SIGMA_DATA * (t - T_MIN) / root, 1 / root
 
 def free_scalings(t):
-    """The same of a free-form network: f is x at t_min, and the network alone above. CM Eq. 4."""
+    """`cm_scalings` of the other parametrisation: f is x at t_min, the network alone above it.
+
+    Source: CM Eq. 4; c_in as there.
+    """
     at_t_min = (t <= T_MIN).to(t.dtype)
     _, _, c_in = edm_scalings(t)
     return at_t_min, 1 - at_t_min, c_in
@@ -200,10 +203,10 @@ def ancestral_step(D, x, t, t_next, noise):
 
 def heun_sample(D, x_T, N, churn=0.0, churn_min=0.05, churn_max=50.0,
                 churn_noise=1.003, noise=torch.randn_like, step=heun_step):
-    """Solve the ODE from T_MAX to 0 in N Heun steps, 2 N - 1 calls of D; with churn, the SDE.
+    """Go from T_MAX to 0 in N steps: of Heun's, 2 N - 1 calls of D, or of another `step`.
 
-    churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise. step: another
-    than Heun's; the last one, to 0, is Euler's, which lands on D.
+    The last step, to 0, is Euler's, which lands on D. With churn the SDE is solved: churn,
+    churn_min, churn_max, churn_noise are EDM's S_churn, S_tmin, S_tmax, S_noise.
     Source: EDM Alg. 1 (churn = 0) and Alg. 2.
     """
     x = x_T
@@ -235,7 +238,7 @@ def dpm_plus_plus_slope(history, t_next):
     return (x - x_denoised) / t
 
 def deis_slope(history, t_next):
-    """Third-order DEIS: the mean over the step of the cubic in t through the last four slopes.
+    """DEIS of degree 3: the mean over the step of the cubic in t through the last four slopes.
 
     Of a lower degree while there are fewer. The weights are those that have the powers of
     u = (t' - t) / (t_next - t) right, whose means over [0, 1] are 1 / (k + 1).
@@ -1829,8 +1832,9 @@ def choose_device(name, local):
 
 def allows_tf32(args):
     """Whether what is not in bf16, above all LPIPS and critics, may compute in TF32, in which the
-    papers' runs did: not where fp32 is asked for, a derivative is a difference of two outputs,
-    which needs all bits, or FID is measured, to be compared. Raises UserError for tf32 there."""
+    papers' runs did. It may not where fp32 is asked for; nor in continuous time, where a derivative
+    is a difference of two outputs and needs all bits; nor where FID is measured, to be compared.
+    Raises UserError if tf32 is asked for there."""
     flags = vars(args)
     why_not = None
     if flags.get("objective") in ("continuous", "scm"):

@@ -229,8 +229,8 @@ def check(args):
                         "random weights; --recipe ect takes one")
     if args.teacher == "ideal":
         raise UserError("--teacher ideal has no weights to start from; name a file")
-    if ect and args.objective != "discrete":
-        raise UserError(f"--objective {args.objective} does not apply with --recipe ect")
+    if args.recipe != "ct" and args.objective != "discrete":
+        raise UserError(f"--objective {args.objective} does not apply with --recipe {args.recipe}")
     if ect and args.q**args.stages > 1e5:  # float32 has 7 digits
         raise UserError(f"--q {args.q:g} --stages {args.stages}: in the last stage r and t would "
                         "be the same number")
@@ -441,7 +441,7 @@ if __name__ == "__main__":
 #                     openai's launch file: 1e-4, and 5e-5 at batch 256
 #   LPIPS             pools by the average, as openai's code; its JAX code, CIFAR-10: the maximum
 #   continuous CT     starts from a diffusion model, as openai's JAX code; --teacher none: from
-#                     random weights
+#                     random weights. Its learning rate and dropout are CIFAR-10's everywhere
 #   glyphs, ct        l2: LPIPS judges 16-pixel digits badly and needs a download
 #   pseudo-Huber      one norm per image, as in iCT; a common reimplementation takes it by elements
 #   ECT, the end      t_min = 0.002 in training and sampling; r is t_min at least, and there the
@@ -451,7 +451,8 @@ if __name__ == "__main__":
 #   ECT, mirroring    of no image, as in its code; nor for the teacher that is trained first
 #   iCT, ECT, LSUN    nothing published: dropout, and ECT's settings, are ImageNet-64's
 #   precision         iCT, ECT: TF32 on CUDA, as ECT's ImageNet-64; ECT on CIFAR-10: fp32; iCT does
-#                     not say. CT: bf16, the rest TF32; CM: fp32 on CIFAR-10, else fp16
+#                     not say; so does the teacher that is trained first. CT: bf16, the rest TF32;
+#                     CM: fp32 on CIFAR-10, else fp16
 #   ECT, c            0.0599 for 64 pixels, iCT's formula; ECT's is 0.06. --dist norm is c = 0,
 #                     with gradient 0 where outputs are equal; its code makes NaN of it, then 0
 #   ECT, stages       of equal length, for any number of steps; its code counts ticks

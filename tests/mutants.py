@@ -164,6 +164,7 @@ MUTANTS = {
         ('        model_args["parametrisation"] = args.parametrisation\n', "        pass\n",
          "cd_scripts"),
         ("w_min, w_max = -1.0, math.inf", "w_min, w_max = 0.0, math.inf", "cd_scripts"),
+        ('found["args"].get("lr_ramp", 0)', 'settings.get("lr_ramp", 0)', "scripts"),
         ("return common.SAMPLERS[sampler](", 'return common.SAMPLERS["heun"](', "cd_scripts"),
     ],
     "ct.py": [
@@ -192,6 +193,8 @@ MUTANTS = {
          "cd_scripts"),
     ],
     "ctm.py": [
+        ("common.dropout_settings(args) | dict(classes", "dict(dropout=args.dropout, classes",
+         "scripts"),
         ("net.output_blocks[-1][0].out_layers[3]", "net.output_blocks[-2][0].out_layers[3]", "ctm"),
         ("keep = bcast(s / t, x)", "keep = bcast(t / s, x)", "ctm"),
         ("t, y, common.c_noise(s), masks)", "t, y, common.c_noise(t), masks)", "ctm"),

@@ -488,7 +488,8 @@ def expectations(rows):
     short = []
     for w, calls in ((0.0, 35), (1.0, 70)):
         for name, drawn in (("guided-d", "DDIM"), ("guided-s", "stochastic")):
-            teacher, student = share("teacher", calls, w), share(name, 4, w, drawn)
+            teacher = share("teacher", calls, w, "18 Heun steps")
+            student = share(name, 4, w, drawn)
             if teacher is not None and student is not None:
                 label = f"{name[-1].upper()}, w = {w:g}, short by"
                 short.append((label, teacher - student, 0.02))
@@ -627,10 +628,12 @@ def draw_lines(drawing, rows):
 def draw_curves(path, rows):
     """Quality against network calls, without guidance; below it CTM's own comparison."""
     from matplotlib import figure
-    methods = {name: [row for row in rows[name] if kind_of(row) not in NOISY]
-               for name in rows if name not in OWN[1:]}
     own = {name: rows[name] for name in OWN if name in rows}
-    panels = [methods, own] if len(own) > 1 else [methods]
+    panels = [rows]
+    if len(own) > 1:
+        methods = {name: rows[name] for name in rows if name not in own}
+        plain = [row for row in own.get("ctm", ()) if kind_of(row) not in NOISY]
+        panels = [methods | {"ctm": plain}, own]
     drawing = figure.Figure(figsize=(12, 5 * len(panels)), layout="constrained")
     parts = drawing.subfigures(len(panels), squeeze=False)[:, 0]
     for part, its_rows in zip(parts, panels):

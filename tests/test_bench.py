@@ -311,7 +311,8 @@ def test_expectations():
         "ctm-global": [row(1, 1.1, 0.0, "one jump"), row(2, 0.8, 0.0, "gamma 0")],
         "ctm-no-dsm": [row(4, 0.9, 0.0, "gamma 0"), row(35, 9.0, 0.0, "18 Heun steps on g")],
         "sct-scratch": [row(1, 0.1)],
-        "teacher": [row(35, 1.0), row(70, 4.0, 1.0)],
+        "teacher": [row(35, 9.0, 0.0, "ancestral", 0.1), row(35, 1.0, 0.0, "18 Heun steps"),
+                    row(70, 4.0, 1.0, "18 Heun steps")],
         "guided-d": [row(4, 9.0, 0.0, "stage 1, DDIM"), row(4, 1.05, 0.0, "DDIM", 0.89),
                      row(4, 4.5, 1.0, "DDIM", 0.85)],
     }

@@ -227,6 +227,7 @@ def parse(words, monkeypatch):
     ("--objective continuous --weighting one", "--weighting does not apply with --objective"),
     ("--objective continuous --q 2", "--q does not apply"),
     ("--recipe ect --objective scm", "--objective scm does not apply with --recipe ect"),
+    ("--recipe ict --objective scm", "--objective scm does not apply with --recipe ict"),
     ("--bandwidth 2", "--bandwidth does not apply with --objective discrete"),
     ("--objective continuous --warm-up 5", "--warm-up does not apply with --objective continuous"),
     ("--objective scm --mu0 0.9", "--mu0 does not apply with --objective scm"),

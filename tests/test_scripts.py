@@ -577,3 +577,37 @@ def test_lpips_without_its_weights(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("ct.py: error: --dist lpips")
     assert "vgg16-397923af.pth" in line or "torchvision" in line
+
+
+# ---- what the four scripts share
+
+ONE_STEP = [*SMALL, *"--batch-size 4 --micro-batch 4 --sample-every 0 --save-every 0".split()]
+SCRIPTS = {
+    "ct.py": "--total-steps 1",
+    "cd.py": "--total-steps 1 --teacher-steps 1",
+    "ctm.py": "--total-steps 1 --teacher-steps 1",
+    "guided_distill.py": "--teacher-steps 1 --w-max 0 --start-N 2 --last-steps 1",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_largest_maps_that_drop_out(tmp_path, script):
+    run_script(*ONE_STEP, *SCRIPTS[script].split(), "--dropout", 0.3, "--dropout-size", 8,
+               "--out-dir", "run", script=script, cwd=tmp_path, code=0)
+    state = last(tmp_path / "run")
+    assert state["model_args"]["dropout"] == 0.3 and state["model_args"]["dropout_size"] == 8
+    net = common.make_net(state["model_args"])
+    assert [mask is None for mask in net.draw_masks(1)] == [
+        size > 8 for _, _, size in net.block_shapes]
+
+
+def test_a_first_teacher_of_before_the_ramp_is_kept(tmp_path):
+    """It had no --lr-ramp; where its recipe has one now, the run still goes on."""
+    flags = [*ONE_STEP, *"--recipe ect --total-steps 1 --teacher-steps 1 --out-dir run".split()]
+    ramp = "import cd\ncd.TEACHERS['glyphs'] = cd.TEACHERS['glyphs'] | dict(lr_ramp=99)"
+    run_script(*flags, cwd=tmp_path, code=0)
+    before = last(tmp_path / "run" / "teacher")
+    run_script(*flags, cwd=tmp_path, prelude=ramp, code=0)
+    assert_same(last(tmp_path / "run" / "teacher"), before)
+    run_script(*flags, "--overwrite", cwd=tmp_path, prelude=ramp, code=0)
+    assert last(tmp_path / "run" / "teacher")["args"]["lr_ramp"] == 99
