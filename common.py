@@ -2922,7 +2922,7 @@ def add_shared_flags(parser, net_only):
     train.flag("--total-steps", type=positive, metavar="K", help="optimizer steps of the whole run")
     train.flag("--batch-size", type=positive, metavar="B", help="images a step, of all processes")
     train.flag("--lr", type=number(float, 0), metavar="LR",
-               help="learning rate: constant; guided_distill.py: falls to 0 in each round")
+               help="learning rate: constant, but falls to 0 in each round of guided_distill.py")
     train.flag("--ema-decay", type=probability, metavar="D",
                help="decay, a step, of the average used for sampling")
     train.flag("--gradient-checkpointing", default=False, action="store_true",

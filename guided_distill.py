@@ -89,7 +89,7 @@ def two_steps(v, angle, z, tau, tau_mid, tau_end):
 
 
 def loss_fn(student, target, angle, x0, noise, tau, weight):
-    """The distillation loss of each image, of either stage. GD Alg. 1 and 2.
+    """The loss of each image, in stage 1 and in stage 2. GD Alg. 1 and 2.
 
     Args:    student: (z, tau) -> v, of theta.  target: (z, tau) -> the v to match: in stage 1 the
              guided teacher's, in stage 2 `two_steps` of the student before; with `true_v` this
@@ -333,7 +333,8 @@ class LatentModel:
         known = self.inpaints or net.config.in_channels == C
         if further or not known or not isinstance(size, int):
             raise UserError(f"--teacher {teacher}: this UNet takes more than square latents, a "
-                            f"time, a text or a label, and what to inpaint {further}")
+                            f"time, a text or a label, and what to inpaint: {further}, "
+                            f"{net.config.in_channels} channels in and {C} out")
         self.shape = C, size, size
         self.classes = net.config.num_class_embeds
         self.labels = 0  # how many there is data of
@@ -346,7 +347,7 @@ class LatentModel:
         takes_w = guided and not to_v
         self.model_args = dict(cond=takes_w)
         self.net = self.make_student(takes_w)
-        self.v_teacher = self.v(self.teacher)
+        self.v_teacher = None if to_v else self.v(self.teacher)
 
     def read(self, kind, folder):
         """A model of diffusers' class `kind`: float32, whatever its files hold."""
@@ -585,6 +586,8 @@ def check(args):
                         "are trained by python cd.py --stage teacher")
     if args.teacher == "none":
         raise UserError("--teacher none: what is distilled here is a teacher")
+    if not distil and args.sampler != "D":
+        raise UserError(f"--sampler {args.sampler} does not apply with --stage teacher")
     if args.sampler == "encoder" and (latent or args.w_max or args.sample_every):
         raise UserError("--sampler encoder goes with --w-max 0 and --sample-every 0: guided it is "
                         "ill-conditioned, and it draws nothing; and with a teacher of images")
@@ -618,8 +621,8 @@ def make_parser():
               "from image to noise (training, with --w-max 0)")
     train = parser.group("algorithm, training", ckpt=False)
     train.flag("--stage", choices=("teacher", "distill"), default="distill",
-               help="fine-tune a latent diffusion model that predicts noise, to v, as Meng et al. "
-               "did first, or distil a teacher (default)")
+               help="teacher: fine-tune a latent diffusion model to v, as Meng et al. did first to "
+               "one of noise (into out/v_teacher); or distil a teacher (default)")
     train.flag("--teacher", metavar="FILE",
                help="a teacher written by cd.py, released EDM weights (--w-max 0), "
                "ideal: the exact denoiser, or diffusers:PATH: a latent diffusion model")
@@ -666,13 +669,14 @@ def make_parser():
 # --------------------------------------------------------------------------------------------------
 
 def open_latents(args, run):
-    """A LatentModel to distil. A student will be sampled with it and its data, wherever that is."""
+    """The LatentModel of a run. What it leaves is drawn with it and its data, wherever they are."""
     to_v = args.stage == "teacher"
     guides = args.label_dropout > 0 if to_v else args.w_max > 0
     with common.main_process_first(run):
         model = LatentModel(args.teacher, args.dataset, guides, run, to_v)
-    if Path(args.out_dir).resolve() in model.path.resolve().parents:
-        raise UserError(f"--out-dir {args.out_dir} holds the --teacher: choose another")
+    path = model.path.resolve()
+    if Path(args.out_dir).resolve() in (path, *path.parents):
+        raise UserError(f"--out-dir {args.out_dir} is or holds the --teacher: choose another")
     if to_v and run.main:
         print(f"{model.path} predicts {model.first_prediction}; its weights are where v begins")
     if model.inpaints and run.main:
@@ -750,12 +754,12 @@ def train(args, run, stop):
     v_ema = task.v(ema)
     weight = WEIGHTS[args.weighting]
     shown_weights = [0.0]  # of guidance, in grids of samples
-    if not distil:
-        v_ema = guided_v(v_ema, task.guide)
-        shown_weights = [0.0, 2.0]
     if w_max:
         span = w_max - args.w_min
         shown_weights = [args.w_min + share * span for share in (0, 0.25, 1)]
+    elif not distil and args.label_dropout:
+        v_ema = guided_v(v_ema, task.guide)
+        shown_weights = [0.0, 2.0]
     rounds = plan(vars(args))
     clock = times_device(run.device)
     kinds = {"a step": step}
@@ -851,8 +855,9 @@ def delete_students(args):
     out_dir = Path(args.out_dir)
     names = [f"{name}.pt" for name in NAMES.values()]
     for old in [*map(out_dir.joinpath, names), *out_dir.glob("N????.pt")]:
-        old.unlink(missing_ok=True)
-        shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+        if old.exists():  # a folder alone is none of ours
+            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+            old.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -860,7 +865,7 @@ def delete_students(args):
 # --------------------------------------------------------------------------------------------------
 
 def trained_for(checkpoint, **parts):
-    """A namespace of N (0: any), sampler (None: any), w_min and w_max of a student, and `parts`."""
+    """A namespace of N (0, None: any), sampler (None: any), w_min, w_max and `parts`."""
     settings = checkpoint["args"]
     N = checkpoint.get("N", 0)  # a teacher's has none
     return SimpleNamespace(

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import guided_distill as gd
@@ -81,7 +82,11 @@ def test_noise_to_v_resumed_and_on_two_processes(to_v):
     assert_same(last(to_v / "again"), last(to_v / "run"))
     run_latent(to_v, *again, "--overwrite", ranks=2, code=0)
     assert_same(last(to_v / "again")["net"], last(to_v / "run")["net"], 1e-5)
+    notes = to_v / "again" / "stage1" / "notes.txt"  # not ours
+    notes.parent.mkdir()
+    notes.touch()
     run_latent(to_v, *again, "--overwrite", prelude=stop_after(2), code=STOPPED)
+    assert notes.exists()
     left = [path.name for path in (to_v / "again").iterdir() if path.name.startswith("v")]
     assert left == []
 
@@ -102,6 +107,12 @@ def test_what_noise_to_v_leaves(to_v, tmp_path):
                   guidance_scale=4.0, num_inference_steps=4, output_type="np").images
     assert ours.std() > 5 and np.abs(ours - (255 * theirs).round()).max() <= 1
 
+    ours, _ = drawn(tmp_path, "--ckpt", "run/v.pt", "--w", -1, "--N", 4, "--sample", 2,
+                    prelude=IMPORTABLE)
+    theirs = pipe(prompt_embeds=null, latents=z, guidance_scale=1.0, num_inference_steps=4,
+                  output_type="np").images
+    assert np.abs(ours - (255 * theirs).round()).max() <= 1
+
     shutil.rmtree(tmp_path / "pipe")
     shutil.copytree(tmp_path / "run" / "v", tmp_path / "pipe")
     stage_1 = [*LATENT, "--end-N", 4, "--stage1-steps", 1, "--round-steps", 1, "--last-steps", 1]
@@ -110,7 +121,23 @@ def test_what_noise_to_v_leaves(to_v, tmp_path):
     np.testing.assert_allclose(found, first_loss(tmp_path, "v_prediction"), 1e-3)
     done = run_latent(tmp_path, *stage_1, "--out-dir", "run", "--overwrite", "--teacher",
                       "diffusers:run/v", code=2)
-    assert "--out-dir run holds the --teacher: choose another" in done.stderr
+    assert "--out-dir run is or holds the --teacher: choose another" in done.stderr
+
+
+def test_a_model_of_classes_that_is_not_to_guide(tmp_path):
+    """Without --label-dropout no class is the null class, and no picture is guided."""
+    pipeline(tmp_path, labels=True)
+    widths = []
+    for share in (0, 0.5):
+        run_latent(tmp_path, *TO_V, "--label-dropout", share, "--sample-every", 4,
+                   "--out-dir", f"{share}", code=0)
+        grid, = (tmp_path / f"{share}" / "samples").glob("*.png")
+        widths.append(Image.open(grid).width)
+    assert widths[1] > 1.9 * widths[0]
+    done = run_latent(tmp_path, "--ckpt", "0/v.pt", "--w", 1, *FP32, code=2)
+    assert "--w 1: 0/v.pt was trained for weights from 0 to 0" in done.stderr
+    done = run_latent(tmp_path, *TO_V, "--sampler", "S", "--out-dir", "s", code=2)
+    assert "--sampler S does not apply with --stage teacher" in done.stderr
 
 
 def pipe_of(name, folder):
