@@ -3012,6 +3012,42 @@ def refuse(args, keys, why):
         if getattr(args, key):
             raise UserError(f"{flag_name(key)} does not apply {why}")
 
+def add_parametrisation_flag(group):
+    group.flag("--parametrisation", only=dict(objective="discrete"), choices=PARAMETRISATIONS,
+               default="skip", help="f = c_skip x + c_out F (skip, CM Eq. 5, default), or F alone "
+               "above t_min (free, CM Eq. 4)")
+
+def add_continuous_flags(group):
+    """Of the objectives in continuous time, for a parser's `group`."""
+    group.flag("--bandwidth", only=dict(objective=("continuous", "scm")), type=number(float, 0),
+               metavar="RAD", help="cut off features of the time embedding that turn faster, in "
+               f"rad per unit of ln t (default {BANDWIDTH:g}, glyphs 1; inf: none)")
+    scm = dict(objective="scm")
+    group.flag("--r", only=scm, type=probability, metavar="R",
+               help="share of the tangent's second term, in the end (sCM 1). Below 1: part of the "
+               "way to the end of the trajectory, part denoising")
+    group.flag("--warm-up", only=scm, type=positive, metavar="K",
+               help="steps in which r rises from 0 (sCM 10000)")
+    group.flag("--tangent-c", only=scm, type=number(float, 1e-6, 1e3), metavar="C",
+               help="the tangent is divided by its rms + C (sCM 0.1)")
+    group.flag("--lr-decay", only=scm, type=positive, metavar="K",
+               help="the learning rate falls as sqrt(K / step) after K steps (sCM ImageNet-64 "
+               "35000; default: constant)")
+
+def learning_rate(args, step):
+    """That of a step: constant, or what --lr-ramp, by the images before it, and --lr-decay make."""
+    lr = args.lr
+    lr_ramp, lr_decay = (getattr(args, key, None) for key in ("lr_ramp", "lr_decay"))
+    if lr_ramp:
+        lr *= min(step * args.batch_size / lr_ramp, 1)
+    if lr_decay:
+        lr /= math.sqrt(max(step / lr_decay, 1))
+    return lr
+
+def dropout_settings(args):
+    """The net settings that --dropout and --dropout-size make."""
+    return dict(dropout=args.dropout, dropout_size=getattr(args, "dropout_size", 0))
+
 # --------------------------------------------------------------------------------------------------
 # Teachers: denoisers that students are distilled from
 # --------------------------------------------------------------------------------------------------
@@ -3098,42 +3134,6 @@ def check_guidance(args, teacher, classes):
 # --------------------------------------------------------------------------------------------------
 # Editing: what the scripts' ways have in common
 # --------------------------------------------------------------------------------------------------
-
-def add_parametrisation_flag(group):
-    group.flag("--parametrisation", only=dict(objective="discrete"), choices=PARAMETRISATIONS,
-               default="skip", help="f = c_skip x + c_out F (skip, CM Eq. 5, default), or F alone "
-               "above t_min (free, CM Eq. 4)")
-
-def add_continuous_flags(group):
-    """Of the objectives in continuous time, for a parser's `group`."""
-    group.flag("--bandwidth", only=dict(objective=("continuous", "scm")), type=number(float, 0),
-               metavar="RAD", help="cut off features of the time embedding that turn faster, in "
-               f"rad per unit of ln t (default {BANDWIDTH:g}, glyphs 1; inf: none)")
-    scm = dict(objective="scm")
-    group.flag("--r", only=scm, type=probability, metavar="R",
-               help="share of the tangent's second term, in the end (sCM 1). Below 1: part of the "
-               "way to the end of the trajectory, part denoising")
-    group.flag("--warm-up", only=scm, type=positive, metavar="K",
-               help="steps in which r rises from 0 (sCM 10000)")
-    group.flag("--tangent-c", only=scm, type=number(float, 1e-6, 1e3), metavar="C",
-               help="the tangent is divided by its rms + C (sCM 0.1)")
-    group.flag("--lr-decay", only=scm, type=positive, metavar="K",
-               help="the learning rate falls as sqrt(K / step) after K steps (sCM ImageNet-64 "
-               "35000; default: constant)")
-
-def learning_rate(args, step):
-    """That of a step: constant, or what --lr-ramp, by the images before it, and --lr-decay make."""
-    lr = args.lr
-    lr_ramp, lr_decay = (getattr(args, key, None) for key in ("lr_ramp", "lr_decay"))
-    if lr_ramp:
-        lr *= min(step * args.batch_size / lr_ramp, 1)
-    if lr_decay:
-        lr /= math.sqrt(max(step / lr_decay, 1))
-    return lr
-
-def dropout_settings(args):
-    """The net settings that --dropout and --dropout-size make."""
-    return dict(dropout=args.dropout, dropout_size=getattr(args, "dropout_size", 0))
 
 def add_edit_flags(parser, tasks):
     """The flags of any editing. Returns their group, for more."""

@@ -414,14 +414,13 @@ def check(args):
     if args.disc != "none" and args.disc_start >= args.total_steps:
         raise UserError(f"--disc-start {args.disc_start}: with --total-steps {args.total_steps} "
                         "the critic never has its turn")
-    if args.dsm_weight == 0:
-        if args.teacher == "none":
-            raise UserError("--dsm-weight 0: with --teacher none it is the denoising loss that "
-                            "shows the net what images are")
-        return
-    if args.p_t == ["uniform"]:
-        raise UserError("--p-t uniform: the denoising loss draws from MEAN STD")
-    common.check_p_t(args.p_t, common.karras_times(args.N))
+    if args.dsm_weight == 0 and args.teacher == "none":
+        raise UserError("--dsm-weight 0: with --teacher none it is the denoising loss that shows "
+                        "the net what images are")
+    if args.dsm_weight > 0:
+        if args.p_t == ["uniform"]:
+            raise UserError("--p-t uniform: the denoising loss draws from MEAN STD")
+        common.check_p_t(args.p_t, common.karras_times(args.N))
 
 
 # --------------------------------------------------------------------------------------------------

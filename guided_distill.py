@@ -314,7 +314,8 @@ class LatentModel:
             net = self.read(self.diffusers.UNet2DConditionModel, unet)
         self.digest = digest.hexdigest()[:12]
         self.teacher = net.requires_grad_(False).eval().to(run.device)
-        self.first_prediction = self.prediction = self.scheduler.config.prediction_type
+        self.first_prediction = self.scheduler.config.prediction_type
+        self.prediction = self.first_prediction
         self.times = self.scheduler.config.num_train_timesteps
         alpha = self.scheduler.alphas_cumprod.double().sqrt()
         no_noise = torch.zeros(1, dtype=torch.float64)
