@@ -2303,9 +2303,11 @@ def save_run(args, run, script, step, log, model_args, parts, **more):
     wrong = not_finite(state["net"]) or not_finite(state["ema"])
     if wrong:
         return log.say(f"step {step} is not saved: its weights are not finite ({wrong})")
+    ema = parts["ema"].state_dict()
+    ema._metadata[ABOUT] = about
+    # First: a run that is killed between the two does again the steps that made it
+    save_checkpoint(Path(args.out_dir, "ema.pt"), ema, log.written)
     save_checkpoint(Path(args.out_dir, "last.pt"), about | state, log.written)
-    state["ema"]._metadata[ABOUT] = about
-    save_checkpoint(Path(args.out_dir, "ema.pt"), state["ema"], log.written)
     log.written_at = step
 
 def not_finite(weights):

@@ -91,9 +91,11 @@ MUTANTS = {
         ("digest.update(self.labels.tobytes())", "pass", "data scripts"),
         # checkpoints
         ("fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "checkpoints"),
-        ('state["ema"]._metadata[ABOUT] = about', "pass", "checkpoints"),
+        ('ema._metadata[ABOUT] = about', "pass", "checkpoints"),
         ("            os.replace(temporary, path)\n        self.written, self.saved",
          "            pass\n        self.written, self.saved", "checkpoints"),
+        ("for path, temporary in self.written.items():",
+         "for path, temporary in reversed(self.written.items()):", "scripts"),
         ("if not run.main or not log.sound:", "if not run.main:", "checkpoints"),
         ("wrong = archive.testzip()", "wrong = None", "checkpoints"),
         ("h = norm(h) * (1 + scale) + shift", "h = norm(h) * scale + shift", "unet"),

@@ -101,6 +101,29 @@ def test_three_and_three_steps_equal_six_bit_for_bit(trained, tmp_path):
     assert a == b and [step for step, _ in a] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_killed_between_its_two_files_mends_them(trained, tmp_path):
+    """Those of the last step, after which no other would."""
+    flags = [*RUN, *MU, "--save-every", 3, "--out-dir", tmp_path / "run"]
+    run_script(*flags, cwd=tmp_path, process=True, code=9, prelude="""
+import os, common
+replace, written = os.replace, []
+def replace_and_die(source, target):
+    replace(source, target)
+    written.extend([target] if str(target).endswith(".pt") else [])
+    if len(written) == 3:
+        os._exit(9)
+os.replace = replace_and_die
+""")
+    files = "ema.pt", "last.pt"
+    steps = [common.load_checkpoint(tmp_path / "run" / name)["step"] for name in files]
+    assert sorted(steps) == [3, 6]
+    run_script(*flags, cwd=tmp_path, code=0)
+    for name in files:
+        mended, whole = (torch.load(run / name, weights_only=True)
+                         for run in (tmp_path / "run", trained))
+        assert_same(mended, whole)
+
+
 # A thread of the process group that outlives it and wants the interpreter when that is gone aborts
 # the process, now and then.
 NAME_THREADS = """
@@ -250,7 +273,7 @@ def test_a_file_that_cannot_grow_leaves_the_previous_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))""")
     done = run_script(*RUN, "--save-every", 1, "--out-dir", tmp_path / "run", cwd=tmp_path,
                       prelude=fill_up, ranks=1)
-    disk_full_message(done, tmp_path / "run" / "last.pt")
+    disk_full_message(done, tmp_path / "run" / "ema.pt")
     assert last(tmp_path / "run")["step"] == 1 and not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -268,7 +291,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
             except OSError: pass""")
         done = run_script(*RUN, "--save-every", 1, "--log-every", 2, "--out-dir", disk / "run",
                           cwd=tmp_path, prelude=filler)
-        disk_full_message(done, disk / "run" / "last.pt")
+        disk_full_message(done, disk / "run" / "ema.pt")
         assert "No space left" in done.stderr and last(disk / "run")["step"] == 1
     finally:
         subprocess.run(["umount", str(disk)])

@@ -150,7 +150,6 @@ def kill_runs(place, n, steps, second, seed):
         counts["that saved nothing new"] += found == step
         step = found
         if step == steps:
-            finish(folder, steps)  # it may have been killed between last.pt and ema.pt
             same = outcome_of_run(folder / "run") == outcome_of_run(whole / "run")
             counts["runs that ended as the undisturbed one"] += same
             counts["spoilt runs"] += not same
