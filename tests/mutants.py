@@ -167,7 +167,7 @@ MUTANTS = {
          "cd_scripts"),
         ("w_min, w_max = -1.0, math.inf", "w_min, w_max = 0.0, math.inf", "cd_scripts"),
         ('found["args"].get("lr_ramp", 0)', 'settings.get("lr_ramp", 0)', "scripts"),
-        ("return common.SAMPLERS[sampler](", 'return common.SAMPLERS["heun"](', "cd_scripts"),
+        ("solve = common.SAMPLERS[sampler]", 'solve = common.SAMPLERS["heun"]', "cd_scripts"),
     ],
     "ct.py": [
         ("r = args.r * min((step + 1) / args.warm_up, 1)", "r = args.r", "cd_scripts"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import common
+import mutants
 import torture
 from util import ROOT, SMALL, end_workers, run_script
 
@@ -275,6 +276,15 @@ def test_three_damaged_files(tmp_path, capsys):
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in table[1:]] == [*kinds, "all"]
     assert sum(map(int, table[-1][1:])) == 3
+
+
+def test_the_faults_can_still_be_made():
+    """No mutant runs this file, in whose tree a text is another."""
+    for file, faults in mutants.MUTANTS.items():
+        for old, new, tests in faults:
+            assert mutants.broken(file, old, new) != (ROOT / file).read_text()
+            for name in tests.split():
+                assert name != "robust" and (ROOT / f"tests/test_{name}.py").exists()
 
 
 def test_what_the_harness_calls_bad(tmp_path, capsys):
