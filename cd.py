@@ -501,26 +501,25 @@ def train(args, run, stop):
                 n = torch.multinomial(p, len(x0), replacement=True)
                 t_n = times[n]
                 t = times[n + 1]
-                noise = torch.randn_like(x0)
+            else:
+                t = common.random_times(len(x0), args.p_t, run.device)
+            if label_dropout:
+                y = hide_labels(y, label_dropout, net.null_y)
+            noise = torch.randn_like(x0)
+            if objective == "denoise":
+                losses = common.edm_loss(net, x0, noise, t, y)
+            elif objective == "discrete":
                 masks = common.dropout_masks(net, len(x0))
                 losses = loss_fn(net, target, D, x0, noise, t_n, t, y, w, masks, solver, dist,
                                  weight)
-            elif objective in ("continuous", "scm"):
-                t = common.random_times(len(x0), args.p_t, run.device)
-                t = t.clamp(T_MIN, T_MAX)
-                noise = torch.randn_like(x0)
+            else:
                 masks = common.dropout_masks(net, len(x0))
+                t = t.clamp(T_MIN, T_MAX)
                 if objective == "scm":
                     r = args.r * min((step + 1) / args.warm_up, 1)
                     losses, rms = scm_loss(net, D, x0, noise, t, y, w, masks, r, args.tangent_c)
                 else:
                     losses = continuous_loss(net, D, x0, noise, t, y, w, masks, args.stop_gradient)
-            else:
-                t = common.random_times(len(x0), args.p_t, run.device)
-                if label_dropout:
-                    y = hide_labels(y, label_dropout, net.null_y)
-                noise = torch.randn_like(x0)
-                losses = common.edm_loss(net, x0, noise, t, y)
             (losses.sum() / args.batch_size).backward()
             totals.add(1 / args.batch_size, loss=losses.sum())
             totals.bin(t, rms if objective == "scm" else losses)
