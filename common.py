@@ -2305,7 +2305,7 @@ def save_run(args, run, script, step, log, model_args, parts, **more):
         return log.say(f"step {step} is not saved: its weights are not finite ({wrong})")
     ema = parts["ema"].state_dict()
     ema._metadata[ABOUT] = about
-    # First: a run that is killed between the two does again the steps that made it
+    # Before last.pt: a run killed between the two resumes from the older one, and makes both anew
     save_checkpoint(Path(args.out_dir, "ema.pt"), ema, log.written)
     save_checkpoint(Path(args.out_dir, "last.pt"), about | state, log.written)
     log.written_at = step

@@ -91,7 +91,7 @@ MUTANTS = {
         ("digest.update(self.labels.tobytes())", "pass", "data scripts"),
         # checkpoints
         ("fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "checkpoints"),
-        ('ema._metadata[ABOUT] = about', "pass", "checkpoints"),
+        ("ema._metadata[ABOUT] = about", "pass", "checkpoints"),
         ("            os.replace(temporary, path)\n        self.written, self.saved",
          "            pass\n        self.written, self.saved", "checkpoints"),
         ("for path, temporary in self.written.items():",
