@@ -19,6 +19,7 @@ import datetime
 import difflib
 import fnmatch
 import functools
+import gzip
 import hashlib
 import importlib
 import io
@@ -788,6 +789,8 @@ class UNet(nn.Module):
 NETS = {
     "glyphs": dict(image_size=16, base=32, mult=(1, 2, 2), blocks=1,
                    attention=(), head_channels=32, resblock_updown=False),
+    "mnist": dict(image_size=28, base=32, mult=(1, 2, 4), blocks=1,
+                  attention=(7,), head_channels=32, resblock_updown=False),
     "cifar-small": dict(image_size=32, base=64, mult=(1, 2, 2), blocks=2,
                         attention=(16,), head_channels=32),
     "cifar10": dict(image_size=32, base=128, mult=(2, 2, 2), blocks=4,
@@ -1528,22 +1531,38 @@ def load_arrays(path, size, cache_dir=None):
         images = np.broadcast_to(images, (*images.shape[:3], 3), subok=True)
     return ArrayImages([images], labels, size, path, names, notes)
 
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+FETCHED = {  # data sets: where their files are, and the MD5 of each
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
+        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+}
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
                  "truck"]
 
+def fetch(name, folder):
+    """{path: contents} of the files of a data set of FETCHED; what `folder` lacks is fetched.
+    Raises UserError if it cannot be, or is damaged."""
+    url, md5s = FETCHED[name]
+    contents = {}
+    for file, md5 in md5s.items():
+        path = folder / file
+        if not path.exists():
+            with explain(f"--dataset {name}: put {url}{file} into {folder}, or name other images "
+                         "with --data-dir; it cannot be fetched"):
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url + file, str(path))
+        contents[path] = path.read_bytes()
+        if hashlib.md5(contents[path]).hexdigest() != md5:
+            raise UserError(f"{path} is damaged (MD5): delete it, and it is fetched again")
+    return contents
+
 def load_cifar10(folder, size):
     """CIFAR-10's 50,000 training images; their archive is fetched into `folder` if missing."""
-    archive = folder / CIFAR10_URL.split("/")[-1]
-    if not archive.exists():
-        with explain(f"--dataset cifar10: put {CIFAR10_URL} into {folder}, or name other images "
-                     "with --data-dir; it cannot be fetched"):
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(CIFAR10_URL, str(archive))
-    data = archive.read_bytes()
-    if hashlib.md5(data).hexdigest() != CIFAR10_MD5:
-        raise UserError(f"{archive} is damaged (MD5): delete it, and it is fetched again")
+    (archive, data), = fetch("cifar10", folder).items()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         names = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
         parts = [np.frombuffer(tar.extractfile(name).read(), np.uint8) for name in names]
@@ -1551,6 +1570,16 @@ def load_cifar10(folder, size):
     planes = rows[:, 1:].reshape(-1, 3, 32, 32)
     images = planes.transpose(0, 2, 3, 1)
     return ArrayImages([images], rows[:, 0], size, archive, CIFAR10_NAMES)
+
+def load_mnist(folder, size, test=False):
+    """MNIST's 60,000 training digits, or the 10,000 of its test; its four files are fetched into
+    `folder` if missing."""
+    files = list(fetch("mnist", folder).items())
+    (source, images), (_, labels) = files[2:] if test else files[:2]
+    images, labels = (np.frombuffer(gzip.decompress(data), np.uint8) for data in (images, labels))
+    grey = images[16:].reshape(-1, 28, 28, 1)  # behind a header of four numbers; labels: of two
+    colours = np.broadcast_to(grey, (len(grey), 28, 28, 3))
+    return ArrayImages([colours], labels[8:], size, source, list("0123456789"))
 
 def load_imagenet64(path, batches, size, cache_dir=None):
     """The official train_data_batch_*.npz, whose labels count from 1, in an order of their own.
@@ -1586,27 +1615,27 @@ def load_imagenet64(path, batches, size, cache_dir=None):
     dataset.own_order = names is None
     return dataset
 
-NAMED = "cifar10", "imagenet64", "bedroom256", "cat256"
+NAMED = *FETCHED, "imagenet64", "bedroom256", "cat256"
 
 def load_dataset(name, data_dir, size, cache_dir=None):
     """The images of `size` pixels called `name`: glyphs, one of NAMED, or a path.
 
     A folder or zip of images, an .npz or .npy. data_dir: where a named one lies, in any of those
-    forms; cifar10 is fetched into it. cache_dir: see `unpacked`.
+    forms; FETCHED are fetched into it. cache_dir: see `unpacked`.
     """
     if name == "glyphs":
         images, labels = glyphs(20000, seed=0, size=size)
         return ArrayImages([images], labels, size, name, list("0123456789"))
     known = name in NAMED
-    if known and data_dir is None and name != "cifar10":
+    if known and data_dir is None and name not in FETCHED:
         raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images, or, of "
                         "imagenet64, the folder of the official train_data_batch_*.npz")
     path = Path(data_dir or "data") if known else Path(name)
-    if name == "cifar10":
-        archive = path / CIFAR10_URL.split("/")[-1]
+    if name in FETCHED:
+        _, files = FETCHED[name]
         empty = not path.is_file() and not any(path.glob("*"))
-        if data_dir is None or archive.exists() or empty:
-            return load_cifar10(path, size)
+        if data_dir is None or empty or any((path / file).exists() for file in files):
+            return (load_mnist if name == "mnist" else load_cifar10)(path, size)
     flag = "--data-dir" if known else "--dataset"
     if not path.exists():
         raise UserError(f"{flag} {path} does not exist; the named data sets are glyphs, "
@@ -2896,7 +2925,7 @@ def add_shared_flags(parser, net_only):
               help=f"glyphs (default), {', '.join(NAMED)}, or a path: a folder (class = "
               "sub-folder) or zip of images, an .npz or .npy of uint8 images")
     data.flag("--data-dir", only=[dict(ckpt=False, dataset=NAMED), measured], metavar="DIR",
-              help="where a named data set lies; cifar10 is fetched into it (data)")
+              help="where a named data set lies; mnist and cifar10 are fetched into it (data)")
     data.flag("--cache-dir", only=[dict(ckpt=False), measured], metavar="DIR",
               help="where compressed arrays are unpacked (default: in .unpacked beside them, or, "
               "where that cannot be written, in ~/.cache)")
@@ -3058,6 +3087,7 @@ BIG = dict(flip=True, N=40)
 DATASETS = {  # what a teacher and the students distilled from it have in common
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, N=18),
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, N=18),  # your own images
+    "mnist": dict(net=["mnist"], flip=False, micro_batch=32, N=18),
     "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, N=18, class_cond=False),
     "imagenet64": dict(net=["imagenet64"], micro_batch=64, class_cond=True) | BIG,
     "bedroom256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,

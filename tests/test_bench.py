@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import bench
+import judge
 import numpy as np
 import pytest
 import scoreboard
@@ -64,19 +65,20 @@ def test_score_draws_each_image_once():
         noises.append(noise(torch.zeros(shape)))
         return images(y, noises[-1])
     net = types.SimpleNamespace(image_size=2, classes=10)
-    judge = Reader(), images(y, noise) + 0.5, ""
-    share, distance, rate = bench.score(judge, net, draw, 260, 3)
+    real = images(y, noise) + 0.5
+    found = judge.score(judge.Judge(Reader(), real, real[:8] + 0.01, ""), net, draw, 260, 3)
     assert [len(part) for part in labels] == [250, 10] and torch.equal(torch.cat(labels), y)
     assert torch.equal(torch.cat(noises), noise)
-    assert share == pytest.approx(0.9) and distance == pytest.approx(12 * 0.25, abs=1e-4)
-    assert rate > 0
+    assert found.read == pytest.approx(0.9)
+    assert found.distance == pytest.approx(12 * 0.25, abs=1e-4)
+    assert found.rate > 0
 
 
 def test_augmented_images_are_shifted_and_mirrored():
     """Each is its image, or the mirrored one, a few pixels aside: its middle is a piece of it."""
     torch.manual_seed(0)
     x = torch.rand(40, 3, 12, 12)
-    moved, seen = bench.augmented(x, 2), set()
+    moved, seen = judge.augmented(x, 2), set()
     for image, before in zip(moved, x, strict=True):
         ways = set()
         for mirrored in (False, True):
@@ -419,9 +421,9 @@ def test_conclusions():
 def test_scoreboard(tmp_path, monkeypatch, capsys):
     """A table with a row for each way to draw and a line for what failed; the same again trains
     and measures nothing."""
-    load_glyphs = bench.load_glyphs
-    monkeypatch.setattr(bench.train_classifier, "__defaults__", (20, 64))
-    monkeypatch.setattr(bench, "load_glyphs",
+    load_glyphs = judge.load_glyphs
+    monkeypatch.setattr(judge.train_classifier, "__defaults__", (20, 64))
+    monkeypatch.setattr(judge, "load_glyphs",
                         lambda n, seed, size: load_glyphs(n // 100, seed, size))
     monkeypatch.setattr(common, "StopSignal", lambda: ON)
     args = ["--total-steps", 10, "--ablation-steps", 5, "--n", 20, *NET, "--only", "ct", "ict",
@@ -450,7 +452,7 @@ def test_scoreboard(tmp_path, monkeypatch, capsys):
             for name in ("ct", "ct-fixed-10") for path in (work / name).rglob("*")}
     capsys.readouterr()
 
-    monkeypatch.setattr(bench, "make_judge", None)  # nothing is left to measure
+    monkeypatch.setattr(judge, "make_judge", None)  # nothing is left to measure
     assert call() == (code, text)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     said = capsys.readouterr().out

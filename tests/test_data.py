@@ -1,6 +1,7 @@
 """Data sets: every layout that can be read, pixels against numpy, one-line errors, the order of
 batches, the loader."""
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -213,8 +214,7 @@ def test_built_in_sets_know_their_classes(cifar10, monkeypatch):
     monkeypatch.setattr(common, "glyphs", lambda n, seed, size: common_glyphs(200, seed, size))
     dataset = load("glyphs")
     assert dataset.describe() == "glyphs: 200 images of 16x16 pixels, 10 classes: 0, 1, 2, 3, .."
-    monkeypatch.setattr(common, "CIFAR10_URL", cifar10.as_uri())
-    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(cifar10.read_bytes()).hexdigest())
+    mirror(monkeypatch, "cifar10", cifar10)
     names = load(cifar10.parent, 32, "cifar10").names
     assert names == "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -655,7 +655,7 @@ def test_imagenet_classes_are_renumbered_by_their_names(tmp_path):
         load(tmp_path, 64, "imagenet64")
 
 
-# ---- CIFAR-10
+# ---- CIFAR-10 and MNIST
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory):
@@ -674,10 +674,32 @@ def cifar10(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """Like the official files: of the 7 digits to train on and the 3 of the test, image j is of
+    label j % 10 and grey 20 j + its row, beside 100 in those of the test."""
+    folder = tmp_path_factory.mktemp("mnist")
+    for part, n, base in (("train", 7, 0), ("t10k", 3, 100)):
+        images = np.full((n, 28, 28), base, np.uint8)
+        images += (20 * np.arange(n)[:, None, None] + np.arange(28)[:, None]).astype(np.uint8)
+        labels = np.arange(n, dtype=np.uint8)
+        for name, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
+            header = np.array([magic, *array.shape], ">i4").tobytes()
+            path = folder / f"{part}-{name}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes()))
+    return folder
+
+
+def mirror(monkeypatch, name, *files, url=None):
+    """Let a data set be fetched from these files."""
+    md5s = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in files}
+    url = url or files[0].parent.as_uri() + "/"
+    monkeypatch.setitem(common.FETCHED, name, (url, md5s))
+
+
 @pytest.mark.parametrize("folder", ["missing/folder", "."])
 def test_cifar10_is_fetched_and_checked(cifar10, tmp_path, monkeypatch, folder):
-    monkeypatch.setattr(common, "CIFAR10_URL", cifar10.as_uri())
-    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(cifar10.read_bytes()).hexdigest())
+    mirror(monkeypatch, "cifar10", cifar10)
     fetched = tmp_path / folder / cifar10.name
     assert len(load(tmp_path / folder, 32, "cifar10")) == 50000
     assert fetched.read_bytes() == cifar10.read_bytes()
@@ -686,14 +708,34 @@ def test_cifar10_is_fetched_and_checked(cifar10, tmp_path, monkeypatch, folder):
     with one_line_error(fetched, "damaged"):
         load(tmp_path / folder, 32, "cifar10")
     fetched.unlink()
-    monkeypatch.setattr(common, "CIFAR10_MD5", "0" * 32)
+    common.FETCHED["cifar10"][1][cifar10.name] = "0" * 32
     with one_line_error(fetched, "damaged"):  # on the way, say
         load(tmp_path / folder, 32, "cifar10")
 
 
+def test_mnist_is_fetched_and_checked(mnist, tmp_path, monkeypatch):
+    files = [mnist / name for name in common.FETCHED["mnist"][1]]
+    mirror(monkeypatch, "mnist", *files)
+    dataset = load(tmp_path / "new", 28, "mnist")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {path.name for path in files}
+    assert dataset.describe().endswith("train-images-idx3-ubyte.gz: 7 images of 28x28 pixels, 10 "
+                                       "classes, of which 7 occur: 0, 1, 2, 3, ..")
+    rows = np.arange(28)[:, None, None]
+    grey = [np.broadcast_to(20 * j + rows, (28, 28, 3)) for j in range(7)]
+    assert_holds(dataset, np.array(grey, np.uint8), np.arange(7), classes=10)
+    mirror(monkeypatch, "mnist", *files, url="file:///nowhere/")  # they are there now
+    test = common.load_mnist(tmp_path / "new", 28, test=True)
+    assert_holds(test, 100 + np.array(grey[:3], np.uint8), np.arange(3), classes=10)
+    (tmp_path / "new" / files[3].name).write_bytes(b"half")
+    with one_line_error(files[3].name, "damaged"):
+        load(tmp_path / "new", 28, "mnist")
+    (tmp_path / "new" / files[1].name).unlink()
+    with one_line_error("file:///nowhere/" + files[1].name, tmp_path / "new", "--data-dir"):
+        load(tmp_path / "new", 28, "mnist")
+
+
 def test_cifar10_is_fetched_only_if_missing(cifar10, monkeypatch):
-    monkeypatch.setattr(common, "CIFAR10_URL", "file:///nowhere/" + cifar10.name)
-    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(cifar10.read_bytes()).hexdigest())
+    mirror(monkeypatch, "cifar10", cifar10, url="file:///nowhere/")
     dataset = load(cifar10.parent, 32, "cifar10")
     i, j = np.arange(50000) // 10000 + 1, np.arange(50000) % 10000
     assert len(dataset) == 50000 and dataset.classes == 10
@@ -707,8 +749,9 @@ def test_cifar10_is_fetched_only_if_missing(cifar10, monkeypatch):
 
 
 def test_cifar10_that_cannot_be_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "CIFAR10_URL", "file:///nowhere/cifar-10-binary.tar.gz")
-    with one_line_error(common.CIFAR10_URL, tmp_path / "new", "--data-dir"):
+    url = "file:///nowhere/"
+    monkeypatch.setitem(common.FETCHED, "cifar10", (url, common.FETCHED["cifar10"][1]))
+    with one_line_error(url + "cifar-10-binary.tar.gz", tmp_path / "new", "--data-dir"):
         load(tmp_path / "new", 32, "cifar10")
     assert not list(tmp_path.rglob("*.*"))
 

