@@ -789,8 +789,8 @@ class UNet(nn.Module):
 NETS = {
     "glyphs": dict(image_size=16, base=32, mult=(1, 2, 2), blocks=1,
                    attention=(), head_channels=32, resblock_updown=False),
-    "mnist": dict(image_size=28, base=32, mult=(1, 2, 4), blocks=1,
-                  attention=(7,), head_channels=32, resblock_updown=False),
+    "mnist": dict(image_size=28, base=32, mult=(1, 2, 2), blocks=1,
+                  attention=(), head_channels=32, resblock_updown=False),
     "cifar-small": dict(image_size=32, base=64, mult=(1, 2, 2), blocks=2,
                         attention=(16,), head_channels=32),
     "cifar10": dict(image_size=32, base=128, mult=(2, 2, 2), blocks=4,
@@ -2933,7 +2933,7 @@ def add_shared_flags(parser, net_only):
     net.flag("--class-cond", only=net_only, action=switch,
              help="condition on the labels (default: as the paper; for a path, if it has any)")
     net.flag("--flip", action=switch,
-             help="mirror half of the images (default: not for glyphs, nor for ECT's data sets)")
+             help="mirror half of the images (default: not for digits, nor for ECT's data sets)")
     net.flag("--net", only=net_only, nargs="+", metavar="NAME KEY=VALUE",
              help=f"{', '.join(NETS)}, and changes to its settings, e.g. --net cifar-small base=32 "
              "mult=1,2,2 blocks=1 attention=16,8 image_size=32")
@@ -2997,7 +2997,7 @@ def add_shared_flags(parser, net_only):
     both.flag("--precision", default="auto", choices=PRECISIONS,
               help="of convolutions and attention: auto: bf16 where the device computes in it; "
               "tf32: TF32 on CUDA, fp32 elsewhere (default: auto; ct.py's ict and ect, but for "
-              "glyphs and paths, tf32). On CUDA the rest, LPIPS and critics above all, is in TF32 "
+              "digits and paths, tf32). On CUDA the rest, LPIPS and critics above all, is in TF32 "
               "unless fp32 is named")
     both.flag("--compile", action=switch,
               help="torch.compile the network (default: on CUDA, when training)")
@@ -3052,7 +3052,7 @@ def add_continuous_flags(group):
     """Of the objectives in continuous time, for a parser's `group`."""
     group.flag("--bandwidth", only=dict(objective=("continuous", "scm")), type=number(float, 0),
                metavar="RAD", help="cut off features of the time embedding that turn faster, in "
-               f"rad per unit of ln t (default {BANDWIDTH:g}, glyphs 1; inf: none)")
+               f"rad per unit of ln t (default {BANDWIDTH:g}, digits 1; inf: none)")
     scm = dict(objective="scm")
     group.flag("--r", only=scm, type=probability, metavar="R",
                help="share of the tangent's second term, in the end (sCM 1). Below 1: part of the "
@@ -3087,12 +3087,14 @@ BIG = dict(flip=True, N=40)
 DATASETS = {  # what a teacher and the students distilled from it have in common
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, N=18),
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, N=18),  # your own images
-    "mnist": dict(net=["mnist"], flip=False, micro_batch=32, N=18),
+    "mnist": dict(net=["mnist"], flip=False, micro_batch=16, N=18),
     "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, N=18, class_cond=False),
     "imagenet64": dict(net=["imagenet64"], micro_batch=64, class_cond=True) | BIG,
     "bedroom256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
     "cat256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,
 }
+
+DIGITS = "glyphs", "mnist"  # whose recipes were tuned here, for minutes on 2 cores
 
 def known_dataset(flags):
     """The name under which the recipes of `--dataset` stand: "path" for your own images."""

@@ -136,6 +136,8 @@ LSUN = dict(net=["lsun256"], flip=True, micro_batch=8, class_cond=False,
 DATASETS = {
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6],
                    batch_size=32, lr=1e-3, ema_decay=0.997, total_steps=3600),
+    "mnist": dict(net=["mnist"], flip=False, micro_batch=16, sigmas=[80.0, 1.6],
+                  batch_size=16, lr=1e-3, ema_decay=0.998, total_steps=8000),
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, sigmas=[80.0, 0.821],
                  batch_size=128, lr=4e-4, ema_decay=0.9995, total_steps=100_000),
     "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, sigmas=[80.0, 0.821],
@@ -160,6 +162,11 @@ RECIPES = {
         "ct": dict(s1=20, mu0=0.9, dist="l2"),
         "ict": dict(s1=40, p_t=[0.0, 1.6]),
         "ect": dict(q=16.0, stages=1, total_steps=1000, p_t=[0.0, 1.6]),
+    },
+    "mnist": {
+        "ct": dict(s1=20, mu0=0.9, dist="l2"),
+        "ict": dict(s1=40, p_t=[0.4, 1.4]),
+        "ect": dict(q=16.0, stages=1, total_steps=2000, p_t=[0.4, 1.4]),
     },
     "path": {
         "ct": dict(s1=150, mu0=0.9),
@@ -186,17 +193,18 @@ RECIPES = {
 }
 # --objective continuous: openai's JAX code, CIFAR-10; that of small runs is ours.
 CONTINUOUS = dict(lr=5e-6, dropout=0.3)
-OUR_CONTINUOUS = {"glyphs": dict(lr=1e-4), "path": dict(lr=1e-4)}
+OUR_CONTINUOUS = dict.fromkeys((*common.DIGITS, "path"), dict(lr=1e-4))
 # --objective scm: sCM Tables 3 and 4, of CIFAR-10 by later reimplementations; LSUN like ImageNet.
 SCM_IMAGENET = dict(batch_size=2048, total_steps=400_000, ema_decay=0.999943, p_t=[-1.0, 1.6],
                     dropout=0.45, dropout_size=16, lr_decay=35_000, sigmas=[80.0, 0.98238])
 SCM_DATASETS = {
     "glyphs": dict(total_steps=1500, p_t=[0.0, 1.6], r=0.2, warm_up=100),
+    "mnist": dict(total_steps=2000, p_t=[0.4, 1.4], r=0.2, warm_up=100),
     "path": {},
     "cifar10": dict(batch_size=512, total_steps=400_000, ema_decay=0.99929, dropout=0.2,
                     p_t=[-1.0, 1.8]),
 }
-SCRATCH = {"glyphs": dict(lr=1e-3, r=0.1, warm_up=1500)}  # --teacher none: ours
+SCRATCH = dict.fromkeys(common.DIGITS, dict(lr=1e-3, r=0.1, warm_up=1500))  # --teacher none: ours
 
 
 def recipe(flags):
@@ -207,10 +215,10 @@ def recipe(flags):
     settings = dict(recipe=method, objective="discrete") | METHODS[method]
     settings |= DATASETS[name] | RECIPES[name][method]
     if objective == "discrete":
-        if method != "ct" and name in common.NAMED:
+        if method != "ct" and name not in (*common.DIGITS, "path"):
             settings["precision"] = "tf32"
         return settings
-    bandwidth = 1.0 if name == "glyphs" else common.BANDWIDTH
+    bandwidth = 1.0 if name in common.DIGITS else common.BANDWIDTH
     settings |= dict(teacher=None, bandwidth=bandwidth)
     if objective == "continuous":
         return settings | dict(p_t=["uniform"]) | OUR_CONTINUOUS.get(name, CONTINUOUS)

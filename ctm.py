@@ -372,6 +372,9 @@ STUDENTS = {
     "glyphs": dict(
         batch_size=32, total_steps=1300, lr=1e-3, ema_decay=0.997, disc_start=800,
         max_steps=3, dist="huber", mu=0.99, p_t=[-0.6, 1.4]),
+    "mnist": dict(
+        batch_size=16, total_steps=1500, lr=1e-3, ema_decay=0.998, disc_start=800,
+        max_steps=3, dist="huber", mu=0.99, p_t=[0.4, 1.2]),
     "path": dict(
         batch_size=128, total_steps=100_000, lr=2e-4, disc_start=50_000,
         max_steps=8, dist="huber"),
@@ -391,7 +394,7 @@ def recipe(flags):
     settings = common.DATASETS[name] | CTM | student
     if flags.get("teacher") == "none":
         settings["solver"] = "jump"  # the code's; the paper takes Heun steps of g
-        if name == "glyphs":
+        if name in common.DIGITS:
             settings |= dict(total_steps=2400, lr=2e-3, mu=0.9)
     if flags.get("matching") == "local":
         settings["max_steps"] = 1
