@@ -75,12 +75,14 @@ def test_commits_exist():
     def git(*words):
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
 
-    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository").stdout != "false\n":
+    shallow = git("rev-parse", "--is-shallow-repository").stdout.strip()
+    if not (ROOT / ".git").exists() or shallow != "false":
         pytest.skip("not a clone with its history")
     text = without_code("\n".join(page.read_text() for page in PAGES[1:]))
     named = set(re.findall(r"\b(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{7}\b", text))
     assert named
-    assert not [commit for commit in named if git("cat-file", "-e", f"{commit}^{{commit}}").returncode]
+    unknown = [name for name in named if git("cat-file", "-e", f"{name}^{{commit}}").returncode]
+    assert not unknown
 
 
 @pytest.mark.parametrize("page", [*PAGES, *(ROOT / f"{name}.py" for name in SCRIPTS)],
@@ -112,3 +114,17 @@ def test_flags_exist():
         spans = re.findall(r"`(--[^`]*)`", page.read_text())
         flags = {word for span in spans for word in re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", span)}
         assert flags <= known, (page.name, flags - known)
+
+
+@pytest.mark.parametrize("source", ["README.md", *(f"{name}.py" for name in SCRIPTS)])
+def test_what_is_said_elsewhere_stands_in_the_results(source):
+    """Shares and FIDs of README's table and of the scripts' docstrings."""
+    text = (ROOT / source).read_text()
+    if source == "README.md":
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        said = re.sub(r"\([^)]*\)", "", "\n".join(rows))  # no arXiv numbers
+    else:
+        said = re.split("Result: |Measured: ", text.split('"""')[1])[1]
+    numbers = set(re.findall(r"\d+\.\d+", said))
+    page = set(re.findall(r"\d+\.\d+", (RESULTS / "README.md").read_text()))
+    assert numbers and numbers <= page, numbers - page
