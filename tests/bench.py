@@ -489,6 +489,7 @@ def add_quality(commands):
     command.add_argument("--n", type=common.positive, default=2000, help="samples of each")
     command.add_argument("--seed", type=int, default=1,
                          help="of the samples and, of the scoreboard, of the trainings")
+    command.add_argument("--data-dir", metavar="DIR", help="where MNIST lies")
     group = command.add_argument_group("checkpoints trained on glyphs")
     flag = group.add_argument
     flag("--ckpt", nargs="+", metavar="FILE", help="measure these, and train nothing")
@@ -501,7 +502,10 @@ def add_quality(commands):
     board = command.add_argument_group(
         "scoreboard: the same command again goes on where it was stopped")
     flag = board.add_argument
-    flag("--dataset", default="glyphs", help="glyphs, or the path of your own images, with labels")
+    flag("--dataset", default="glyphs", help="glyphs, mnist, or the path of your own images, with "
+         "labels")
+    flag("--seeds", type=common.positive, default=1, metavar="S", help="train the headline methods "
+         "with so many seeds, from --seed on; the table has mean and range")
     flag("--net", nargs="+", metavar="NAME KEY=VALUE", help="as of the scripts (default: the data "
          "set's)")
     flag("--batch-size", type=common.positive, metavar="B", help="images a step (default 32)")

@@ -34,7 +34,7 @@ def arguments(*words):
 def settings_of(name, args, teacher="t.pt"):
     """The flags of a training of the scoreboard, and the settings that they make."""
     method = TRAININGS[name]
-    words = scoreboard.command(method, args, teacher, "folder")[2:]
+    words = scoreboard.command(method, args, teacher, "folder", args.seed)[2:]
     module = MODULES[method.script]
     flags = vars(module.make_parser().parse_args(words))
     return flags, scoreboard.merged(module, flags)
@@ -294,7 +294,7 @@ def test_a_stopped_training_goes_on(tmp_path):
 # ---- what it says
 
 def row(calls, distance, w=0.0, drawn="", share=0.9):
-    return [calls, drawn, w, 100, share, distance, 50.0]
+    return scoreboard.Row(calls, drawn, w, 100, share, distance, 0.8, 0.7, 0.2, 0.03, 50.0)
 
 
 def verdicts(lines):
@@ -368,11 +368,11 @@ def test_curves_of_a_teacher():
             row(10, 3.0, 0.0, "DPM-Solver++(2M)", 0.7), row(10, 4.0, 0.0, "Euler (DDIM)", 0.8),
             row(5, 8.0, 0.0, "DPM-Solver-2", 0.5), row(10, 0.1, 1.0, "DEIS, third order"),
             row(4, 9.0, 0.0, "DDIM", 0.4), row(35, 1.5, 0.0, "ancestral")]
-    curves = scoreboard.curves_of(rows, 5, min)
+    curves = scoreboard.curves_of(rows, "distance", min)
     assert {kind: list(curve.items()) for kind, curve in curves.items()} == {
         "": [(4, 9.0)], "Heun": [(9, 2.0), (35, 1.0)], "ancestral": [(35, 1.5)],
         "best of the fast solvers": [(5, 8.0), (10, 3.0)]}
-    shares = scoreboard.curves_of(rows, 4, max)
+    shares = scoreboard.curves_of(rows, "read", max)
     assert shares["best of the fast solvers"] == {5: 0.5, 10: 0.8}
 
 
@@ -439,11 +439,12 @@ def test_scoreboard(tmp_path, monkeypatch, capsys):
     code, text = call()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in text.splitlines() if line.startswith("| ")]
-    assert code == 1 and len(rows) == 5 and {len(cells) for cells in rows} == {9}
-    assert [cells[:2] for cells in rows[1:4]] == [["CT", "1"], ["CT", "2"], ["CT", "4"]]
-    assert all(cells[-1] == "10" for cells in rows[1:4])
-    assert rows[4][0] == "iCT" and rows[4][1].startswith("failed: ct.py: error: ")
-    assert "last.pt is no checkpoint" in rows[4][1]
+    assert code == 1 and len(rows) == 7 and {len(cells) for cells in rows} == {13}
+    assert [cells[0] for cells in rows[1:3]] == ["*training images*", "*held-out images*"]
+    assert [cells[:2] for cells in rows[3:6]] == [["CT", "1"], ["CT", "2"], ["CT", "4"]]
+    assert all(cells[-1] == "10" for cells in rows[3:6])
+    assert rows[6][0] == "iCT" and rows[6][1].startswith("failed: ct.py: error: ")
+    assert "last.pt is no checkpoint" in rows[6][1]
     assert "Two steps are better than one" in text and "Figure 3" in text
     curve = json.loads((work / "ct-fixed-10" / "result.json").read_text())["rows"]
     steps = [values[3] for values in curve.values()]  # it looks for a checkpoint every 0.1 s
