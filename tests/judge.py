@@ -2,6 +2,7 @@
 
 `bench.py` and `scoreboard.py` measure with it, and the scripts' --eval-every.
 """
+import argparse
 import functools
 import gzip
 import io
@@ -262,6 +263,7 @@ def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
         real, labels = load_glyphs(10000, 2, size)
         learned, learned_y = load_glyphs(20000, 0, size)
     elif name == "mnist":
+        what = "digits"
         longer = dict(steps=1000, batch=64, kind=DigitClassifier, augment=moved)
         x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
         real, labels = some_images(held_out_digits(data_dir, size), "cpu", 10000)
@@ -340,3 +342,32 @@ def yardsticks(judge, n):
     if usual.any():
         real = real._replace(nearest=usual.median().item(), copied=0.01)
     return learned._replace(nearest=math.nan, copied=math.nan, rate=math.nan), real
+
+
+def in_words(judge, score):
+    """A Score beside what the real images have."""
+    words = (f"Frechet distance {score.distance:.3f}, precision {score.precision:.2f}, recall "
+             f"{score.recall:.2f}")
+    if math.isnan(score.nearest):
+        return words
+    _, usual = of_real(judge.classifier, judge.real, judge.learned)
+    return (f"{words}, nearest training image {score.nearest:.3f} (of held-out images "
+            f"{usual.median():.3f}), {score.copied:.1%} copied (1.0%)")
+
+
+def judge_of(path, trained, data_dir):
+    """The Judge of what a checkpoint was trained on, as `common.load_checkpoint` gives it; glyphs
+    where it does not say. data_dir: where a named data set lies now, or None."""
+    size = trained["model_args"]["image_size"]
+    if not trained["model_args"]["classes"]:
+        raise common.UserError(f"{path} draws no classes, which is what is measured here")
+    asked = argparse.Namespace(ckpt=path, dataset=None, data_dir=data_dir)
+    known = dict(args=dict(dataset="glyphs") | trained["args"])
+    return cached_judge(*evaluate.dataset_of(asked, known), size)
+
+
+@functools.lru_cache(1)
+def cached_judge(name, data_dir, size):
+    judge = make_judge(name, size, data_dir=data_dir)
+    print(judge.words)
+    return judge

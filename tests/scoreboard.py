@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import judge
+import numpy as np
 import torch
 
 import cd
@@ -139,6 +140,7 @@ TEACHER = [
     *(sampler(name, N) for name in ("euler", "dpm++2m", "deis") for N in (12, 10, 8, 5)),
     *(sampler("ancestral", N) for N in (35, 10)),
 ]
+TEACHER_AGAIN = [way for way in TEACHER if way.drawn in ("18 Heun steps", "DDIM") and not way.w]
 STAGE_1 = [ddim(N, w, "stage1.pt", "stage 1, ") for w in WEIGHTS for N in (16, 4)]
 CT, CD, CTM, GD = "ct.py", "cd.py", "ctm.py", "guided_distill.py"
 MODULES = {CT: ct, CD: cd, CTM: ctm, GD: guided_distill}
@@ -177,7 +179,8 @@ METHODS = {
     "ctm-no-dsm": Method("CTM, no denoising loss", CTM, STUDENT + " --dsm-weight 0", 3.3,
                          [*JUMPS, ON_G]),
 }
-# With --seeds S these are trained S times, each from a teacher of its seed.
+# With --seeds S these are trained S times, each from a teacher of its seed, of which then only the
+# first ways are measured: all take an hour.
 HEADLINE = "teacher", "cd", "scd", "ect", "sct-scratch", "ctm", "guided-d"
 OWN = "ctm", "ctm-global", "ctm-local", "ctm-no-dsm"  # CTM's own comparison
 
@@ -293,9 +296,11 @@ def command(method, args, teacher, folder, seed):
             "--sample-every", "0", "--out-dir", str(folder)]
 
 
-def ways_of(method, words):
+def ways_of(method, words, again=False):
     """The ways to draw from the training that the command `words` starts: of a consistency model
-    in two steps as its recipe says."""
+    in two steps as its recipe says. again: of a further seed."""
+    if again and method.ways is TEACHER:
+        return TEACHER_AGAIN
     if method.ways is not CONSISTENCY:
         return method.ways
     module = MODULES[method.script]
@@ -795,6 +800,52 @@ def draw_panels(path, panels, curves):
     drawing.savefig(path, dpi=100)
 
 
+def draw_samples(path, blocks, columns, across=3):
+    """blocks: title -> images (n,H,W,3) uint8, `columns` of them in each row of a block; `across`
+    blocks beside each other."""
+    from PIL import Image, ImageDraw, ImageFont
+    grids = []
+    for images in blocks.values():
+        n, H, W, C = images.shape
+        grid = images.reshape(n // columns, columns, H, W, C).swapaxes(1, 2)
+        zoom = max(1, 56 // H)
+        grids.append(grid.reshape(-1, columns * W, C).repeat(zoom, 0).repeat(zoom, 1))
+    height, width = grids[0].shape[0] + 24, grids[0].shape[1] + 12  # with title and margin
+    size = width * min(across, len(grids)), height * math.ceil(len(grids) / across)
+    whole = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(15)
+    for number, (title, grid) in enumerate(zip(blocks, grids)):
+        top, left = number // across * height, number % across * width
+        pen.text((left, top + 2), title, fill="black", font=font)
+        whole.paste(Image.fromarray(grid), (left, top + 22))
+    with common.atomic_file(path) as file:
+        whole.save(file, "PNG")
+
+
+def examples(dataset, each=3):
+    """(each * classes,H,W,3) uint8: in a row the first images of the classes, one of each."""
+    labels = np.asarray(dataset.labels)
+    places = [np.resize(np.flatnonzero(labels == y), each) for y in range(dataset.classes)]
+    images, _ = dataset.__getitems__(np.stack(places, 1).ravel())
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def samples_of(way, folder, run, seed, each=3):
+    """The first of the samples that were measured, as `examples`."""
+    net, draw = way.open(folder / way.file, run)
+    places = torch.arange(each * net.classes)
+    shape = len(places), 3, net.image_size, net.image_size
+    with torch.no_grad():
+        images = draw(places % net.classes, common.SeededNoise(places, seed), shape)
+    return common.to_uint8(images).cpu().numpy()
+
+
+def to_be_shown(ways):
+    """Of a teacher its first way; of others that of fewest calls, without guidance."""
+    plain = [way for way in ways if way.w == 0]
+    return plain[0] if ways is TEACHER else min(plain, key=lambda way: way.calls)
+
+
 def picture(draw, path, *values):
     try:
         draw(path, *values)
@@ -924,8 +975,8 @@ def steps_of(name, args):
 
 
 def open_data(args):
-    """The pixels of the images, when all that is needed is seen to be there: now, not when every
-    training has failed. Makes the paths in args absolute."""
+    """The data set, when all that is needed is seen to be there: now, not when every training has
+    failed. Makes the paths in args absolute."""
     if args.dataset not in NAMED and not Path(args.dataset).exists():
         raise common.UserError(f"--dataset {args.dataset} does not exist: name glyphs, mnist or "
                                "the path of images with labels")
@@ -937,10 +988,12 @@ def open_data(args):
         args.dataset = str(Path(args.dataset).resolve())
     net = args.net or common.DATASETS[common.known_dataset(vars(args))]["net"]
     size = common.net_settings(net)["image_size"]
+    dataset = common.load_dataset(args.dataset, args.data_dir, size)
+    if not dataset.classes:
+        raise common.UserError(f"--dataset {args.dataset} has no labels: the scoreboard needs them")
     if args.dataset == "mnist":
-        common.load_dataset(args.dataset, args.data_dir, size)
         judge.held_out_digits(args.data_dir, size)
-    return size
+    return dataset
 
 
 def main(args):
@@ -948,7 +1001,8 @@ def main(args):
     run = common.setup(argparse.Namespace(device="auto", precision="auto", compile=False))
     run.main = False  # nobody is to be told what a checkpoint is taken for
     args.jobs = args.jobs or (1 if run.device.type == "cuda" else cores())
-    size = open_data(args)
+    dataset = open_data(args)
+    size = dataset.size
     stem = Path(args.dataset).stem
     work = (Path(args.work) / stem).resolve()
     seeds = range(args.seed, args.seed + args.seeds)
@@ -980,17 +1034,19 @@ def main(args):
     records = {name: [read_record(folders[training]) for training in same[name]] for name in same}
     rows, curves = {}, {}
     for name, method in chosen.items():
-        measured = []
+        by_way, measured = {}, []
         for training, record in zip(same[name], records[name]):
-            folder, ways = folders[training], ways_of(method, commands[training])
+            folder, ways = folders[training], ways_of(method, commands[training], training != name)
             if name in ABLATIONS:
                 ways = [ways[0]._replace(file=path.name) for path in sorted(folder.glob("at*.pt"))]
             if record["done"]:
-                measured.append(measure(training, ways, folder, run, judged, args, stop))
+                measured += measure(training, ways, folder, run, judged, args, stop)
+        for row in measured:
+            by_way.setdefault(row[:4], []).append(row)
         if name in METHODS:
-            rows[name] = list(zip(*measured))
+            rows[name] = list(by_way.values())
         elif measured:
-            curves[name] = {row.steps: row.distance for row in measured[0]}
+            curves[name] = {row.steps: row.distance for row in measured}
     if stop.number:
         print("stopped: the same command goes on from here")
         raise SystemExit(128 + stop.number)
@@ -1007,6 +1063,14 @@ def main(args):
     with common.atomic_file(results / f"quality_{stem}.md", "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
     picture(draw_curves, results / f"quality_{stem}.png", means)
+    if dataset.classes <= 10:
+        blocks = {"training images": examples(dataset)}
+        for name in means:
+            if records[name][0]["done"]:
+                way = to_be_shown(ways_of(METHODS[name], commands[name]))
+                title = f"{METHODS[name].title}: {way.calls} call{'s' * (way.calls > 1)}"
+                blocks[title] = samples_of(way, folders[name], run, args.seed)
+        draw_samples(results / f"samples_{stem}.png", blocks, dataset.classes)
     failed = [training for name in same for training, record in zip(same[name], records[name])
               if not record["done"]]
     print(f"{results / f'quality_{stem}.md'}: "
