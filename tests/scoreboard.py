@@ -891,15 +891,15 @@ def origin(args, run, records):
     when = " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
     code = f", commit {', '.join(commits)}" if commits else ""
     minutes = sum(record["seconds"] for record in trained) / 60
-    seeds = f"one run, seed {args.seed}"
+    seeds = f"One run, seed {args.seed}."
     if args.seeds > 1:
         several = ", ".join(METHODS[name].title for name in HEADLINE if name in records)
-        seeds = (f"{several}: {args.seeds} runs, seeds {args.seed} to "
-                 f"{args.seed + args.seeds - 1}, each from the teacher of its seed, of which the "
-                 f"table has mean and range; the others: one run, seed {args.seed}")
+        seeds = (f"{args.seeds} runs, seeds {args.seed} to {args.seed + args.seeds - 1}, of "
+                 f"{several}, each from the teacher of its seed: mean and range; one run, seed "
+                 f"{args.seed}, of the others. Most samplers of a teacher are of the first.")
     return (f"{when}{code}; {machine()}; torch {torch.__version__}, "
             f"{str(run.dtype).removeprefix('torch.')}; all trainings {minutes:.0f} minutes. "
-            f"{seeds[0].upper()}{seeds[1:]}.")
+            + seeds)
 
 
 def report(args, run, told, lines_of_table, held_out, records, rows, curves, chosen):
