@@ -590,10 +590,10 @@ def quick_judge(monkeypatch):
 
 
 def labelled_images(path, n=60, classes=3):
-    """Each class is one brightness."""
-    rng = np.random.default_rng(0)
+    """Each class is one brightness. Others for another n."""
+    rng = np.random.default_rng(n)
     y = np.arange(n) % classes
-    images = rng.integers(0, 60, (n, 16, 16, 3)) + 60 * y[:, None, None, None]
+    images = rng.integers(0, 60, (n, 16, 16, 3)) + 190 * y[:, None, None, None] // classes
     np.savez(path, arr_0=images.astype(np.uint8), arr_1=y)
     return images
 
@@ -667,6 +667,44 @@ def test_a_mistake_ends_in_one_line():
     done = run_script("quality", "--ckpt", "a.pt", "--jobs", "2", script="tests/bench.py", cwd=ROOT,
                       code=2)
     assert done.stderr == "bench.py: error: --jobs does not apply with --ckpt\n"
+
+
+def test_checkpoints_are_measured_on_what_they_were_trained_on(tmp_path, capsys, quick_judge):
+    """In two steps from the noise levels of their recipe, unless --mid says another."""
+    labelled_images(tmp_path / "train.npz", 100, 10)
+    labelled_images(tmp_path / "held_out.npz", 50, 10)
+    path = tmp_path / "last.pt"
+    small_net(path, stage="distill", dataset="mnist", data_dir="gone", sigmas=[80.0, 2.5])
+    more = "--ckpt", path, "--data-dir", tmp_path / "train.npz", "--n", 20
+    bench.quality(arguments(*more))
+    said = capsys.readouterr().out.splitlines()
+    assert "of 50 held-out digits" in said[0] and len(said) == 3
+    assert "last.pt, 1 call(s), [80.0]: " in said[1] and "[80.0, 2.5]: " in said[2]
+    for line in said[1:]:
+        assert "of 20 read as the label asked for, Frechet distance " in line
+        assert ", precision 0." in line and "(of held-out images 0." in line and "copied" in line
+    bench.quality(arguments(*more, "--mid", 3))
+    assert "2 call(s), [80.0, 3.0]: " in capsys.readouterr().out
+
+
+def test_table_of_a_guided_student_of_mnist(tmp_path, capsys, quick_judge, monkeypatch):
+    labelled_images(tmp_path / "train.npz", 100, 10)
+    labelled_images(tmp_path / "held_out.npz", 50, 10)
+    net = small_net(tmp_path / "N0001.pt", "guided_distill", dataset="mnist", teacher="t.pt")
+    student = types.SimpleNamespace(net=net, N=1, sampler="D", v=None, angle=None)
+    monkeypatch.setattr(guided_distill, "open_student", lambda *_: student)
+    monkeypatch.setattr(guided_distill, "draw", lambda *words: words[-2](torch.zeros(words[-1])))
+    words = ["guided", "--dir", str(tmp_path), "--data-dir", str(tmp_path / "train.npz"), "--n",
+             "20", "--w", "0", "--N", "1", "--stage1-N"]
+    args = bench.make_parser().parse_args(words)
+    args.run(args)
+    said = capsys.readouterr().out.splitlines()
+    assert "of 50 held-out digits" in said[0] and said[-1].startswith("| student | 1 D | ")
+    share, *numbers = said[-1].split("|")[3].split(", ")
+    assert share.endswith("%") and len([float(number) for number in numbers]) == 4
+    args.dir = str(tmp_path / "none")
+    with pytest.raises(common.UserError, match="none holds no students of guided_distill.py"):
+        args.run(args)
 
 
 # ---- pictures
