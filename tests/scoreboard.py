@@ -20,7 +20,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -922,10 +924,10 @@ def report(args, run, told, lines_of_table, held_out, records, rows, curves, cho
         "- *nearest*: from the nearest training image, the median rms difference of pixels in "
         "[-1, 1]; *copied*: share of the samples that are nearer to one than the nearest hundredth "
         "of held-out images is.", *memorised(rows, held_out),
-        f"- *images/s*: when sampling, {'on the GPU' if gpu else 'in one thread'}. *training "
-        f"minutes*: of {'the machine' if gpu else 'processor time'}, start included, + those of "
-        "the teacher where there is one; of a distillation in rounds all its rounds, of which "
-        f"*steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} of "
+        f"- *images/s*: when sampling, {'on the GPU' if gpu else 'in one thread beside others'}. "
+        f"*training minutes*: of {'the machine' if gpu else 'processor time'}, start included, + "
+        "those of the teacher where there is one; of a distillation in rounds all its rounds, of "
+        f"which *steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} of "
         f"guided distillation D's {args.total_steps} steps.",
         "- Consistency models draw from the noise levels named, in four steps from those of the "
         "Karras grid of N = 5 but its end, on which CTM jumps too. Steps are the critic's own "
@@ -1034,27 +1036,36 @@ def main(args):
                 todo[training] = chosen[name].cost * steps_of(name, args)
     train(todo, commands, folders, args.jobs, stop)
 
-    # ---- measuring, one at a time, in one thread
+    # ---- measuring, each training in one thread
     torch.set_num_threads(1)
-    judged = functools.cache(
-        lambda: judge.make_judge(args.dataset, size, run.device, args.data_dir))
+    making = threading.Lock()
+    make = functools.cache(lambda: judge.make_judge(args.dataset, size, run.device, args.data_dir))
+
+    def judged():
+        with making:  # or two threads would make one each
+            return make()
+
+    def measured_ways(training):
+        name, folder = Path(training).name, folders[training]
+        ways = ways_of(chosen[name], commands[training], training != name)
+        if name in ABLATIONS:
+            ways = [ways[0]._replace(file=path.name) for path in sorted(folder.glob("at*.pt"))]
+        if not read_record(folder)["done"]:
+            return []
+        return measure(training, ways, folder, run, judged, args, stop)
     told, yardstick = yardsticks(work / f"judge{size}.json", judged, args, stop)
     records = {name: [read_record(folders[training]) for training in same[name]] for name in same}
+    with ThreadPoolExecutor(args.jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        measured = dict(zip(commands, pool.map(measured_ways, commands)))
     rows, curves = {}, {}
-    for name, method in chosen.items():
-        by_way, measured = {}, []
-        for training, record in zip(same[name], records[name]):
-            folder, ways = folders[training], ways_of(method, commands[training], training != name)
-            if name in ABLATIONS:
-                ways = [ways[0]._replace(file=path.name) for path in sorted(folder.glob("at*.pt"))]
-            if record["done"]:
-                measured += measure(training, ways, folder, run, judged, args, stop)
-        for row in measured:
+    for name in chosen:
+        by_way = {}
+        for row in itertools.chain(*(measured[training] for training in same[name])):
             by_way.setdefault(row[:4], []).append(row)
         if name in METHODS:
             rows[name] = list(by_way.values())
-        elif measured:
-            curves[name] = {row.steps: row.distance for row in measured}
+        elif by_way:
+            curves[name] = {row.steps: row.distance for row in measured[name]}
     if stop.number:
         print("stopped: the same command goes on from here")
         raise SystemExit(128 + stop.number)
