@@ -927,8 +927,8 @@ def report(args, run, told, lines_of_table, held_out, records, rows, curves, cho
         f"- *images/s*: when sampling, {'on the GPU' if gpu else 'in one thread beside others'}. "
         f"*training minutes*: of {'the machine' if gpu else 'processor time'}, start included, + "
         "those of the teacher where there is one; of a distillation in rounds all its rounds, of "
-        f"which *steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} of "
-        f"guided distillation D's {args.total_steps} steps.",
+        f"which *steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} "
+        f"of guided distillation D's {args.total_steps} steps.",
         "- Consistency models draw from the noise levels named, in four steps from those of the "
         "Karras grid of N = 5 but its end, on which CTM jumps too. Steps are the critic's own "
         "turns too.", "",
