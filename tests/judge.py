@@ -2,9 +2,11 @@
 
 `bench.py` and `scoreboard.py` measure with it, and the scripts' --eval-every.
 """
+import argparse
 import functools
 import gzip
 import io
+import math
 import sys
 import time
 import zipfile
@@ -224,12 +226,17 @@ def nearest(x, others):
     return (torch.cat(least) / others.shape[1]).sqrt()
 
 
+MEASURES = 2  # counted up when the same images get other numbers
+
+
 class Judge(NamedTuple):
     """What samples are measured with."""
     classifier: nn.Module
     real: Tensor  # (n,C,H,W): images that neither it nor the generators were trained on
     learned: Tensor  # (m,C,H,W): images that the generators were trained on
     words: str  # on how well it reads the real ones
+    real_y: Tensor = None  # (n,): labels
+    learned_y: Tensor = None  # (m,)
 
 
 class Score(NamedTuple):
@@ -238,8 +245,8 @@ class Score(NamedTuple):
     distance: float  # Frechet distance to the judge's real images, in its features
     precision: float  # share within reach of the real images there, and the reverse
     recall: float
-    nearest: float  # median rms difference from the nearest image that was learned
-    copied: float  # share nearer to one than the nearest hundredth of the real images is
+    nearest: float  # median rms difference from the nearest image that was learned, or nan
+    copied: float  # share nearer to one than the nearest hundredth of the real images is, or nan
     rate: float = 0.0  # images drawn a second, in the fastest batch
 
 
@@ -254,18 +261,19 @@ def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
     if name == "glyphs":
         x, y = load_glyphs(30000, 1, size)
         real, labels = load_glyphs(10000, 2, size)
-        learned, _ = load_glyphs(20000, 0, size)
+        learned, learned_y = load_glyphs(20000, 0, size)
     elif name == "mnist":
+        what = "digits"
         longer = dict(steps=1000, batch=64, kind=DigitClassifier, augment=moved)
         x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
         real, labels = some_images(held_out_digits(data_dir, size), "cpu", 10000)
-        learned = x
+        learned, learned_y = x, y
     else:
         what, longer = "images", dict(steps=2000)  # photographs take longer than digits
         x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
         held_out = torch.arange(len(x)) % 6 == 0
         real, labels = x[held_out], y[held_out]
-        learned = x  # of these the real ones, too
+        learned, learned_y = x, y  # of these the real ones, too
         x, y = x[~held_out], y[~held_out]
     real, labels = real.to(device), labels.to(device)
     classifier = train_classifier(x.to(device), y.to(device), **longer | training)
@@ -273,17 +281,22 @@ def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
     words = (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out {what}; "
              f"Frechet distance between two halves of them {frechet(classifier, *halves):.3f}, of "
              f"the generators' to them {frechet(classifier, learned.to(device), real):.3f}")
-    return Judge(classifier, real, learned.to(device), words)
+    return Judge(classifier, real, learned.to(device), words, labels, learned_y.to(device))
 
 
 def measure(judge, images, y):
-    """The Score of images (n,C,H,W) in [-1, 1] that were asked for by labels y (n,)."""
-    mine, real = (features_of(judge.classifier, x) for x in (images, judge.real))
+    """The Score of images (n,C,H,W) in [-1, 1] that were asked for by labels y (n,); nan where the
+    real images are among those that were learned: nothing tells then what is near."""
+    mine = features_of(judge.classifier, images)
+    real, usual = of_real(judge.classifier, judge.real, judge.learned)
     precision, recall = evaluate.precision_recall(mine, real)
-    distances = nearest(images, judge.learned)
-    usual = nearest(judge.real, judge.learned).quantile(0.01)
+    closest = copied = math.nan
+    if usual.any():
+        distances = nearest(images, judge.learned)
+        closest = distances.median().item()
+        copied = (distances < usual.quantile(0.01)).double().mean().item()
     return Score(read(judge.classifier, images, y), feature_frechet(mine, real), precision, recall,
-                 distances.median().item(), (distances < usual).double().mean().item())
+                 closest, copied)
 
 
 def score(judge, net, draw, n, seed):
@@ -309,3 +322,52 @@ def timed(device, work):
     work()
     synchronize()
     return time.perf_counter() - start
+
+
+@functools.lru_cache(1)
+def of_real(classifier, real, learned):
+    """What all samples are compared with: the features (n,D) of the real images, and how near each
+    is to its nearest image that was learned, (n,), zeros where they were learned themselves."""
+    return features_of(classifier, real), nearest(real, learned)
+
+
+def yardsticks(judge, n):
+    """The Scores of n of the images that were learned, and of the real ones; nan: of no meaning."""
+    m = len(judge.learned)
+    n = min(n, m)
+    some = torch.arange(n) * m // n  # they may be sorted by class
+    learned = measure(judge, judge.learned[some], judge.learned_y[some])
+    _, usual = of_real(judge.classifier, judge.real, judge.learned)
+    real = Score(read(judge.classifier, judge.real, judge.real_y), *[math.nan] * 6)
+    if usual.any():
+        real = real._replace(nearest=usual.median().item(), copied=0.01)
+    return learned._replace(nearest=math.nan, copied=math.nan, rate=math.nan), real
+
+
+def in_words(judge, score):
+    """A Score beside what the real images have."""
+    words = (f"Frechet distance {score.distance:.3f}, precision {score.precision:.2f}, recall "
+             f"{score.recall:.2f}")
+    if math.isnan(score.nearest):
+        return words
+    _, usual = of_real(judge.classifier, judge.real, judge.learned)
+    return (f"{words}, nearest training image {score.nearest:.3f} (of held-out images "
+            f"{usual.median():.3f}), {score.copied:.1%} copied (1.0%)")
+
+
+def judge_of(path, trained, data_dir):
+    """The Judge of what a checkpoint was trained on, as `common.load_checkpoint` gives it; glyphs
+    where it does not say. data_dir: where a named data set lies now, or None."""
+    size = trained["model_args"]["image_size"]
+    if not trained["model_args"]["classes"]:
+        raise common.UserError(f"{path} draws no classes, which is what is measured here")
+    asked = argparse.Namespace(ckpt=path, dataset=None, data_dir=data_dir)
+    known = dict(args=dict(dataset="glyphs") | trained["args"])
+    return cached_judge(*evaluate.dataset_of(asked, known), size)
+
+
+@functools.lru_cache(1)
+def cached_judge(name, data_dir, size):
+    judge = make_judge(name, size, data_dir=data_dir)
+    print(judge.words)
+    return judge

@@ -264,6 +264,21 @@ MUTANTS = {
         ("torch.cat([z, extra], 1)", "torch.cat([extra, z], 1)", "latent"),
         ("        if distil:\n            lr *=", "        if True:\n            lr *=", "latent"),
     ],
+    "tests/judge.py": [
+        ("torch.stack([cos, -sin, sin, cos], 1)", "torch.stack([cos, sin, -sin, cos], 1)", "judge"),
+        ("up_to(2 * shift / x.shape[3], 2, 1)", "up_to(shift / x.shape[3], 2, 1)", "judge"),
+        ("precision, recall = evaluate.precision_recall(mine, real)",
+         "precision, recall = evaluate.precision_recall(real, mine)", "judge"),
+        ("distances < usual.quantile(0.01)", "distances < usual.quantile(0.5)", "judge"),
+        ("np.arange(len(rows)) % 5 == 0", "np.arange(len(rows)) % 5 == 1", "judge"),
+    ],
+    "tests/scoreboard.py": [
+        ('str(Path(name).with_name("teacher"))', '"teacher"', "bench"),
+        ('return consistency(merged(module, flags)["sigmas"][:2])', "return CONSISTENCY", "bench"),
+        ("str(seed),", "str(args.seed),", "bench"),
+        ("sum(column) / len(rows) for column", "max(column) for column", "bench"),
+        ("{args.n} {args.data_dir} measures {judge.MEASURES}", "{args.n} {args.data_dir}", "bench"),
+    ],
 }
 
 

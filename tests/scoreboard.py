@@ -2,24 +2,32 @@
 consistency paper's Figure 3 at this scale.
 
     python tests/bench.py quality                             glyphs, within two hours on 2 cores
+    python tests/bench.py quality --dataset mnist --data-dir data/mnist5k/train.npz --seeds 3
     python tests/bench.py quality --dataset images.zip --net glyphs image_size=16    with labels
 
-Trainings are the scripts themselves, a process each, in folders under --work; the teacher first,
-then the longest. Whatever is done is kept: the same command goes on where it was stopped, and at
-its end writes a table and pictures into --results. A training that fails is a line of the table.
+Trainings are the scripts themselves, a process each, in folders under --work: seed after seed, of
+each the teacher first, then the longest. Whatever is done is kept: the same command goes on where
+it was stopped, and at its end writes a table and pictures into --results. A training that fails is
+a line of the table.
 """
 import argparse
 import functools
+import itertools
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import judge
+import numpy as np
 import torch
 
 import cd
@@ -39,6 +47,21 @@ class Way(NamedTuple):
     w: float  # guidance weight
     file: str  # the checkpoint, in the training's folder
     open: Callable  # (path, run) -> the network, and its draw(y, noise, shape)
+
+
+class Row(NamedTuple):
+    """What came of a way to draw from a training: as `judge.Score`."""
+    calls: int
+    drawn: str
+    w: float
+    steps: int  # of the training so far
+    read: float
+    distance: float
+    precision: float
+    recall: float
+    nearest: float
+    copied: float
+    rate: float
 
 
 class Method(NamedTuple):
@@ -104,8 +127,12 @@ def rounds(weights, sampler="D"):
     return [ddim(N, w, f"N{N:04d}.pt", sampler=sampler) for w in weights for N in (4, 2, 1)]
 
 
-# 1.6: of the glyphs recipes of cd.py and ct.py
-CONSISTENCY = [multistep(80.0), multistep(80.0, 1.6), multistep(*FOUR)]
+def consistency(sigmas):
+    """A consistency model's ways, in two steps from the noise levels `sigmas`."""
+    return [multistep(80.0), multistep(*sigmas), multistep(*FOUR)]
+
+
+CONSISTENCY = consistency([80.0, 1.6])  # its recipe's in their place, see `ways_of`
 JUMPS = [jumps(1, 0.0), *(jumps(n, gamma) for gamma in (0.0, 0.3, 1.0) for n in (2, 4))]
 ON_G = way(35, "18 Heun steps on g", 0.0, ctm.sample_heun, 18)
 WEIGHTS = 0.0, 1.0
@@ -117,6 +144,7 @@ TEACHER = [
     *(sampler(name, N) for name in ("euler", "dpm++2m", "deis") for N in (12, 10, 8, 5)),
     *(sampler("ancestral", N) for N in (35, 10)),
 ]
+TEACHER_AGAIN = [way for way in TEACHER if way.drawn in ("18 Heun steps", "DDIM") and not way.w]
 STAGE_1 = [ddim(N, w, "stage1.pt", "stage 1, ") for w in WEIGHTS for N in (16, 4)]
 CT, CD, CTM, GD = "ct.py", "cd.py", "ctm.py", "guided_distill.py"
 MODULES = {CT: ct, CD: cd, CTM: ctm, GD: guided_distill}
@@ -155,6 +183,9 @@ METHODS = {
     "ctm-no-dsm": Method("CTM, no denoising loss", CTM, STUDENT + " --dsm-weight 0", 3.3,
                          [*JUMPS, ON_G]),
 }
+# With --seeds S these are trained S times, each from a teacher of its seed, of which then only the
+# first ways are measured: all take an hour.
+HEADLINE = "teacher", "cd", "scd", "ect", "sct-scratch", "ctm", "guided-d"
 OWN = "ctm", "ctm-global", "ctm-local", "ctm-no-dsm"  # CTM's own comparison
 
 
@@ -162,7 +193,8 @@ def ablation(script, flags, cost):
     return Method("", script, flags + " --total-steps {A}", cost, [multistep(80.0)])
 
 
-# With cd.py's and ct.py's recipes otherwise: Heun, N = 18, Huber; N = 2 to 21, mu0 = 0.9, l2.
+# With cd.py's and ct.py's recipes otherwise; of glyphs they say:
+ABLATED = "in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 21, mu0 = 0.9, l2"
 ABLATIONS = {f"cd-{dist}": ablation(CD, f"--teacher {{teacher}} --dist {dist}", cost)
              for dist, cost in (("l1", 1.5), ("l2", 1.5), ("lpips", 100.0))}
 for solver, cost, Ns in (("heun", 1.5, (9, 18, 36, 72)), ("euler", 1.3, (9, 18, 72))):
@@ -236,18 +268,19 @@ def merged(module, flags):
     return {key: value for key, value in settings.items() if not parser.why_not(key, settings)}
 
 
+NAMED = "glyphs", "mnist"  # whose recipes are for two cores
 # What a path keeps of its own recipe, or this module decides.
 FREE = {"net", "flip", "out_dir", "dataset", "teacher_steps", "total_steps", "start_N",
         "stage1_steps", "round_steps", "last_steps"}
 
 
-def command(method, args, teacher, folder):
+def command(method, args, teacher, folder, seed):
     """The command line of a training: [python, script, flags ...]. Of a path it has the settings of
     the glyphs recipe: its own is for GPUs."""
     numbers = budgets(args.total_steps, args.teacher_steps, args.ablation_steps)
     net = "--net " + " ".join(args.net) if args.net else ""
     words = method.flags.replace("NET", net).format(**numbers, teacher=teacher).split()
-    if args.dataset != "glyphs":
+    if args.dataset not in NAMED:
         module = MODULES[method.script]
         flags = vars(module.make_parser().parse_args(words))
         theirs = merged(module, flags | dict(dataset=args.dataset))
@@ -255,13 +288,33 @@ def command(method, args, teacher, folder):
             if key not in FREE | flags.keys() and theirs.get(key) != value:
                 values = value if isinstance(value, list) else [value]
                 words += [common.flag_name(key), *map(str, values)]
+    if args.dataset != "glyphs":
         words += ["--dataset", args.dataset]
+        if args.data_dir:
+            words += ["--data-dir", args.data_dir]
         if args.jobs > 1:
             words += ["--workers", "0"]
     if args.batch_size:
         words += ["--batch-size", str(args.batch_size)]
-    return [sys.executable, str(ROOT / method.script), *words, "--seed", str(args.seed),
+    return [sys.executable, str(ROOT / method.script), *words, "--seed", str(seed),
             "--sample-every", "0", "--out-dir", str(folder)]
+
+
+def ways_of(method, words, again=False):
+    """The ways to draw from the training that the command `words` starts: of a consistency model
+    in two steps as its recipe says. again: of a further seed."""
+    if again and method.ways is TEACHER:
+        return TEACHER_AGAIN
+    if method.ways is not CONSISTENCY:
+        return method.ways
+    module = MODULES[method.script]
+    flags = vars(module.make_parser().parse_args(words[2:]))
+    return consistency(merged(module, flags)["sigmas"][:2])
+
+
+def name_with(seed, name, args):
+    """Of a training, and of its folder in the work folder."""
+    return name if seed == args.seed else f"seed{seed}/{name}"
 
 
 def read_record(folder):
@@ -284,6 +337,20 @@ def last_line(folder):
     return ([line.strip() for line in lines if line.strip()] or ["it said nothing"])[-1]
 
 
+def commit():
+    """Of this code, or nothing where that is not known."""
+    if not shutil.which("git"):
+        return ""
+    told = subprocess.run("git describe --always --dirty --exclude *".split(), cwd=ROOT, text=True,
+                          capture_output=True)
+    return told.stdout.strip()
+
+
+def teacher_of(name):
+    """The name of the training of the same seed that it waits for."""
+    return str(Path(name).with_name("teacher"))
+
+
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -293,23 +360,31 @@ class Trainings:
     def __init__(self, todo, commands, folders, jobs, stop):
         self.todo, self.commands, self.folders = todo, commands, folders
         self.jobs, self.stop, self.began = jobs, stop, time.perf_counter()
-        self.waiting = sorted(todo, key=lambda name: (name != "teacher", -todo[name]))
+        self.waiting = sorted(todo, key=self.turn)
         self.running, self.seen, self.told = {}, {}, False
         self.env = {**os.environ, "OMP_NUM_THREADS": str(max(cores() // jobs, 1))}
 
+    def turn(self, name):
+        """The seeds one after the other; of each the teacher first, then the longest."""
+        seeds = list(dict.fromkeys(Path(other).parent for other in self.todo))
+        return seeds.index(Path(name).parent), Path(name).name != "teacher", -self.todo[name]
+
     def keep(self, name, seconds, **news):
-        record = read_record(self.folders[name]) | dict(command=self.commands[name][1:]) | news
-        write_record(self.folders[name], record | dict(seconds=record["seconds"] + seconds))
+        record = read_record(self.folders[name])
+        known = dict(command=self.commands[name][1:], seconds=record["seconds"] + seconds,
+                     commit=commit(), date=time.strftime("%Y-%m-%d"))
+        write_record(self.folders[name], record | known | news)
 
     def begin(self):
         for name in list(self.waiting):
             words = self.commands[name]
             needs = "--teacher" in words and "none" not in words
-            early = needs and ("teacher" in self.waiting or "teacher" in self.running)
+            teacher = teacher_of(name)
+            early = needs and (teacher in self.waiting or teacher in self.running)
             if early or len(self.running) == self.jobs:
                 continue
             self.waiting.remove(name)
-            if needs and not read_record(self.folders["teacher"])["done"]:
+            if needs and not read_record(self.folders[teacher])["done"]:
                 self.keep(name, 0.0, done=False, error="its teacher was not trained")
                 continue
             self.folders[name].mkdir(parents=True, exist_ok=True)
@@ -365,8 +440,8 @@ def train(todo, commands, folders, jobs, stop):
     """Run the trainings `todo` (name -> cost), `jobs` at once, and keep in each folder's
     result.json how it went.
 
-    The others wait for "teacher" if it is in their command. When `stop` has caught a signal, they
-    are told to save, and waited for.
+    The others wait for their seed's teacher if one is in their command. When `stop` has caught a
+    signal, they are told to save, and waited for.
     """
     trainings = Trainings(todo, commands, folders, jobs, stop)
     try:
@@ -392,26 +467,49 @@ def keep_snapshot(folder, seen):
 # Measuring
 # --------------------------------------------------------------------------------------------------
 
+def measures(args):
+    """What two measurements have in common if they can be compared, as a text."""
+    return f"{args.n} {args.data_dir} measures {judge.MEASURES}"
+
+
 def measure(name, ways, folder, run, judged, args, stop):
-    """Rows of a training: [calls, drawn, w, steps trained, share read, Frechet distance, images
-    drawn a second]. Kept in result.json."""
+    """The Rows of a training, kept in result.json."""
     record, rows = read_record(folder), []
     for way in ways:
         if stop.number:
             break
         path = folder / way.file
-        key = f"{common.file_sha(path)} {way.calls} {way.drawn} {way.w:g} {args.n} {args.seed}"
+        drawn = f"{way.calls} {way.drawn} {way.w:g} {args.seed}"
+        key = f"{common.file_sha(path)} {drawn} {measures(args)}"
         if key not in record["rows"]:
             net, draw = way.open(path, run)
             step = common.load_checkpoint(path)["step"]
             found = judge.score(judged(), net, draw, args.n, args.seed)
-            row = [way.calls, way.drawn, way.w, step, found.read, found.distance, found.rate]
-            record["rows"][key] = row
+            record["rows"][key] = Row(way.calls, way.drawn, way.w, step, *found)
             write_record(folder, record)
             print(f"{name}, {way.drawn}, {way.calls} calls, w = {way.w:g}: {found.read:.1%}, "
                   f"{found.distance:.3f}", flush=True)
-        rows.append(record["rows"][key])
+        rows.append(Row(*record["rows"][key]))
     return rows
+
+
+def yardsticks(path, judged, args, stop):
+    """The judge's words, and Rows of training images and of held-out ones; kept in a file."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    key = measures(args)
+    if key not in known and not stop.number:
+        known[key] = [judged().words, *judge.yardsticks(judged(), args.n)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with common.atomic_file(path, "w") as file:
+            json.dump(known, file, indent=1)
+    words, *scores = known.get(key, [""])
+    return words, [Row(0, "", 0.0, 0, *score) for score in scores]
+
+
+def mean_of(rows):
+    """The means of rows that differ in their seed."""
+    scores = [row[4:] for row in rows]
+    return Row(*rows[0][:4], *(sum(column) / len(rows) for column in zip(*scores)))
 
 
 def machine():
@@ -448,14 +546,14 @@ def beside_solvers(rows):
     student beside the best solver. rows: name -> its rows."""
     quick, students = [], []
     for calls, alike in {5: (5,), 8: (8,), 10: (9, 10), 12: (11, 12)}.items():  # 2 N - 1 is odd
-        teacher = [row for row in rows.get("teacher", ()) if row[2] == 0]
-        solved = {row[1]: row[5] for row in teacher if row[0] in alike}
+        teacher = [row for row in rows.get("teacher", ()) if row.w == 0]
+        solved = {row.drawn: row.distance for row in teacher if row.calls in alike}
         ddim = solved.get(FAST["euler"])
         for name in list(FAST.values())[1:]:
             quick.append((f"NFE {calls}, {name}", solved.get(name), ddim))
         for n in (1, 2):
-            drawn = [(row[5], METHODS[name].title) for name in rows for row in rows[name]
-                     if "{teacher}" in METHODS[name].flags and (row[0], row[2]) == (n, 0)]
+            drawn = [(row.distance, METHODS[name].title) for name in rows for row in rows[name]
+                     if "{teacher}" in METHODS[name].flags and (row.calls, row.w) == (n, 0)]
             if solved and drawn:
                 distance, student = min(drawn)
                 solver = min(solved, key=solved.get)
@@ -468,10 +566,10 @@ def expectations(rows):
     """Lines on what the papers lead one to expect of the table. rows: name -> its rows."""
     def cell(column, name, calls, w=0.0, drawn=""):
         for row in rows.get(name, ()):
-            if (row[0], row[2]) == (calls, w) and drawn in ("", row[1]):
-                return row[column]
+            if (row.calls, row.w) == (calls, w) and drawn in ("", row.drawn):
+                return getattr(row, column)
 
-    distance, share = functools.partial(cell, 5), functools.partial(cell, 4)
+    distance, share = functools.partial(cell, "distance"), functools.partial(cell, "read")
 
     def beside_ct(name):
         return [(f"NFE {n}", distance(name, n), distance("ct", n)) for n in (1, 2, 4)]
@@ -562,21 +660,63 @@ def conclusions(curves):
 # The table and the pictures
 # --------------------------------------------------------------------------------------------------
 
-def table(rows, records):
-    teacher = records.get("teacher", {}).get("seconds", 0.0) / 60
-    lines = ["| method | NFE | drawn | w | read as asked | Fréchet distance | images/s | training "
-             "minutes | steps |", "|---" * 9 + "|"]
+COLUMNS = {  # of a Row: title, unit, format
+    "read": ("read as asked", "%", ".1f"),
+    "distance": ("Fréchet distance", "", ".2f"),
+    "precision": ("precision", "", ".2f"),
+    "recall": ("recall", "", ".2f"),
+    "nearest": ("nearest", "", ".3f"),
+    "copied": ("copied", "%", ".1f"),
+    "rate": ("images/s", "", ",.0f"),
+}
+HEADS = ["method", "NFE", "drawn", "w", *(title for title, *_ in COLUMNS.values()),
+         "training minutes", "steps"]
+
+
+def cell(column, rows):
+    """Of rows that differ in their seed: the mean, and the range: "96.3 (95.8 to 96.9)%"."""
+    _, unit, form = COLUMNS[column]
+    values = [getattr(row, column) * (100 if unit else 1) for row in rows]
+    mean, low, high = (f"{value:{form}}" for value in (sum(values) / len(values), min(values),
+                                                       max(values)))
+    if mean == "nan":
+        return "–"
+    spread = f" ({low} to {high})" if len(values) > 1 and column != "rate" else ""
+    return mean + spread + unit
+
+
+def line_of(*cells):
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def minutes_of(records):
+    """Of processor time, in the mean over the seeds that were trained."""
+    seconds = [record["seconds"] for record in records if record["done"]]
+    return sum(seconds) / len(seconds) / 60 if seconds else 0.0
+
+
+def table(rows, yardstick, records):
+    """rows: training -> for each way its Rows, one a seed. yardstick: of training images and of
+    held-out ones. records: training -> of each seed."""
+    lines = [line_of(*HEADS), "|---" * len(HEADS) + "|"]
+    for title, row in zip(("*training images*", "*held-out images*"), yardstick):
+        cells = [cell(column, [row]) for column in COLUMNS]
+        lines.append(line_of(title, "–", "–", "–", *cells, "–", "–"))
+    teacher = minutes_of(records.get("teacher", ()))
     for name in rows:
-        record, method = records[name], METHODS[name]
-        if not rows[name]:
-            error = (record.get("error") or "not trained").replace("|", "/")
-            lines.append(f"| {method.title} | failed: {error} |" + " |" * 7)
-        minutes = f"{record['seconds'] / 60:.1f}"
+        method = METHODS[name]
+        for record in records[name]:
+            if not record["done"]:
+                error = (record.get("error") or "not trained").replace("|", "/")
+                empty = [""] * (len(HEADS) - 2)
+                lines.append(line_of(method.title, f"failed: {error}", *empty))
+        minutes = f"{minutes_of(records[name]):.1f}"
         if "{teacher}" in method.flags:
             minutes += f" + {teacher:.1f}"
-        for calls, drawn, w, step, share, distance, rate in rows[name]:
-            lines.append(f"| {method.title} | {calls} | {drawn} | {w:g} | {share:.1%} | "
-                         f"{distance:.2f} | {rate:,.0f} | {minutes} | {step} |")
+        for same in rows[name]:
+            row, cells = same[0], [cell(column, same) for column in COLUMNS]
+            lines.append(line_of(method.title, row.calls, row.drawn, f"{row.w:g}", *cells, minutes,
+                                 row.steps))
     return lines
 
 
@@ -588,27 +728,28 @@ MARKERS = {"Heun": "*", "ancestral": "x", QUICKEST: "P"}
 def kind_of(row):
     """Rows that make one curve, of several sorts that a method has."""
     for kind in ("stage 1", "Heun", "ancestral"):
-        if kind in row[1]:
+        if kind in row.drawn:
             return kind
-    if row[1] in FAST.values():
+    if row.drawn in FAST.values():
         return QUICKEST
-    return row[1] if row[1] in NOISY else ""
+    return row.drawn if row.drawn in NOISY else ""
 
 
 def curves_of(rows, column, best):
     """{kind: {network calls: value}} of the rows of w = 0; of several in as many calls the best."""
     curves = {}
-    for row in sorted(rows, key=lambda row: (kind_of(row), row[0])):
-        if row[2] == 0:
-            curve = curves.setdefault(kind_of(row), {})
-            curve[row[0]] = best(row[column], curve.get(row[0], row[column]))
+    for row in sorted(rows, key=lambda row: (kind_of(row), row.calls)):
+        if row.w == 0:
+            curve, value = curves.setdefault(kind_of(row), {}), getattr(row, column)
+            curve[row.calls] = best(value, curve.get(row.calls, value))
     return curves
 
 
 def draw_lines(drawing, rows):
     """Shares and distances against network calls, a line for each method and kind."""
     left, right = drawing.subplots(1, 2)
-    for axis, column, scale, best in ((left, 4, 100, max), (right, 5, 1, min)):
+    for axis, column, scale, best in ((left, "read", 100, max),
+                                      (right, "distance", 1, min)):
         for number, (name, its_rows) in enumerate(rows.items()):
             for kind, curve in curves_of(its_rows, column, best).items():
                 values = [scale * value for value in curve.values()]
@@ -663,6 +804,52 @@ def draw_panels(path, panels, curves):
     drawing.savefig(path, dpi=100)
 
 
+def draw_samples(path, blocks, columns, across=3):
+    """blocks: title -> images (n,H,W,3) uint8, `columns` of them in each row of a block; `across`
+    blocks beside each other."""
+    from PIL import Image, ImageDraw, ImageFont
+    grids = []
+    for images in blocks.values():
+        n, H, W, C = images.shape
+        grid = images.reshape(n // columns, columns, H, W, C).swapaxes(1, 2)
+        zoom = max(1, 56 // H)
+        grids.append(grid.reshape(-1, columns * W, C).repeat(zoom, 0).repeat(zoom, 1))
+    height, width = grids[0].shape[0] + 24, grids[0].shape[1] + 12  # with title and margin
+    size = width * min(across, len(grids)), height * math.ceil(len(grids) / across)
+    whole = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(15)
+    for number, (title, grid) in enumerate(zip(blocks, grids)):
+        top, left = number // across * height, number % across * width
+        pen.text((left, top + 2), title, fill="black", font=font)
+        whole.paste(Image.fromarray(grid), (left, top + 22))
+    with common.atomic_file(path) as file:
+        whole.save(file, "PNG")
+
+
+def examples(dataset, each=3):
+    """(each * classes,H,W,3) uint8: in a row the first images of the classes, one of each."""
+    labels = np.asarray(dataset.labels)
+    places = [np.resize(np.flatnonzero(labels == y), each) for y in range(dataset.classes)]
+    images, _ = dataset.__getitems__(np.stack(places, 1).ravel())
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def samples_of(way, folder, run, seed, each=3):
+    """The first of the samples that were measured, as `examples`."""
+    net, draw = way.open(folder / way.file, run)
+    places = torch.arange(each * net.classes)
+    shape = len(places), 3, net.image_size, net.image_size
+    with torch.no_grad():
+        images = draw(places % net.classes, common.SeededNoise(places, seed), shape)
+    return common.to_uint8(images).cpu().numpy()
+
+
+def to_be_shown(ways):
+    """Of a teacher its first way; of others that of fewest calls, without guidance."""
+    plain = [way for way in ways if way.w == 0]
+    return plain[0] if ways is TEACHER else min(plain, key=lambda way: way.calls)
+
+
 def picture(draw, path, *values):
     try:
         draw(path, *values)
@@ -670,46 +857,91 @@ def picture(draw, path, *values):
         print(f"{path} was not drawn: pip install matplotlib")
 
 
-def report(args, run, told, records, rows, curves, chosen):
-    """The lines of quality_NAME.md."""
-    keys = ("dataset", "net", "batch_size", "total_steps", "teacher_steps", "ablation_steps", "n",
-            "seed", "only")
-    flags = {key: getattr(args, key) for key in keys} | dict(dataset=Path(args.dataset).name)
-    words = []
-    for key, value in flags.items():
-        values = value if isinstance(value, list) else [value]
+def memorised(rows, held_out):
+    """A line on whether samples lie nearer to training images than the held-out ones, whose Row is
+    `held_out`. rows: name -> its rows."""
+    drawn = [(row, f"{METHODS[name].title}, NFE {row.calls}, {row.drawn}, w = {row.w:g}")
+             for name in rows for row in rows[name]]
+    if math.isnan(held_out.nearest) or not drawn:
+        return []
+    near, near_label = min(drawn, key=lambda pair: pair[0].nearest)
+    most, most_label = max(drawn, key=lambda pair: pair[0].copied)
+    return [f"- Learned by heart? Nearest to the training images are the samples of {near_label}: "
+            f"{near.nearest:.3f}, where held-out images have {held_out.nearest:.3f}. Most are "
+            f"copied by {most_label}: {most.copied:.1%}, where held-out images have 1.0%."]
+
+
+def command_line(args):
+    """That of the board, to be read: of paths what is below this folder, or the name."""
+    keys = ("dataset", "data_dir", "net", "batch_size", "total_steps", "teacher_steps",
+            "ablation_steps", "n", "seed", "seeds", "only")
+    words = ["python tests/bench.py quality"]
+    for key in keys:
+        value = getattr(args, key)
+        if key in ("dataset", "data_dir") and value not in (None, *NAMED):
+            below = Path(value).is_relative_to(Path.cwd())
+            value = Path(value).relative_to(Path.cwd()) if below else Path(value).name
         if value is not None:
+            values = value if isinstance(value, list) else [value]
             words += [common.flag_name(key), *map(str, values)]
+    return " ".join(words)
+
+
+def origin(args, run, records):
+    """Words on how the trainings came about: when, of which code, where, with which seeds."""
+    trained = [record for same in records.values() for record in same if record["done"]]
+    dates = sorted({record.get("date", "") for record in trained} - {""})
+    commits = sorted({record.get("commit", "") for record in trained} - {""})
+    when = " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
+    code = f"commit {', '.join(commits)}" if commits else ""
+    minutes = sum(record["seconds"] for record in trained) / 60
+    seeds = f"One run, seed {args.seed}."
+    if args.seeds > 1:
+        several = ", ".join(METHODS[name].title for name in HEADLINE if name in records)
+        seeds = (f"{args.seeds} runs, seeds {args.seed} to {args.seed + args.seeds - 1}, of "
+                 f"{several}, each from the teacher of its seed: mean and range; one run, seed "
+                 f"{args.seed}, of the others. Most samplers of a teacher are of the first.")
+    words = [when, code, machine(), f"torch {torch.__version__}",
+             str(run.dtype).removeprefix("torch."), f"all trainings {minutes:.0f} minutes"]
+    return "; ".join(filter(None, words)) + f". {seeds}"
+
+
+def report(args, run, told, lines_of_table, held_out, records, rows, curves, chosen):
+    """The lines of quality_NAME.md."""
     gpu = run.device.type == "cuda"
-    batch = args.batch_size or cd.STUDENTS["glyphs"]["batch_size"]
+    recipe = args.dataset if args.dataset in NAMED else "glyphs"
+    batch = args.batch_size or cd.STUDENTS[recipe]["batch_size"]
     lines = [
-        f"# Scoreboard: {Path(args.dataset).stem}", "",
-        f"`python tests/bench.py quality {' '.join(words)}`", "",
-        f"{machine()}; torch {torch.__version__}, {str(run.dtype).removeprefix('torch.')}; one "
-        f"run, one seed. Every student took {args.total_steps} optimizer steps of {batch} images, "
-        f"the teacher {args.teacher_steps}; the settings are those of the glyphs recipes.",
-        f"{args.n} samples each; {told}.", "", *table(rows, records), "",
+        f"# Scoreboard: {Path(args.dataset).stem}", "", f"`{command_line(args)}`", "",
+        f"{origin(args, run, records)} Every student took {args.total_steps} optimizer steps of "
+        f"{batch} images, the teacher {args.teacher_steps}; the settings are those of the {recipe} "
+        "recipes.",
+        f"{args.n} samples each; {told}.", "", *lines_of_table, "",
         "- *read as asked*: share of the samples that the classifier reads as the label asked for. "
         "*Fréchet distance*: in its features, to held-out images; for w > 0 too, though guidance "
-        "moves away from the data as it is meant to.",
-        f"- *images/s*: when sampling, {'on the GPU' if gpu else 'in one thread'}. *training "
-        f"minutes*: of {'the machine' if gpu else 'processor time'}, start included, + those of "
-        "the teacher where there is one; of a distillation in rounds all its rounds, of which "
-        f"*steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} of "
-        f"guided distillation D's {args.total_steps} steps.",
+        "moves away from the data as it is meant to. *precision*: share of the samples within "
+        "reach of held-out images, in these features; *recall*: the reverse.",
+        "- *nearest*: from the nearest training image, the median rms difference of pixels in "
+        "[-1, 1]; *copied*: share of the samples that are nearer to one than the nearest hundredth "
+        "of held-out images is.", *memorised(rows, held_out),
+        f"- *images/s*: when sampling, {'on the GPU' if gpu else 'in one thread beside others'}. "
+        f"*training minutes*: of {'the machine' if gpu else 'processor time'}, start included, + "
+        "those of the teacher where there is one; of a distillation in rounds all its rounds, of "
+        f"which *steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} "
+        f"of guided distillation D's {args.total_steps} steps.",
         "- Consistency models draw from the noise levels named, in four steps from those of the "
         "Karras grid of N = 5 but its end, on which CTM jumps too. Steps are the critic's own "
         "turns too.", "",
         "## What was expected", "", "Smaller Fréchet distance is better.", "", *expectations(rows),
         ""]
-    failed = [f"- {name} failed: {records[name].get('error')}" for name in chosen
-              if name in ABLATIONS and not records[name]["done"]]
+    failed = [f"- {name} failed: {records[name][0].get('error')}" for name in chosen
+              if name in ABLATIONS and not records[name][0]["done"]]
     if failed or curves.keys() & trainings_of(PANELS):
         download = "" if "cd-lpips" in chosen else " LPIPS takes a GPU and a download."
         lines += [
             "## Consistency models, Figure 3, at this scale", "",
             f"One-step samples, Fréchet distance after {args.ablation_steps} steps. Settings "
-            "otherwise: in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 21, mu0 = 0.9, l2."
+            f"otherwise: {ABLATED if recipe == 'glyphs' else f'of the {recipe} recipes'}."
             + download, "", *conclusions(curves), "", *failed, ""]
     ends = [f"- {label}: {curves[name][max(curves[name])]:.3f}"
             for label, (name, _) in INGREDIENTS.items() if name in curves]
@@ -746,54 +978,94 @@ def steps_of(name, args):
     return args.teacher_steps if name == "teacher" else args.total_steps
 
 
+def open_data(args):
+    """The data set, when all that is needed is seen to be there: now, not when every training has
+    failed. Makes the paths in args absolute."""
+    if args.dataset not in NAMED and not Path(args.dataset).exists():
+        raise common.UserError(f"--dataset {args.dataset} does not exist: name glyphs, mnist or "
+                               "the path of images with labels")
+    if args.data_dir:
+        if args.dataset != "mnist":
+            raise common.UserError("--data-dir goes with --dataset mnist: it says where it lies")
+        args.data_dir = str(Path(args.data_dir).resolve())
+    if args.dataset not in NAMED:
+        args.dataset = str(Path(args.dataset).resolve())
+    net = args.net or common.DATASETS[common.known_dataset(vars(args))]["net"]
+    size = common.net_settings(net)["image_size"]
+    dataset = common.load_dataset(args.dataset, args.data_dir, size)
+    if not dataset.classes:
+        raise common.UserError(f"--dataset {args.dataset} has no labels: the scoreboard needs them")
+    if args.dataset == "mnist":
+        judge.held_out_digits(args.data_dir, size)
+    return dataset
+
+
+def plan(args, chosen, work):
+    """The command lines, training -> words; and name of a method -> its trainings, one a seed."""
+    commands, same = {}, {name: [] for name in chosen}
+    for seed, name in itertools.product(range(args.seed, args.seed + args.seeds), chosen):
+        if seed == args.seed or name in HEADLINE:
+            training = name_with(seed, name, args)
+            teacher = work / teacher_of(training) / "last.pt"
+            words = command(chosen[name], args, teacher, work / training, seed)
+            if name in ABLATIONS:
+                words += ["--save-every", str(max(args.ablation_steps // 5, 1))]
+            commands[training] = words
+            same[name].append(training)
+    return commands, same
+
+
 def main(args):
     stop, chosen = common.StopSignal(), choose(args)
     run = common.setup(argparse.Namespace(device="auto", precision="auto", compile=False))
     run.main = False  # nobody is to be told what a checkpoint is taken for
     args.jobs = args.jobs or (1 if run.device.type == "cuda" else cores())
-    if args.dataset != "glyphs":
-        if not Path(args.dataset).exists():  # now, not when every training has failed
-            raise common.UserError(f"--dataset {args.dataset} does not exist: name glyphs or the "
-                                   "path of images with labels")
-        args.dataset = str(Path(args.dataset).resolve())
+    dataset = open_data(args)
+    size = dataset.size
     stem = Path(args.dataset).stem
-    net = args.net or common.DATASETS[common.known_dataset(vars(args))]["net"]
-    size = common.net_settings(net)["image_size"]
     work = (Path(args.work) / stem).resolve()
-    folders = {name: work / name for name in chosen}
-    commands = {name: command(method, args, work / "teacher" / "last.pt", folders[name])
-                for name, method in chosen.items()}
-    for name in chosen.keys() & ABLATIONS.keys():
-        commands[name] += ["--save-every", str(max(args.ablation_steps // 5, 1))]
+    commands, same = plan(args, chosen, work)
+    folders = {training: work / training for training in commands}
 
     # ---- training
     todo = {}
-    for name, method in chosen.items():
-        record = read_record(folders[name])
-        if not record["done"] or record["command"] != commands[name][1:]:
-            todo[name] = method.cost * steps_of(name, args)
+    for name, trainings in same.items():
+        for training in trainings:
+            record = read_record(folders[training])
+            if not record["done"] or record["command"] != commands[training][1:]:
+                todo[training] = chosen[name].cost * steps_of(name, args)
     train(todo, commands, folders, args.jobs, stop)
 
-    # ---- measuring, one at a time, in one thread
+    # ---- measuring, each training in one thread
     torch.set_num_threads(1)
-    judged = functools.cache(lambda: judge.make_judge(args.dataset, size, run.device))
-    told = work / f"judge{size}.txt"
-    if not stop.number and not told.exists():
-        told.parent.mkdir(parents=True, exist_ok=True)
-        told.write_text(judged().words)
-    records, rows, curves = {}, {}, {}
-    for name, method in chosen.items():
-        folder = folders[name]
-        records[name], ways = read_record(folder), method.ways
+    making = threading.Lock()
+    make = functools.cache(lambda: judge.make_judge(args.dataset, size, run.device, args.data_dir))
+
+    def judged():
+        with making:  # or two threads would make one each
+            return make()
+
+    def measured_ways(training):
+        name, folder = Path(training).name, folders[training]
+        ways = ways_of(chosen[name], commands[training], training != name)
         if name in ABLATIONS:
             ways = [ways[0]._replace(file=path.name) for path in sorted(folder.glob("at*.pt"))]
-        measured = []
-        if records[name]["done"]:
-            measured = measure(name, ways, folder, run, judged, args, stop)
+        if not read_record(folder)["done"]:
+            return []
+        return measure(training, ways, folder, run, judged, args, stop)
+    told, yardstick = yardsticks(work / f"judge{size}.json", judged, args, stop)
+    records = {name: [read_record(folders[training]) for training in same[name]] for name in same}
+    with ThreadPoolExecutor(args.jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        measured = dict(zip(commands, pool.map(measured_ways, commands)))
+    rows, curves = {}, {}
+    for name in chosen:
+        by_way = {}
+        for row in itertools.chain(*(measured[training] for training in same[name])):
+            by_way.setdefault(row[:4], []).append(row)
         if name in METHODS:
-            rows[name] = measured
-        elif measured:
-            curves[name] = {row[3]: row[5] for row in measured}
+            rows[name] = list(by_way.values())
+        elif by_way:
+            curves[name] = {row.steps: row.distance for row in measured[name]}
     if stop.number:
         print("stopped: the same command goes on from here")
         raise SystemExit(128 + stop.number)
@@ -801,14 +1073,25 @@ def main(args):
     # ---- the report
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
-    lines = report(args, run, told.read_text(), records, rows, curves, chosen)
+    means = {name: [mean_of(way) for way in rows[name]] for name in rows}
+    lines = report(args, run, told, table(rows, yardstick, records), yardstick[1], records, means,
+                   curves, chosen)
     for file, panels in (("figure3", PANELS), ("continuous", CONTINUOUS_TIME)):
         if curves.keys() & trainings_of(panels):
             picture(draw_panels, results / f"{file}_{stem}.png", panels, curves)
     with common.atomic_file(results / f"quality_{stem}.md", "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
-    picture(draw_curves, results / f"quality_{stem}.png", rows)
-    failed = [name for name in chosen if not records[name]["done"]]
+    picture(draw_curves, results / f"quality_{stem}.png", means)
+    if dataset.classes <= 10:
+        blocks = {"training images": examples(dataset)}
+        for name in means:
+            if records[name][0]["done"]:
+                way = to_be_shown(ways_of(METHODS[name], commands[name]))
+                title = f"{METHODS[name].title}: {way.calls} call{'s' * (way.calls > 1)}"
+                blocks[title] = samples_of(way, folders[name], run, args.seed)
+        draw_samples(results / f"samples_{stem}.png", blocks, dataset.classes)
+    failed = [training for name in same for training, record in zip(same[name], records[name])
+              if not record["done"]]
     print(f"{results / f'quality_{stem}.md'}: "
           + (f"{', '.join(failed)} failed" if failed else "all trained and measured"))
     raise SystemExit(1 if failed else 0)

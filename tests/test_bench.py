@@ -1,4 +1,5 @@
 """The benchmark measures, searches, trains in order and reports as it says. No test of quality."""
+import functools
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ def arguments(*words):
 def settings_of(name, args, teacher="t.pt"):
     """The flags of a training of the scoreboard, and the settings that they make."""
     method = TRAININGS[name]
-    words = scoreboard.command(method, args, teacher, "folder")[2:]
+    words = scoreboard.command(method, args, teacher, "folder", args.seed)[2:]
     module = MODULES[method.script]
     flags = vars(module.make_parser().parse_args(words))
     return flags, scoreboard.merged(module, flags)
@@ -180,6 +181,50 @@ def test_every_command_is_one(name):
     assert settings[0].get("teacher") in ("t.pt", "none", None)
 
 
+@pytest.fixture
+def recipes(monkeypatch):
+    """Recipes of mnist with noise levels such as nothing else has."""
+    own = dict(sigmas=[80.0, 2.5])
+    for recipes in (bench.cd.STUDENTS, bench.ct.DATASETS):
+        before = recipes["glyphs"] | common.DATASETS["mnist"]
+        monkeypatch.setitem(recipes, "mnist", before | own)
+    monkeypatch.setitem(bench.ct.RECIPES, "mnist", bench.ct.RECIPES["glyphs"])
+    monkeypatch.setitem(bench.cd.SCM_STUDENTS, "mnist", dict(sigmas=[80.0, 0.7, 0.1]))
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_mnist_has_recipes_of_its_own(name):
+    """Its commands say no more than those of glyphs, the data apart."""
+    more = ["--dataset", "mnist", "--data-dir", "/data/train.npz"]
+    words = {}
+    for dataset, flags in (("glyphs", []), ("mnist", more)):
+        args = arguments("--jobs", 2, *flags)
+        words[dataset] = scoreboard.command(TRAININGS[name], args, "t.pt", "folder", 3)
+    place = words["glyphs"].index("--seed")
+    before, after = words["glyphs"][:place], words["glyphs"][place:]
+    assert words["mnist"] == [*before, *more, "--workers", "0", *after]
+    assert after[:2] == ["--seed", "3"]
+
+
+def test_two_steps_are_from_the_noise_levels_of_the_recipe(recipes):
+    args = arguments("--dataset", "mnist", "--jobs", 1)
+    for name, drawn in (("cd", "80, 2.5"), ("ect", "80, 2.5"), ("scd", "80, 0.7")):
+        words = scoreboard.command(TRAININGS[name], args, "t.pt", "folder", 1)
+        ways = scoreboard.ways_of(TRAININGS[name], words)
+        assert [way.calls for way in ways] == [1, 2, 4] and ways[1].drawn == f"from {drawn}"
+    ways = scoreboard.ways_of(TRAININGS["ctm"], ["python", "ctm.py"])
+    assert ways is scoreboard.METHODS["ctm"].ways
+    words = scoreboard.command(TRAININGS["cd"], arguments("--jobs", 1), "t.pt", "folder", 1)
+    assert scoreboard.ways_of(TRAININGS["cd"], words)[1].drawn == "from 80, 1.6"
+
+
+def test_a_further_teacher_is_measured_in_a_few_ways():
+    teacher = scoreboard.METHODS["teacher"]
+    again = scoreboard.ways_of(teacher, [], again=True)
+    assert [(way.calls, way.w) for way in again] == [(35, 0), (4, 0), (2, 0), (1, 0)]
+    assert scoreboard.ways_of(teacher, []) is scoreboard.TEACHER
+
+
 def test_fixed_N_and_mu():
     """N levels all along, and the mu that the adaptive schedule has where it has N levels:
     exp(2 ln 0.9 / N), within a part in 10,000."""
@@ -258,6 +303,41 @@ def test_trainings_in_order(tmp_path, capsys, monkeypatch):
     assert "bad: FAILED: stub.py: error: no luck" in capsys.readouterr().out
 
 
+def test_each_seed_has_its_own_teacher(tmp_path):
+    """Seed 1 is trained first; of seed 9 only what needs its own teacher, which fails, is not."""
+    (tmp_path / "seed9").mkdir()
+    names = "teacher", "cd", "seed9/teacher", "seed9/cd", "seed9/ct", "seed10/teacher", "seed10/cd"
+    whats = dict.fromkeys(names, "3 --teacher") | {
+        "teacher": "20", "seed9/teacher": "fail", "seed9/ct": "3", "seed10/teacher": "3"}
+    commands, folders = stub_runs(tmp_path, **whats)
+    scoreboard.train(dict.fromkeys(whats, 1), commands, folders, 1, ON)
+    ended = [Path(name).name for name, *_ in order(tmp_path)]
+    records = {name: scoreboard.read_record(folders[name]) for name in folders}
+    assert ended == ["teacher", "cd"]
+    assert [name for name, *_ in order(tmp_path / "seed9")] == ["ct"]
+    assert [name for name, *_ in order(tmp_path / "seed10")] == ["teacher", "cd"]
+    assert records["seed9/cd"]["error"] == "its teacher was not trained"
+    last = {place: order(tmp_path / place)[-1][2] for place in ("", "seed9")}
+    assert last[""] < order(tmp_path / "seed9")[0][1]
+    assert last["seed9"] < order(tmp_path / "seed10")[0][1]
+    assert records["cd"]["date"] == time.strftime("%Y-%m-%d")
+
+
+def test_commit(tmp_path, monkeypatch):
+    """Of a repository with a change that is not committed; of none."""
+    monkeypatch.setattr(scoreboard, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert scoreboard.commit() == ""
+    (tmp_path / "a").touch()
+    me = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init"], ["add", "a"], [*me, "commit", "-m", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    clean = scoreboard.commit()
+    assert len(clean) >= 7 and int(clean, 16)
+    (tmp_path / "a").write_text("changed")
+    assert scoreboard.commit() == f"{clean}-dirty"
+
+
 def test_students_of_no_teacher(tmp_path):
     commands, folders = stub_runs(tmp_path, teacher="fail", student="5 --teacher")
     scoreboard.train(dict(teacher=1, student=1), commands, folders, 2, ON)
@@ -294,7 +374,47 @@ def test_a_stopped_training_goes_on(tmp_path):
 # ---- what it says
 
 def row(calls, distance, w=0.0, drawn="", share=0.9):
-    return [calls, drawn, w, 100, share, distance, 50.0]
+    return scoreboard.Row(calls, drawn, w, 100, share, distance, 0.8, 0.7, 0.2, 0.03, 50.0)
+
+
+def test_mean_and_range_of_seeds():
+    rows = [row(1, 0.5, share=0.958), row(1, 0.47, share=0.969), row(1, 0.58, share=0.962)]
+    assert scoreboard.cell("distance", rows) == "0.52 (0.47 to 0.58)"
+    assert scoreboard.cell("read", rows) == "96.3 (95.8 to 96.9)%"
+    assert scoreboard.cell("read", rows[:1]) == "95.8%" and scoreboard.cell("rate", rows) == "50"
+    nothing = [row(1, math.nan), row(1, math.nan)]
+    assert scoreboard.cell("distance", nothing) == "–"
+    mean = scoreboard.mean_of(rows)
+    assert mean[:4] == rows[0][:4] and mean.distance == pytest.approx(1.55 / 3)
+    assert mean.copied == pytest.approx(0.03)
+
+
+def test_table_of_several_seeds():
+    """Minutes are means over the seeds that were trained; what failed is told beside the rest."""
+    done = dict(done=True, seconds=120.0)
+    failed = dict(done=False, seconds=600.0, error="no | luck")
+    rows = {"teacher": [(row(35, 1.0), row(35, 3.0))], "cd": [(row(1, 4.0),)], "ct": []}
+    records = {"teacher": [done, done | dict(seconds=240.0)], "cd": [done, failed],
+               "ct": [dict(done=False, seconds=0.0)]}
+    yardstick = [row(0, 0.1), row(0, math.nan)]
+    heads, _, *lines = scoreboard.table(rows, yardstick, records)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in [heads, *lines]]
+    assert {len(line) for line in cells} == {13} and len(cells) == 7
+    assert cells[1][:6] == ["*training images*", "–", "–", "–", "90.0%", "0.10"]
+    assert cells[2][5] == "–" and cells[2][8] == "0.200"
+    assert cells[3][5] == "2.00 (1.00 to 3.00)" and cells[3][11:] == ["3.0", "100"]
+    assert cells[4][:2] == ["CD", "failed: no / luck"]
+    assert cells[5][5] == "4.00" and cells[5][11] == "2.0 + 3.0"
+    assert cells[6][:2] == ["CT", "failed: not trained"]
+
+
+def test_memorised():
+    rows = {"cd": [row(1, 1.0), row(2, 1.0)._replace(nearest=0.1, copied=0.02)],
+            "ct": [row(4, 1.0)._replace(nearest=0.3, copied=0.4)]}
+    [line] = scoreboard.memorised(rows, row(0, 0.0)._replace(nearest=0.15))
+    assert "CD, NFE 2, , w = 0: 0.100, where held-out images have 0.150." in line
+    assert "CT, NFE 4, , w = 0: 40.0%" in line
+    assert scoreboard.memorised(rows, row(0, 0.0)._replace(nearest=math.nan)) == []
 
 
 def verdicts(lines):
@@ -368,11 +488,11 @@ def test_curves_of_a_teacher():
             row(10, 3.0, 0.0, "DPM-Solver++(2M)", 0.7), row(10, 4.0, 0.0, "Euler (DDIM)", 0.8),
             row(5, 8.0, 0.0, "DPM-Solver-2", 0.5), row(10, 0.1, 1.0, "DEIS, third order"),
             row(4, 9.0, 0.0, "DDIM", 0.4), row(35, 1.5, 0.0, "ancestral")]
-    curves = scoreboard.curves_of(rows, 5, min)
+    curves = scoreboard.curves_of(rows, "distance", min)
     assert {kind: list(curve.items()) for kind, curve in curves.items()} == {
         "": [(4, 9.0)], "Heun": [(9, 2.0), (35, 1.0)], "ancestral": [(35, 1.5)],
         "best of the fast solvers": [(5, 8.0), (10, 3.0)]}
-    shares = scoreboard.curves_of(rows, 4, max)
+    shares = scoreboard.curves_of(rows, "read", max)
     assert shares["best of the fast solvers"] == {5: 0.5, 10: 0.8}
 
 
@@ -439,11 +559,12 @@ def test_scoreboard(tmp_path, monkeypatch, capsys):
     code, text = call()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in text.splitlines() if line.startswith("| ")]
-    assert code == 1 and len(rows) == 5 and {len(cells) for cells in rows} == {9}
-    assert [cells[:2] for cells in rows[1:4]] == [["CT", "1"], ["CT", "2"], ["CT", "4"]]
-    assert all(cells[-1] == "10" for cells in rows[1:4])
-    assert rows[4][0] == "iCT" and rows[4][1].startswith("failed: ct.py: error: ")
-    assert "last.pt is no checkpoint" in rows[4][1]
+    assert code == 1 and len(rows) == 7 and {len(cells) for cells in rows} == {13}
+    assert [cells[0] for cells in rows[1:3]] == ["*training images*", "*held-out images*"]
+    assert [cells[:2] for cells in rows[3:6]] == [["CT", "1"], ["CT", "2"], ["CT", "4"]]
+    assert all(cells[-1] == "10" for cells in rows[3:6])
+    assert rows[6][0] == "iCT" and rows[6][1].startswith("failed: ct.py: error: ")
+    assert "last.pt is no checkpoint" in rows[6][1]
     assert "Two steps are better than one" in text and "Figure 3" in text
     curve = json.loads((work / "ct-fixed-10" / "result.json").read_text())["rows"]
     steps = [values[3] for values in curve.values()]  # it looks for a checkpoint every 0.1 s
@@ -459,10 +580,83 @@ def test_scoreboard(tmp_path, monkeypatch, capsys):
     assert "ict: FAILED" in said and "ct: trained" not in said
 
 
+@pytest.fixture
+def quick_judge(monkeypatch):
+    monkeypatch.setattr(judge.train_classifier, "__defaults__", (20, 64))
+    monkeypatch.setattr(judge, "train_classifier", functools.partial(judge.train_classifier))
+    make = judge.make_judge
+    monkeypatch.setattr(judge, "make_judge",
+                        lambda *words, **more: make(*words, **more, steps=20))
+
+
+def labelled_images(path, n=60, classes=3):
+    """Each class is one brightness. Others for another n."""
+    rng = np.random.default_rng(n)
+    y = np.arange(n) % classes
+    images = rng.integers(0, 60, (n, 16, 16, 3)) + 190 * y[:, None, None, None] // classes
+    np.savez(path, arr_0=images.astype(np.uint8), arr_1=y)
+    return images
+
+
+def test_scoreboard_of_two_seeds(tmp_path, monkeypatch, capsys, quick_judge):
+    """Of a path: the judge's real images were learned, so that nearest and copied mean nothing."""
+    monkeypatch.setattr(common, "StopSignal", lambda: ON)
+    images = labelled_images(tmp_path / "a.npz")
+    work = tmp_path / "work" / "a"
+    args = ["--dataset", tmp_path / "a.npz", "--total-steps", 10, "--n", 30, *NET, "--seeds", 2,
+            "--only", "sct-scratch", "ct", "--seed", 4, "--work", tmp_path / "work", "--results",
+            tmp_path / "results", "--batch-size", 4, "--ablation-steps", 0]
+
+    def call():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            bench.quality(arguments(*args))
+        assert end.value.code == 0
+        return capsys.readouterr().out, (tmp_path / "results" / "quality_a.md").read_text()
+    said, text = call()
+    assert "ct: trained" in said and "seed5/sct-scratch: trained" in said
+    assert {path.parent.relative_to(work) for path in work.rglob("last.pt")} == {
+        Path("ct"), Path("sct-scratch"), Path("seed5/sct-scratch")}
+    seeds = [common.load_checkpoint(work / name / "last.pt")["args"]["seed"]
+             for name in ("sct-scratch", "seed5/sct-scratch")]
+    assert seeds == [4, 5]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in text.splitlines() if line.startswith("| ")]
+    assert len(cells) == 9 and all(line[8:10] == ["–", "–"] for line in cells[1:])
+    for line in cells[3:]:
+        assert (" to " in line[5]) == (line[0] == "sCT from scratch")
+    assert "2 runs, seeds 4 to 5, of sCT from scratch" in text and "steps of 4 images" in text
+    assert "--seeds 2" in text and "--dataset a.npz" in text and str(tmp_path) not in text
+    shown = np.asarray(Image.open(tmp_path / "results" / "samples_a.png"))
+    assert shown.shape == (3 * 48 + 24, 3 * (3 * 48 + 12), 3)
+    learned = shown[22:22 + 144, :144][::3, ::3].reshape(3, 16, 3, 16, 3).swapaxes(1, 2)
+    assert (learned.reshape(9, 16, 16, 3) == images[:9]).all()
+    way = scoreboard.CONSISTENCY[0]
+    run = common.setup(types.SimpleNamespace(device="cpu", precision="auto", compile=False))
+    sample = scoreboard.samples_of(way, work / "ct", run, 4)
+    drawn = shown[22:22 + 144, 156:156 + 144][::3, ::3].reshape(3, 16, 3, 16, 3).swapaxes(1, 2)
+    assert (drawn.reshape(9, 16, 16, 3) == sample).all() and sample.std() > 0
+
+    said, again = call()
+    assert again == text and "calls, w" not in said
+    monkeypatch.setattr(judge, "MEASURES", judge.MEASURES + 1)
+    said, again = call()
+    assert said.count("calls, w") == 9 and ": trained" not in said
+
+
+def test_samples_of_a_method():
+    """Of a teacher its best way, of others that of fewest calls, without guidance."""
+    shown = {name: scoreboard.to_be_shown(method.ways)
+             for name, method in scoreboard.METHODS.items()}
+    assert shown.pop("teacher").calls == 35
+    assert {(way.calls, way.w) for way in shown.values()} == {(1, 0)}
+
+
 @pytest.mark.parametrize("words, message", [
     ("--ckpt a.pt --jobs 2", "--jobs does not apply with --ckpt"),
     ("--mid 2", "--mid goes with --ckpt"),
     ("--dataset cifar10", "--dataset cifar10 does not exist"),
+    ("--data-dir a.npz", "--data-dir goes with --dataset mnist"),
     ("--only cdd", "--only cdd: there is no such training; there are teacher, pd, ")])
 def test_mistakes(words, message):
     with pytest.raises(common.UserError, match=message):
@@ -473,6 +667,44 @@ def test_a_mistake_ends_in_one_line():
     done = run_script("quality", "--ckpt", "a.pt", "--jobs", "2", script="tests/bench.py", cwd=ROOT,
                       code=2)
     assert done.stderr == "bench.py: error: --jobs does not apply with --ckpt\n"
+
+
+def test_checkpoints_are_measured_on_what_they_were_trained_on(tmp_path, capsys, quick_judge):
+    """In two steps from the noise levels of their recipe, unless --mid says another."""
+    labelled_images(tmp_path / "train.npz", 100, 10)
+    labelled_images(tmp_path / "held_out.npz", 50, 10)
+    path = tmp_path / "last.pt"
+    small_net(path, stage="distill", dataset="mnist", data_dir="gone", sigmas=[80.0, 2.5])
+    more = "--ckpt", path, "--data-dir", tmp_path / "train.npz", "--n", 20
+    bench.quality(arguments(*more))
+    said = capsys.readouterr().out.splitlines()
+    assert "of 50 held-out digits" in said[0] and len(said) == 3
+    assert "last.pt, 1 call(s), [80.0]: " in said[1] and "[80.0, 2.5]: " in said[2]
+    for line in said[1:]:
+        assert "of 20 read as the label asked for, Frechet distance " in line
+        assert ", precision 0." in line and "(of held-out images 0." in line and "copied" in line
+    bench.quality(arguments(*more, "--mid", 3))
+    assert "2 call(s), [80.0, 3.0]: " in capsys.readouterr().out
+
+
+def test_table_of_a_guided_student_of_mnist(tmp_path, capsys, quick_judge, monkeypatch):
+    labelled_images(tmp_path / "train.npz", 100, 10)
+    labelled_images(tmp_path / "held_out.npz", 50, 10)
+    net = small_net(tmp_path / "N0001.pt", "guided_distill", dataset="mnist", teacher="t.pt")
+    student = types.SimpleNamespace(net=net, N=1, sampler="D", v=None, angle=None)
+    monkeypatch.setattr(guided_distill, "open_student", lambda *_: student)
+    monkeypatch.setattr(guided_distill, "draw", lambda *words: words[-2](torch.zeros(words[-1])))
+    words = ["guided", "--dir", str(tmp_path), "--data-dir", str(tmp_path / "train.npz"), "--n",
+             "20", "--w", "0", "--N", "1", "--stage1-N"]
+    args = bench.make_parser().parse_args(words)
+    args.run(args)
+    said = capsys.readouterr().out.splitlines()
+    assert "of 50 held-out digits" in said[0] and said[-1].startswith("| student | 1 D | ")
+    share, *numbers = said[-1].split("|")[3].split(", ")
+    assert share.endswith("%") and len([float(number) for number in numbers]) == 4
+    args.dir = str(tmp_path / "none")
+    with pytest.raises(common.UserError, match="none holds no students of guided_distill.py"):
+        args.run(args)
 
 
 # ---- pictures
