@@ -1633,7 +1633,8 @@ def load_dataset(name, data_dir, size, cache_dir=None):
     path = Path(data_dir or "data") if known else Path(name)
     if name in FETCHED:
         _, files = FETCHED[name]
-        empty = not path.is_file() and not any(path.glob("*"))
+        a_file = path.is_file() or path.suffix in (".npz", ".npy", ".zip")  # perhaps not there
+        empty = not a_file and not any(path.glob("*"))
         if data_dir is None or empty or any((path / file).exists() for file in files):
             return (load_mnist if name == "mnist" else load_cifar10)(path, size)
     flag = "--data-dir" if known else "--dataset"

@@ -753,6 +753,8 @@ def test_cifar10_that_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setitem(common.FETCHED, "cifar10", (url, common.FETCHED["cifar10"][1]))
     with one_line_error(url + "cifar-10-binary.tar.gz", tmp_path / "new", "--data-dir"):
         load(tmp_path / "new", 32, "cifar10")
+    with one_line_error("--data-dir", tmp_path / "new.npz", "does not exist"):  # no folder's name
+        load(tmp_path / "new.npz", 32, "cifar10")
     assert not list(tmp_path.rglob("*.*"))
 
 
