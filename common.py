@@ -1673,11 +1673,11 @@ def check_live(args, dataset):
         raise UserError(f"--eval-every: {args.dataset} has {len(dataset)} images, too few to "
                         "measure a distance to")
     if not dataset.classes:
-        need = "--eval-every needs labels, which this data set has none of"
+        need = f"--eval-every needs labels, which {args.dataset} has none of, or Inception"
         try:
-            import_beside("evaluate", need).Inception(args.inception, "cpu")
+            import_beside("evaluate", "tests/evaluate.py").Inception(args.inception, "cpu")
         except UserError as error:
-            raise UserError(f"{need}, or what measures without: {error}") from error
+            raise UserError(f"{need}: {error}") from error
 
 def data_differences(old, new):
     """What data sets differ in, by their summaries: texts; none if one of them is not known. old:

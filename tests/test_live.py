@@ -1,0 +1,299 @@
+"""--eval-every: samples are measured while training."""
+import argparse
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import cd
+import common
+import judge
+from test_scripts import STOP_AT_3, assert_same, records
+from util import assert_mistake, last, run_script
+
+NET = "--net glyphs base=32 mult=1 blocks=1 image_size=8 --precision fp32 --device cpu "
+STEPS = "--batch-size 8 --micro-batch 4 --log-every 1 --sample-every 0 --lr 0.002 "
+DATA = "--dataset data.npz --no-flip --total-steps 6 "
+LIVE = "--eval-every 3 "
+RUNS = {
+    "cd": DATA + "--teacher-steps 4",
+    "ct": DATA + "--class-cond",
+    "ctm": DATA + "--teacher none --max-steps 1 --N 3",
+    "guided_distill": "--dataset data.npz --no-flip --teacher ideal --stage1-steps 2 --start-N 4 "
+                      "--end-N 1 --round-steps 2 --last-steps 2",
+}
+QUICK = """
+judge = common.import_beside("judge", "")
+monkeypatch.setattr(judge, "LIVE_TRAINING", dict(steps=4, batch=16))
+monkeypatch.setattr(common, "LIVE_SAMPLES", 20)
+"""
+SAMPLES = 20
+
+
+def pixels(n=150):
+    """Images (n,8,8,3) uint8 and labels of three classes, half of them the first."""
+    y = np.array([0, 1, 0, 2])[np.arange(n) % 4]
+    x = np.random.default_rng(0).integers(0, 60, (n, 8, 8, 3)) + 90 * y[:, None, None, None]
+    return x.clip(0, 255).astype(np.uint8), y
+
+
+@pytest.fixture
+def folder(tmp_path):
+    np.savez(tmp_path / "data.npz", *pixels())
+    return tmp_path
+
+
+def run(script, flags, folder, prelude=QUICK, **more):
+    return run_script(*(NET + STEPS + flags).split(), script=f"{script}.py", cwd=folder,
+                      prelude=prelude, **dict(code=0) | more)
+
+
+def measured(folder):
+    """What the log says of samples, by step; no other line does."""
+    lines = {}
+    for record in records(folder):
+        if "loss" in record:
+            assert not record.keys() & {"distance", "read"}
+        else:
+            assert record["step"] not in lines
+            lines[record.pop("step")] = record
+    return lines
+
+
+def moments(classifier, x):
+    """Mean and covariance of the features of images (n,H,W,C) uint8, by numpy."""
+    x = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        features = classifier.features(x).double().numpy()
+    return features.mean(0), np.cov(features.T)
+
+
+def frechet(a, b):
+    """With the eigenvalues of the product of the covariances, which are those of its root squared.
+    Of few samples most are 0."""
+    (m, S), (n, T) = a, b
+    values = np.linalg.eigvals(S @ T).real.clip(0)
+    return ((m - n) ** 2).sum() + np.trace(S) + np.trace(T) - 2 * np.sqrt(values).sum()
+
+
+def load_classifier(path):
+    state = torch.load(path, weights_only=True)
+    classifier = judge.Classifier(3).eval()
+    classifier.load_state_dict(state["classifier"])
+    return classifier
+
+
+def draw(checkpoint, y):
+    """What one step draws from the noise of SeededNoise, image by image."""
+    net = common.make_net(checkpoint["model_args"])
+    net.load_state_dict(checkpoint["ema"])
+    images = []
+    for i in range(SAMPLES):
+        noise = common.SeededNoise(torch.tensor([i]), checkpoint["args"]["seed"])
+        label = torch.tensor([y[i]]) if net.classes else None
+        x = cd.sample(net.eval(), [common.T_MAX], label, noise, (1, 3, 8, 8))
+        images.append(common.to_uint8(x).numpy())
+    return np.concatenate(images)
+
+
+# ---- the numbers
+
+def test_the_log_holds_what_the_samples_measure(folder):
+    """Distance and share anew from the checkpoint and the data: by the teacher's judge, to the five
+    sixths of the images that it was trained on, with labels as often as in the data."""
+    done = run("cd", RUNS["cd"] + " --eval-every 6 --seed 2", folder)
+    lines = measured(folder / "out/cd")
+    assert [*lines] == [6] and [*measured(folder / "out/cd/teacher")] == [4]
+    classifier = load_classifier(folder / "out/cd/teacher/judge.pt")
+    assert not (folder / "out/cd/judge.pt").exists()
+    x, labels = pixels()
+    known = np.arange(len(x)) % 6 != 5
+    y = np.array([0] * 10 + [1] * 5 + [2] * 5)
+    images = draw(last(folder / "out/cd"), y)
+    wanted = frechet(moments(classifier, images), moments(classifier, x[known]))
+    assert lines[6]["distance"] == pytest.approx(wanted, rel=1e-4)
+
+    def share(x, y):
+        with torch.no_grad():
+            found = classifier(torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1).argmax(1)
+        return (found.numpy() == y).mean()
+    assert lines[6]["read"] == pytest.approx(share(images, y))
+    floor = frechet(moments(classifier, x[~known][np.arange(SAMPLES) * 25 // 20]),
+                    moments(classifier, x[known]))
+    told = re.findall(r"--eval-every measures with .*", done.stdout)
+    assert told[0].startswith(f"--eval-every measures with a classifier, which reads "
+                              f"{share(x[~known], labels[~known]):.1%} of 25 images unknown to it; "
+                              f"the distance of 20 real ones is {floor:.3g}; made in ")
+    assert told[1:] == ["--eval-every measures with out/cd/teacher/judge.pt"]
+    shown = f"dist={lines[6]['distance']:.3g}, read={lines[6]['read']:.3g}"
+    assert shown in done.stderr.splitlines()[-1]
+
+
+def test_the_distance_of_two_gaussians():
+    """(m1 - m2)^2 + (s1 - s2)^2 in each direction; no labels, no share."""
+    class Channels(torch.nn.Module):
+        def features(self, x):
+            return x.mean((2, 3))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=generator).double()
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # exactly N(0, 1)
+    images = (127.5 + 20 * x)[:, None, None].expand(-1, 2, 2, -1)
+    mu = torch.tensor([0.1, 0.0, -0.2], dtype=torch.float64)
+    live = judge.LiveJudge(Channels(), mu, 0.25 * torch.eye(3).double(), torch.device("cpu"))
+    found = live.measure(images.round().numpy().astype(np.uint8), None)
+    assert found == dict(distance=pytest.approx(0.05 + 3 * (20 / 127.5 - 0.5) ** 2, abs=0.005))
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_a_run_is_the_same_with_and_without(folder, script):
+    """Bit for bit; what is measured and when: of rounds each one's last step too."""
+    run(script, RUNS[script] + " --out-dir with " + LIVE, folder)
+    run(script, RUNS[script] + " --out-dir without", folder)
+    assert_same(last(folder / "with"), last(folder / "without"))
+    assert not (folder / "without" / "judge.pt").exists() and not measured(folder / "without")
+    steps = [2, 3, 4, 6] if script == "guided_distill" else [3, 6]
+    lines = measured(folder / "with")
+    assert [*lines] == steps
+    assert all(line["distance"] > 0 and 0 <= line["read"] <= 1 for line in lines.values())
+    assert len({line["distance"] for line in lines.values()}) == len(steps)
+
+
+def test_a_resumed_run_measures_with_the_same_judge(folder):
+    """Its lines are those of a whole run; what a killed one wrote beyond its save is dropped."""
+    flags = RUNS["ct"] + " --out-dir "
+    run("ct", flags + "whole " + LIVE, folder)
+    run("ct", flags + "run " + LIVE, folder, QUICK + STOP_AT_3, code=143)
+    before = (folder / "run" / "judge.pt").read_bytes()
+    common.append_record(folder / "run" / "log.jsonl", dict(step=4, distance=1.0))
+    done = run("ct", flags + "run " + LIVE, folder,
+               QUICK + "monkeypatch.setattr(judge, 'train_classifier', None)")
+    assert "--eval-every measures with run/judge.pt" in done.stdout
+    assert measured(folder / "run") == measured(folder / "whole")
+    assert (folder / "run" / "judge.pt").read_bytes() == before
+
+
+def test_it_may_begin_later_and_end(folder):
+    """On resume; a run that is done needs no judge."""
+    flags = DATA.replace("6", "2") + "--no-class-cond --out-dir run "
+    run("ct", flags, folder)
+    run("ct", flags + LIVE, folder)
+    assert not (folder / "run" / "judge.pt").exists()
+    run("ct", flags + LIVE + "--total-steps 4", folder)
+    lines = measured(folder / "run")
+    assert [*lines] == [3, 4] and not any("read" in line for line in lines.values())  # no classes
+    run("ct", flags + "--total-steps 6", folder)
+    assert [*measured(folder / "run")] == [3, 4]
+
+
+def test_a_judge_of_other_data_is_not_used(folder):
+    """It is left by a run that was stopped before its first save; --overwrite deletes one."""
+    flags = RUNS["ct"] + " --out-dir run " + LIVE
+    run("ct", flags, folder)
+    first = (folder / "run" / "judge.pt").read_bytes()
+    for name in ("last.pt", "ema.pt"):
+        (folder / "run" / name).unlink()
+    x, y = pixels(120)
+    np.savez(folder / "other.npz", x, y)
+    other = flags.replace("data.npz", "other.npz")
+    assert "measures with a classifier" in run("ct", other, folder).stdout
+    second = (folder / "run" / "judge.pt").read_bytes()
+    assert second != first
+    run("ct", other.replace(LIVE, "--overwrite"), folder)
+    assert not (folder / "run" / "judge.pt").exists()
+
+
+@pytest.mark.parametrize("script", ["ct", "cd"])
+def test_two_ranks_measure_as_one(folder, script):
+    run(script, RUNS[script] + " --out-dir one " + LIVE, folder)
+    done = run(script, RUNS[script] + " --out-dir two " + LIVE, folder, ranks=2)
+    one, two = measured(folder / "one"), measured(folder / "two")
+    assert one.keys() == two.keys() == {3, 6}
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-2)
+    assert done.stdout.count("measures with a classifier") == 1
+
+
+# ---- data without labels
+
+def test_inception_measures_what_has_no_labels(folder):
+    """Here in its place: the mean of each channel."""
+    np.savez(folder / "data.npz", pixels()[0])
+    fake = """
+evaluate = common.import_beside("evaluate", "")
+class Channels:
+    widths = 3, 2
+    def __init__(self, path, device):
+        assert (path, str(device)) == ("weights.pth", "cpu")
+    def __call__(self, images):
+        assert str(images.dtype) == "torch.uint8"
+        means = images.float().mean((2, 3))
+        return common.torch.cat([means, means[:, :2] + 1000], 1)
+monkeypatch.setattr(evaluate, "Inception", Channels)
+"""
+    flags = DATA + "--no-class-cond --out-dir run --inception weights.pth " + LIVE
+    done = run("ct", flags, folder, QUICK + fake)
+    assert "--eval-every measures with Inception; the distance of 20 real ones is" in done.stdout
+    x = pixels()[0]
+    def channels(x):
+        means = x.astype(np.float64).mean((1, 2))
+        return means.mean(0), np.cov(means.T)
+    images = draw(last(folder / "run"), None)
+    wanted = frechet(channels(images), channels(x[np.arange(150) % 6 != 5]))
+    assert measured(folder / "run")[6] == dict(distance=pytest.approx(wanted, rel=1e-4))
+
+
+# ---- refused
+
+NO_WEIGHTS = QUICK + "\nimport os\nos.environ['TORCH_HOME'] = 'nowhere'\n"
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("cd", RUNS["cd"], "--eval-every needs labels, which images.npz has none of, or Inception"),
+    ("ctm", DATA + "--teacher-steps 4", "--eval-every needs labels"),
+    ("ct", DATA, "--eval-every needs labels"),
+    ("ct", DATA.replace("data", "few"), "--eval-every: few.npz has 11 images, too few"),
+    ("guided_distill", RUNS["guided_distill"] + " --w-max 0 --teacher ideal --sampler encoder",
+     "--sampler encoder goes with --w-max 0, --sample-every 0 and --eval-every 0"),
+    ("guided_distill", "--teacher diffusers:latent --dataset data.npz",
+     "--eval-every does not apply with --teacher diffusers:PATH"),
+])
+def test_what_cannot_be_measured_is_refused(folder, script, flags, message):
+    """Before anything is trained, or left behind."""
+    x, y = pixels(11)
+    np.savez(folder / "few.npz", x, y)
+    np.savez(folder / "images.npz", pixels()[0])
+    if "needs labels" in message:
+        flags = flags.replace("data.npz", "images.npz")
+    net = "" if "diffusers" in flags else NET
+    assert_mistake((net + STEPS + flags + " --eval-every 3").split(), message, f"{script}.py",
+                   folder, NO_WEIGHTS)
+
+
+def test_inception_without_measuring_is_refused(folder):
+    assert_mistake((NET + STEPS + DATA + "--inception x.pth").split(),
+                   "--inception does not apply", "ct.py", folder)
+
+
+# ---- the clock
+
+def test_measuring_does_not_count_as_training(tmp_path, monkeypatch):
+    """Two steps of 8 images, a second each; between them 100 seconds of measuring."""
+    now = [0.0]
+    monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    run = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"),
+                                dtype=torch.float32)
+    args = argparse.Namespace(out_dir=str(tmp_path), total_steps=2, batch_size=8, micro_batch=8,
+                              log_every=2, lr=0.1)
+    log = common.start_run(args, run, torch.nn.Linear(2, 2), 0, 0)
+    now[0] = 1.0
+    log.step(1, True, False, loss=1.0)
+    with log.pause():
+        now[0] = 101.0
+    now[0] = 102.0
+    log.step(2, True, True, loss=1.0)
+    log.close()
+    line, = (json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert line["images_per_s"] == 8.0
