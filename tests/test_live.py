@@ -1,13 +1,16 @@
 """--eval-every: samples are measured while training."""
 import argparse
+import functools
 import json
 import re
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 
+import bench
 import cd
 import common
 import judge
@@ -297,3 +300,83 @@ def test_measuring_does_not_count_as_training(tmp_path, monkeypatch):
     log.close()
     line, = (json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines())
     assert line["images_per_s"] == 8.0
+
+
+# ---- bench.py track and curve
+
+def a_run(folder, lines, **settings):
+    """A run's folder, with the log that these lines make."""
+    folder.mkdir()
+    for line in lines:
+        common.append_record(folder / "log.jsonl", line)
+    torch.save(dict(args=settings), folder / "ema.pt")
+
+
+def test_track_is_a_table(tmp_path):
+    """Means of the last five lines; the last distance, with its step if that is another; of rounds
+    their ends, with what belongs to them."""
+    lines = [dict(step=step, loss=float(step), grad_norm=None if step == 6 else 2.0 * step)
+             for step in range(2, 41, 2)]
+    lines += [dict(step=4, distance=9.0, read=0.5), dict(step=18, distance=7.5)]
+    a_run(tmp_path / "a", lines, total_steps=40)
+    a_run(tmp_path / "half", [line for line in lines if line["step"] <= 20], total_steps=40)
+    rounds = dict(sampler="D", w_max=1.0, stage1_steps=3, start_N=4, end_N=1, round_steps=2,
+                  last_steps=2)
+    lines = [dict(step=3, distance=3.0), dict(step=7, distance=1.0)]
+    lines += [dict(step=step, loss=step / 2) for step in range(1, 8)]
+    a_run(tmp_path / "rounds", lines, **rounds)
+    done = run_script("track", "a", "half", "rounds", script="tests/bench.py", cwd=tmp_path, code=0)
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[2:-2]]
+    first = [["10%", "4", "3", "6", "9", "0.5"],
+             ["25%", "10", "6", "12", "9 (step 4)", "0.5 (step 4)"],
+             ["50%", "20", "16", "32", "7.5 (step 18)", "0.5 (step 4)"]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        *(["a", *row] for row in first),
+        ["a", "100%", "40", "36", "72", "7.5 (step 18)", "0.5 (step 4)"],
+        *(["half", *row] for row in first),
+        ["rounds", "stage 1", "3", "1", "", "3", ""],
+        ["rounds", "N = 2", "5", "2.25", "", "", ""],
+        ["rounds", "N = 1", "7", "3.25", "", "1", ""]]
+    done = run_script("track", "none", script="tests/bench.py", cwd=tmp_path, code=2)
+    assert "none holds no run" in done.stderr
+
+
+class Figure:
+    """In the place of matplotlib's: notes what is plotted."""
+    plots = []
+
+    def __init__(self, size, layout):
+        pass
+
+    def subplots(self, rows, columns):
+        def plot(place, *values, color, label, lw):
+            self.plots.append((place, color, label, *map(list, values)))
+        return [types.SimpleNamespace(
+            plot=functools.partial(plot, place), set=lambda **_: None, grid=lambda **_: None,
+            legend=lambda **_: None) for place in range(columns)]
+
+    def savefig(self, file, format, dpi):
+        file.write(b"drawn")
+
+
+def test_a_curve_of_each_run(tmp_path, monkeypatch, capsys):
+    """Loss, a mean over a fiftieth of the lines to either side, and distance; a colour a run."""
+    lines = [dict(step=step, loss=None if step == 5 else float(step % 3)) for step in range(1, 102)]
+    a_run(tmp_path / "a", [*lines, dict(step=50, distance=2.0)])
+    a_run(tmp_path / "b", lines[:3])
+    fake = types.ModuleType("matplotlib")
+    fake.figure = types.SimpleNamespace(Figure=Figure)
+    monkeypatch.setitem(sys.modules, "matplotlib", fake)
+    monkeypatch.chdir(tmp_path)
+    bench.curve(argparse.Namespace(dirs=["a", "b"], save="x.png"))
+    (*first, steps, values), second, third = Figure.plots
+    assert first == [0, "C0", "a"] and steps == [*range(1, 5), *range(6, 102)]
+    assert values[0] == pytest.approx((1 + 2 + 0) / 3)
+    assert values[3] == pytest.approx((2 + 0 + 1 + 0 + 1) / 5)  # steps 2, 3, 4, 6, 7
+    assert second == (0, "C1", "b", [1, 2, 3], [1.0, 2.0, 0.0])
+    assert third == (1, "C0", "a", [50], [2.0])
+    assert "note: the log of b holds no distance" in capsys.readouterr().out
+    assert (tmp_path / "x.png").read_bytes() == b"drawn"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(common.UserError, match="curve draws with matplotlib"):
+        bench.curve(argparse.Namespace(dirs=["a"], save="x.png"))
