@@ -1798,7 +1798,7 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
         log.labels = dataset.labels
         if run.main:
             judge = import_beside("judge", "--eval-every measures with tests/judge.py")
-            log.judge = judge.live_judge(args, run, dataset)
+            log.judge = judge.live_judge(args, run, dataset, log.say)
     if step < args.total_steps:
         # What the optimizers will hold from their first step on: two numbers a parameter.
         sizes = [p.numel() for optimizer in optimizers if not optimizer.state
@@ -2478,7 +2478,9 @@ class Log:
         self.sound, self.last = True, False  # was the last step of each player taken? does it end?
         self.done = self.written_at = self.saved = step
         self.written = {}  # at that step, see `confirm`
-        self.reported, self.shown = (step, time.perf_counter()), {}
+        self.reported = step, time.perf_counter()
+        self.shown = {}
+        self.judge = self.labels = None  # of --eval-every
         if not run.main:
             return
         lines = []
@@ -2736,7 +2738,7 @@ def initial_noise(net, noise, shape, t):
     return t * noise(torch.zeros(shape, device=next(net.parameters()).device))
 
 class NotFinite(UserError):
-    """What a network draws."""
+    """Samples that are not; the network is to blame."""
 
 def draw_part(draw, part, y, shape, seed):
     """Images `part` (b,) of those that `draw_many` draws: (b,H,W,C) uint8."""
@@ -2769,6 +2771,16 @@ def labels_that_occur(net):
     """Those of a network's labels that occur in the data it was trained on, as far as is known."""
     data = getattr(net, "data", None)
     return data["present"] if data and net.classes else list(range(net.classes))
+
+def show_samples(args, run, step, log, draws, classes, shape, last=None, **more):
+    """`sample_grid` and, of the first of `draws`, `measure_samples`, where they are due: at the
+    `last` step, too (default: of the run)."""
+    if last is None:
+        last = step == args.total_steps
+    if log.sound and due(args.sample_every, step, last):
+        sample_grid(args, run, step, log, draws, classes, shape, **more)
+    if log.sound and due(args.eval_every, step, last):
+        measure_samples(args, run, step, log, draws[0], classes, shape)
 
 def sample_grid(args, run, step, log, draws, classes, shape, name="", columns=None):
     """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`,

@@ -838,10 +838,7 @@ def train(args, run, stop):
                             N=N)
         draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
                  for w in shown_weights]
-        if log.sound and common.due(args.sample_every, step, ended):
-            common.sample_grid(args, run, step, log, draws, name=f"_{name}", **task.grid)
-        if log.sound and common.due(args.eval_every, step, ended):
-            common.measure_samples(args, run, step, log, draws[0], **task.grid)
+        common.show_samples(args, run, step, log, draws, last=ended, name=f"_{name}", **task.grid)
     log.close()
     return log.done == args.total_steps
 

@@ -263,7 +263,7 @@ def curve(args):
                 continue
             if key == "loss":
                 values = smoothed(values)
-            panel.plot(steps, values, color=f"C{number}", label=folder, lw=1)
+            panel.plot(steps, values, ".-", ms=3, lw=1, color=f"C{number}", label=folder)
         panel.set(xlabel="optimizer steps", ylabel=name, yscale="log")
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=7)

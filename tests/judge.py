@@ -358,28 +358,30 @@ def distance_to(mu, sigma, features):
     return evaluate.frechet_distance(features.mean(0), features.T.cov(), mu, sigma)
 
 
-def live_judge(args, run, dataset):
-    """The LiveJudge of a run: the one in its folder or its teacher's, or a new one, kept there."""
-    about = dict(data=run.data, dataset=args.dataset, size=dataset.size)
+def live_judge(args, run, dataset, say):
+    """The LiveJudge of a run: that in its folder or its teacher's, or a new one, kept as judge.pt.
+    say: prints a line."""
+    name = common.known_dataset(vars(args))
+    about = dict(data=run.data, dataset=name, size=dataset.size)
     path = Path(args.out_dir, "judge.pt")
     for old in (path, path.parent / "teacher" / path.name):
         state = common.load_checkpoint(old) if old.exists() else {}
         if state.get("about") == about:
-            print(f"--eval-every measures with {old}")
+            say(f"--eval-every measures with {old}")
             break
     else:
-        state = new_live_judge(args, run, dataset)
+        state = new_live_judge(args, run, dataset, name, say)
         common.save_checkpoint(path, dict(about=about) | state)
     if state["classifier"] is None:
         net = evaluate.Inception(args.inception, run.device)
     else:
-        kind = how_to_train(args.dataset).get("kind", Classifier)
+        kind = how_to_train(name).get("kind", Classifier)
         net = kind(len(state["classifier"]["head.bias"])).to(run.device).eval()
         net.load_state_dict(state["classifier"])
     return LiveJudge(net, state["mu"], state["sigma"], run.device)
 
 
-def new_live_judge(args, run, dataset):
+def new_live_judge(args, run, dataset, name, say):
     """What judge.pt holds, of at most 2 LIVE_IMAGES of a data set, and a line on it."""
     start = time.perf_counter()
     bytes_each = (12 if dataset.classes else 3) * dataset.size**2  # the classifier takes float32
@@ -388,7 +390,7 @@ def new_live_judge(args, run, dataset):
     unseen = torch.arange(len(x)) % 6 == 5
     others, known = x[unseen], x[~unseen]
     if dataset.classes:
-        training = how_to_train(args.dataset) | LIVE_TRAINING
+        training = how_to_train(name) | LIVE_TRAINING
         net = train_classifier(as_floats(known), y[~unseen], **training)
         state = net.state_dict()
         share = read(net, as_floats(others), y[unseen])
@@ -400,6 +402,6 @@ def new_live_judge(args, run, dataset):
     features = pixel_features(net, known)
     mu, sigma = features.mean(0), features.T.cov()
     floor = distance_to(mu, sigma, pixel_features(net, others))
-    print(f"--eval-every measures with {words}; the distance of {len(others):,} real ones is "
-          f"{floor:.3g}; made in {time.perf_counter() - start:.0f} s")
+    say(f"--eval-every measures with {words}; the distance of {len(others):,} real ones is "
+        f"{floor:.3g}; made in {time.perf_counter() - start:.0f} s")
     return dict(classifier=state, mu=mu, sigma=sigma)

@@ -349,8 +349,8 @@ class Figure:
         pass
 
     def subplots(self, rows, columns):
-        def plot(place, *values, color, label, lw):
-            self.plots.append((place, color, label, *map(list, values)))
+        def plot(place, x, y, style, *, color, label, **more):
+            self.plots.append((place, color, label, list(x), list(y)))
         return [types.SimpleNamespace(
             plot=functools.partial(plot, place), set=lambda **_: None, grid=lambda **_: None,
             legend=lambda **_: None) for place in range(columns)]
