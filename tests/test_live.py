@@ -1,5 +1,6 @@
 """--eval-every: samples are measured while training."""
 import argparse
+import contextlib
 import functools
 import json
 import re
@@ -34,6 +35,8 @@ monkeypatch.setattr(judge, "LIVE_TRAINING", dict(steps=4, batch=16))
 monkeypatch.setattr(common, "LIVE_SAMPLES", 20)
 """
 SAMPLES = 20
+HERE = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"),
+                             dtype=torch.float32)
 
 
 def pixels(n=152):
@@ -148,6 +151,46 @@ def test_the_distance_of_two_gaussians():
     live = judge.LiveJudge(Channels(), mu, 0.25 * torch.eye(3).double(), torch.device("cpu"))
     found = live.measure(images.round().numpy().astype(np.uint8), None)
     assert found == dict(distance=pytest.approx(0.05 + 3 * (20 / 127.5 - 0.5) ** 2, abs=0.005))
+
+
+class Lines:
+    """A log that keeps what it is given; its judge knows the images' labels by their brightness."""
+    def __init__(self, labels):
+        self.labels, self.judge, self.written, self.confirmed = labels, self, [], False
+        self.write, self.pause = self.written.append, contextlib.nullcontext
+
+    def measure(self, images, y):
+        assert images.shape == (500, 8, 8, 3) and (images == y.numpy()[:, None, None, None]).all()
+        return dict(distance=float(len(y.unique())), read=y.eq(0).double().mean().item())
+
+    def show(self, values):
+        self.shown = values
+
+    def confirm(self):
+        self.confirmed = True
+
+
+@pytest.mark.parametrize("labels, distance, read", [
+    ([0, 1, 0, 0] * 30, 2.0, 0.75), ([*range(200)] * 3, 200.0, 0.006), ([0, 7], 2.0, 0.5)])
+def test_labels_are_drawn_as_often_as_the_data_have_them(labels, distance, read):
+    log, args = Lines(np.array(labels)), argparse.Namespace(seed=0, micro_batch=64)
+    common.measure_samples(args, HERE, 7, log, lambda y, noise, shape: (
+        y / 127.5 - 1)[:, None, None, None].expand(shape), 1, (3, 8, 8))
+    assert log.written == [dict(step=7, distance=distance, read=read)]
+    assert log.shown == dict(dist=f"{distance:.3g}", read=f"{read:.3g}") and not log.confirmed
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_ends_while_it_draws(saved):
+    """What it has saved stays, unless that draws what is not finite."""
+    def draw(y, noise, shape):
+        if saved:
+            raise KeyboardInterrupt
+        return torch.full(shape, torch.nan)
+    log, args = Lines(np.zeros(9, np.int64)), argparse.Namespace(seed=0, micro_batch=64)
+    with pytest.raises(KeyboardInterrupt if saved else common.NotFinite):
+        common.measure_samples(args, HERE, 7, log, draw, 0, (3, 8, 8))
+    assert log.confirmed is saved and not log.written
 
 
 @pytest.mark.parametrize("script", RUNS)
@@ -286,11 +329,9 @@ def test_measuring_does_not_count_as_training(tmp_path, monkeypatch):
     """Two steps of 8 images, a second each; between them 100 seconds of measuring."""
     now = [0.0]
     monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    run = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"),
-                                dtype=torch.float32)
     args = argparse.Namespace(out_dir=str(tmp_path), total_steps=2, batch_size=8, micro_batch=8,
                               log_every=2, lr=0.1)
-    log = common.start_run(args, run, torch.nn.Linear(2, 2), 0, 0)
+    log = common.start_run(args, HERE, torch.nn.Linear(2, 2), 0, 0)
     now[0] = 1.0
     log.step(1, True, False, loss=1.0)
     with log.pause():
