@@ -262,6 +262,23 @@ def test_two_ranks_measure_as_one(folder, script):
     assert done.stdout.count("measures with a classifier") == 1
 
 
+def test_mnist_is_judged_as_in_the_benchmark(tmp_path, monkeypatch):
+    """By its own network, from digits turned and shifted; judge.pt makes the same one again."""
+    turned, said = [], []
+    monkeypatch.setattr(judge, "moved", lambda x: turned.append(len(x)) or x)
+    monkeypatch.setattr(judge, "LIVE_TRAINING", dict(steps=3, batch=5))
+    x, y = pixels(60)
+    data = common.ArrayImages([x], y, 8, "digits")
+    run = types.SimpleNamespace(device=torch.device("cpu"), data=data.summary())
+    args = argparse.Namespace(dataset="mnist", out_dir=str(tmp_path))
+    first, second = (judge.live_judge(args, run, data, said.append) for _ in range(2))
+    assert isinstance(second.net, judge.DigitClassifier) and turned == [5, 5, 5]
+    assert "of 10 images unknown" in said[0]
+    assert said[1].endswith(f" measures with {tmp_path}/judge.pt")
+    labels = torch.from_numpy(y)
+    assert first.measure(x, labels) == second.measure(x, labels)
+
+
 # ---- data without labels
 
 def test_inception_measures_what_has_no_labels(folder):
