@@ -296,6 +296,7 @@ class LatentModel:
     else none (B,0,h,w). to_v: the student is a teacher, too: the same network, to predict v.
     """
     latent = True
+    grid = dict(classes=0, shape=None)  # of pictures, until `open_vae`: none are drawn
 
     def __init__(self, teacher, dataset, guided, run, to_v=False):
         self.diffusers = common.import_optional(
