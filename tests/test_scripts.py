@@ -584,8 +584,8 @@ def test_help(tmp_path):
     done = run_script("--help", cwd=tmp_path, code=0)
     flags = ("dataset data-dir out-dir overwrite total-steps batch-size micro-batch lr seed "
              "log-every sample-every eval-every save-every ckpt sample eval inception sigmas "
-             "labels save recipe objective schedule s0 s1 mu0 teacher teacher-steps q stages mapping "
-             "dist p-t weighting parametrisation")
+             "labels save recipe objective schedule s0 s1 mu0 teacher teacher-steps q stages "
+             "mapping dist p-t weighting parametrisation")
     for flag in flags.split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
