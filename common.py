@@ -913,8 +913,8 @@ def import_optional(name, need):
                         f"{torch.__version__}: {first_line(error)}") from error
 
 def import_beside(name, need):
-    """Import cd.py, or evaluate.py of tests/. Raises UserError that begins with `need`."""
-    if name == "evaluate":
+    """Import cd.py, or a file of tests/. Raises UserError that begins with `need`."""
+    if name in ("evaluate", "judge"):
         sys.path.insert(0, str(Path(__file__).parent / "tests"))
     try:
         return importlib.import_module(name)
@@ -1658,12 +1658,27 @@ def open_dataset(args, run, size):
         print(dataset.describe())
         try:
             dataset.check()
+            check_live(args, dataset)
         except UserError as error:
             refused = error
     if any_rank(run, refused is not None):
         raise refused or UserError(f"--dataset {args.dataset}: the first process refuses it")
     run.data = dataset.summary()
     return dataset
+
+def check_live(args, dataset):
+    """Raises UserError if `--eval-every` cannot measure: without labels it takes Inception."""
+    if not args.eval_every:
+        return
+    if len(dataset) < 12:
+        raise UserError(f"--eval-every: {args.dataset} has {len(dataset)} images, too few to "
+                        "measure a distance to")
+    if not dataset.classes:
+        need = f"--eval-every needs labels, which {args.dataset} has none of, or Inception"
+        try:
+            import_beside("evaluate", "tests/evaluate.py").Inception(args.inception, "cpu")
+        except UserError as error:
+            raise UserError(f"{need}: {error}") from error
 
 def data_differences(old, new):
     """What data sets differ in, by their summaries: texts; none if one of them is not known. old:
@@ -1780,6 +1795,11 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
     raises a UserError that names them.
     """
     loader = batches(args, run, dataset, step)  # its workers start now: afterwards threads run
+    if args.eval_every and step < args.total_steps:
+        log.labels = dataset.labels
+        if run.main:
+            judge = import_beside("judge", "--eval-every measures with tests/judge.py")
+            log.judge = judge.live_judge(args, run, dataset, log.say)
     if step < args.total_steps:
         # What the optimizers will hold from their first step on: two numbers a parameter.
         sizes = [p.numel() for optimizer in optimizers if not optimizer.state
@@ -2098,7 +2118,7 @@ def file_sha(path):
 # Flags that may change when a run is resumed: where things lie, what is reported, the machine
 FREE_FLAGS = {"data_dir", "cache_dir", "teacher", "out_dir", "overwrite", "log_every",
               "sample_every", "save_every", "workers", "device", "compile", "ckpt", "micro_batch",
-              "micro_batch_limit", "gradient_checkpointing"}
+              "micro_batch_limit", "gradient_checkpointing", "eval_every", "inception"}
 
 locked = set()  # the folders that are this process' own
 
@@ -2188,7 +2208,7 @@ def check_resumable(args, state, script, model_args, data):
 def delete_run(out_dir):
     """`--overwrite`: what a run left in its folder is deleted."""
     with explain(f"--out-dir {out_dir}"):
-        for pattern in ("last.pt", "ema.pt", "samples/*.png"):
+        for pattern in ("last.pt", "ema.pt", "judge.pt", "samples/*.png"):
             for old in out_dir.glob(pattern):
                 old.unlink(missing_ok=True)
 
@@ -2460,6 +2480,8 @@ class Log:
         self.done = self.written_at = self.saved = step
         self.written = {}  # at that step, see `confirm`
         self.reported = step, time.perf_counter()
+        self.shown = {}
+        self.judge = self.labels = None  # of --eval-every
         if not run.main:
             return
         lines = []
@@ -2542,8 +2564,23 @@ class Log:
         record |= dict(images_per_s=speed, skipped=self.skipped,
                        peak_gb=peak_memory_gb(self.run.device))
         self.write(record)
-        shown = {key: f"{record[key]:.4g}" for key in ("loss", "N") if record.get(key) is not None}
-        self.bar.set_postfix(**shown, **{"img/s": f"{speed:.0f}"})
+        self.show({key: f"{record[key]:.4g}" for key in ("loss", "N")
+                   if record.get(key) is not None} | {"img/s": f"{speed:.0f}"})
+
+    def show(self, values):
+        """Texts by their name at the end of the progress bar, until there are newer ones."""
+        self.shown |= values
+        self.bar.set_postfix(self.shown)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What is done meanwhile does not count as training."""
+        start = time.perf_counter()
+        yield
+        before, then = self.reported
+        self.reported = before, then + time.perf_counter() - start
+        if self.run.main:
+            self.bar.unpause()
 
     def write(self, record):
         text = json.dumps(record)
@@ -2701,13 +2738,16 @@ def initial_noise(net, noise, shape, t):
     """t * unit noise (b,C,H,W), on the device of the net: where sampling begins."""
     return t * noise(torch.zeros(shape, device=next(net.parameters()).device))
 
+class NotFinite(UserError):
+    """Samples that are not; the network is to blame."""
+
 def draw_part(draw, part, y, shape, seed):
     """Images `part` (b,) of those that `draw_many` draws: (b,H,W,C) uint8."""
     y_part = None if y is None else y[part]
     noise = SeededNoise(part, seed)
     x = draw(y_part, noise, (len(part), *shape))
     if (~x.isfinite()).any():
-        raise UserError("the network draws what is not finite: it has diverged, or --precision "
+        raise NotFinite("the network draws what is not finite: it has diverged, or --precision "
                         "fp32 helps")
     return to_uint8(x)
 
@@ -2733,22 +2773,57 @@ def labels_that_occur(net):
     data = getattr(net, "data", None)
     return data["present"] if data and net.classes else list(range(net.classes))
 
+def show_samples(args, run, step, log, draws, classes, shape, last=None, **more):
+    """`sample_grid` and, of the first of `draws`, `measure_samples`, where they are due: at the
+    `last` step, too (default: of the run)."""
+    if last is None:
+        last = step == args.total_steps
+    if log.sound and due(args.sample_every, step, last):
+        sample_grid(args, run, step, log, draws, classes, shape, **more)
+    if log.sound and due(args.eval_every, step, last):
+        measure_samples(args, run, step, log, draws[0], classes, shape)
+
 def sample_grid(args, run, step, log, draws, classes, shape, name="", columns=None):
     """Write samples/STEP.png from the same noise every time: a block of 8 rows for each of `draws`,
     see `draw_many`. classes: those that occur in turn, a column each, at most 10; 0: 8 columns."""
     labels = run.data["present"] if run.data and classes else list(range(classes))
     columns = columns or min(len(labels), 10) or 8
     y = torch.tensor(labels * 8 * columns, device=run.device)[:8 * columns] if classes else None
-    blocks = []
-    try:
-        for draw in draws:
-            blocks.append(draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch))
+    with saved_for_good(log):
+        blocks = [draw_many(run, draw, 8 * columns, y, shape, args.seed, args.micro_batch)
+                  for draw in draws]
         if run.main:
             save_grid(Path(args.out_dir, "samples", f"{step:06d}{name}.png"), blocks, columns)
-    except BaseException as error:  # the run ends: what it has saved stays, if that is not to blame
-        if len(blocks) == len(draws) or not isinstance(error, UserError):
-            log.confirm()
+
+@contextlib.contextmanager
+def saved_for_good(log):
+    """If the run ends in here what it has saved stays, unless that draws what is not finite."""
+    try:
+        yield
+    except NotFinite:
         raise
+    except BaseException:
+        log.confirm()
+        raise
+
+LIVE_SAMPLES = 500  # that --eval-every measures
+
+def measure_samples(args, run, step, log, draw, classes, shape):
+    """`--eval-every`: a line of log.jsonl on LIVE_SAMPLES images, from the same noise every time.
+
+    draw: see `draw_many`. classes: 0, or they are of the data's labels in proportion.
+    """
+    y, labels = None, log.labels
+    if classes:
+        places = np.arange(LIVE_SAMPLES) * len(labels) // LIVE_SAMPLES
+        y = torch.from_numpy(np.sort(labels)[places]).to(run.device)
+    with log.pause(), saved_for_good(log):
+        images = draw_many(run, draw, LIVE_SAMPLES, y, shape, args.seed, args.micro_batch)
+        if run.main:
+            values = log.judge.measure(images, y)
+            log.write(dict(step=step) | values)
+            names = dict(distance="dist", read="read")
+            log.show({names[key]: f"{value:.3g}" for key, value in values.items()})
 
 def labels_to_draw(args, net, n, device, key="labels"):
     """`--labels` in turn, or all that occurred in training, for n images: (n,) int64; None without
@@ -2912,8 +2987,8 @@ MOVED = {  # flags of before
 }
 # What the teacher that a script trains first shares with its student.
 RUN_FLAGS = ("dataset", "data_dir", "cache_dir", "class_cond", "flip", "net", "workers",
-             "overwrite", "seed", "log_every", "sample_every", "save_every", "device", "precision",
-             "compile", "gradient_checkpointing")
+             "overwrite", "seed", "log_every", "sample_every", "eval_every", "save_every",
+             "inception", "device", "precision", "compile", "gradient_checkpointing")
 PRECISIONS = "auto", "bf16", "tf32", "fp32"
 SAMPLING_DEFAULTS = dict(micro_batch=64, compile=False, dataset=None)  # others than in training
 
@@ -2964,6 +3039,11 @@ def add_shared_flags(parser, net_only):
                help="steps between lines of log.jsonl; 0 = never (default 50)")
     train.flag("--sample-every", default=500, **every,
                help="steps between grids of samples; 0 = never (default 500)")
+    train.flag("--eval-every", default=0, **every,
+               help=f"steps between measurements of {LIVE_SAMPLES} samples of the grid's first "
+               "kind, into log.jsonl: Frechet distance to the data, in features of a classifier "
+               "that is trained first (Inception's, without labels), and share read as asked; 0 = "
+               "never (default)")
     train.flag("--save-every", default=500, **every,
                help="steps between checkpoints; 0 = only at the end (default 500)")
 
@@ -2975,7 +3055,7 @@ def add_shared_flags(parser, net_only):
                 help="draw N images and measure FID, IS, precision and recall against --dataset, "
                 "by default what the checkpoint was trained on, or an .npz of statistics (mu, "
                 "sigma). Called FID where N is 50000, FID@N elsewhere")
-    sample.flag("--inception", only=measured, metavar="FILE",
+    sample.flag("--inception", only=[measured, dict(ckpt=False, eval_every=True)], metavar="FILE",
                 help="weights of torch-fidelity's Inception (default: its own place)")
     sample.flag("--labels", type=count, nargs="+", metavar="Y",
                 help="classes to draw, in turn (default: all)")

@@ -648,8 +648,7 @@ def train(args, run, stop):
         log.step(step, finite, last, player=critics_turn, **values)
         if common.due(args.save_every, step) or last:
             common.save_run(args, run, "ctm", step, log, model_args, parts)
-        if log.sound and common.due(args.sample_every, step, step == args.total_steps):
-            common.sample_grid(args, run, step, log, draws, classes, (3, size, size))
+        common.show_samples(args, run, step, log, draws, classes, (3, size, size))
     log.close()
     return log.done == args.total_steps
 

@@ -296,6 +296,7 @@ class LatentModel:
     else none (B,0,h,w). to_v: the student is a teacher, too: the same network, to predict v.
     """
     latent = True
+    grid = dict(classes=0, shape=None)  # of pictures, until `open_vae`: none are drawn
 
     def __init__(self, teacher, dataset, guided, run, to_v=False):
         self.diffusers = common.import_optional(
@@ -591,14 +592,16 @@ def check(args):
         raise UserError("--teacher none: what is distilled here is a teacher")
     if not distil and args.sampler != "D":
         raise UserError(f"--sampler {args.sampler} does not apply with --stage teacher")
-    if args.sampler == "encoder" and (latent or args.w_max or args.sample_every):
-        raise UserError("--sampler encoder goes with --w-max 0 and --sample-every 0: guided it is "
-                        "ill-conditioned, and it draws nothing; and with a teacher of images")
+    drawn = args.sample_every or args.eval_every
+    if args.sampler == "encoder" and (latent or args.w_max or drawn):
+        raise UserError("--sampler encoder goes with --w-max 0, --sample-every 0 and --eval-every "
+                        "0: guided it is ill-conditioned, and it draws nothing; and with a teacher "
+                        "of images")
     if latent and args.dataset in common.DATASETS:
         raise UserError("--teacher diffusers:PATH needs --dataset FILE.npz, of latents (see the "
                         "README)")
     if latent:
-        common.refuse(args, ["flip", "dropout"], "with --teacher diffusers:PATH")
+        common.refuse(args, ["flip", "dropout", "eval_every"], "with --teacher diffusers:PATH")
     if not distil:
         return
     powers = math.log2(args.start_N).is_integer() and math.log2(args.end_N).is_integer()
@@ -836,10 +839,9 @@ def train(args, run, stop):
         if common.due(args.save_every, step) or last or ended:
             common.save_run(args, run, "guided_distill", step, log, task.model_args, parts,
                             N=N)
-        if log.sound and common.due(args.sample_every, step, ended):
-            draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
-                     for w in shown_weights]
-            common.sample_grid(args, run, step, log, draws, name=f"_{name}", **task.grid)
+        draws = [partial(task.draw, v_ema, angle, N or 16, args.sampler, w, run.device)
+                 for w in shown_weights]
+        common.show_samples(args, run, step, log, draws, last=ended, name=f"_{name}", **task.grid)
     log.close()
     return log.done == args.total_steps
 

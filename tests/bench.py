@@ -7,6 +7,8 @@
     python tests/bench.py search-times --ckpt out/cd/last.pt --M 2 --N 40     noise levels
     python tests/bench.py guided --dir out/guided_distill    every round's student, against N and w
     python tests/bench.py figure5 --teacher out/cd/teacher/last.pt --ckpt out/cd/last.pt
+    python tests/bench.py curve out/cd out/ctm      loss and --eval-every's distance, a picture
+    python tests/bench.py track out/cd              "is my run on track?": the same, a short table
     python tests/bench.py posterior                 what an ideal denoiser sees, and where it leads
     python tests/bench.py speed                     images/s of the steps, share of the GEMM rate
     python tests/bench.py memory                    what an image of a micro-batch takes, counted
@@ -228,6 +230,88 @@ def posterior(args):
     print(f"{args.save}: {len(rows)} rows, noise levels {' '.join(f'{t:g}' for t in args.sigmas)}")
 
 
+# ---- runs
+
+def read_log(folder):
+    """The lines of a run's log.jsonl."""
+    with common.explain(f"{folder} holds no run"), open(Path(folder, "log.jsonl")) as lines:
+        return [json.loads(line) for line in lines]
+
+
+def series(records, key):
+    """The steps at which lines of a log have a number `key`, and these numbers."""
+    found = [(line["step"], line[key]) for line in records if line.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smoothed(values):
+    """The mean of each value and its neighbours, a fiftieth of all on either side."""
+    reach = len(values) // 50
+    return [np.mean(values[max(i - reach, 0):i + reach + 1]) for i in range(len(values))]
+
+
+def curve(args):
+    """Loss and distance of runs against their steps, a colour each."""
+    common.import_optional("matplotlib", "curve draws with matplotlib")
+    from matplotlib import figure
+    picture = figure.Figure((9, 3.6), layout="constrained")
+    panels = picture.subplots(1, 2)
+    for panel, key, name in zip(panels, ("loss", "distance"), ("loss", "Fréchet distance")):
+        for number, folder in enumerate(args.dirs):
+            steps, values = series(read_log(folder), key)
+            if not values:
+                print(f"note: the log of {folder} holds no {key}")
+                continue
+            if key == "loss":
+                values = smoothed(values)
+            panel.plot(steps, values, ".-", ms=3, lw=1, color=f"C{number}", label=folder)
+        panel.set(xlabel="optimizer steps", ylabel=name, yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    with common.atomic_file(args.save) as file:
+        picture.savefig(file, format="png", dpi=150)
+    print(args.save)
+
+
+def points_of(settings):
+    """What `track` shows of a run: (name, step before which it began, step); of rounds their ends.
+
+    settings: of its checkpoint.
+    """
+    if "round_steps" not in settings:
+        total = settings["total_steps"]
+        return [(f"{share}%", 0, total * share // 100) for share in (10, 25, 50, 100)]
+    points, end = [], 0
+    for N, steps in guided_distill.plan(settings):
+        start, end = end, end + steps
+        points.append((f"N = {N}" if N else "stage 1", start, end))
+    return points
+
+
+def latest(records, key, start, step, lines=1):
+    """The mean of the last `lines` numbers `key` after `start` and up to `step`, as text."""
+    within = [line for line in records if start < line["step"] <= step]
+    steps, values = series(within, key)
+    if not values:
+        return ""
+    return f"{np.mean(values[-lines:]):.3g}" + f" (step {steps[-1]})" * (steps[-1] != step)
+
+
+def track(args):
+    """A table of runs on their way: loss, gradient norm, distance, share read."""
+    print("| run | at | step | loss | gradient norm | distance | read as asked |")
+    print("|---" * 7 + "|")
+    for folder in map(Path, args.dirs):
+        records = read_log(folder)
+        settings = common.load_checkpoint(folder / "ema.pt")["args"]
+        for name, start, step in points_of(settings):
+            cells = [latest(records, key, start, step, lines) for key, lines in
+                     (("loss", 5), ("grad_norm", 5), ("distance", 1), ("read", 1))]
+            if step <= max(line["step"] for line in records):
+                print(f"| {folder} | {name} | {step} | " + " | ".join(cells) + " |")
+    print("\nLoss, gradient norm: means of the last lines of the log up to then, at most five.")
+
+
 # ---- tensorboard
 
 def show_in_tensorboard(args):
@@ -235,8 +319,7 @@ def show_in_tensorboard(args):
     common.import_optional("tensorboard", "TensorBoard's files need the package tensorboard")
     from torch.utils.tensorboard import SummaryWriter
     folder = Path(args.dir)
-    with common.explain(f"{folder} holds no run"):
-        records = [json.loads(line) for line in open(folder / "log.jsonl")]
+    records = read_log(folder)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     with SummaryWriter(folder / "tensorboard") as events:
         for record in records:
@@ -599,6 +682,18 @@ def add_pictures(commands):
     command.set_defaults(run=posterior)
 
 
+def add_runs(commands):
+    command = commands.add_parser("curve", help="a picture of runs: loss, and the distance that "
+                                  "--eval-every measures, against steps")
+    command.add_argument("dirs", nargs="+", metavar="DIR", help="their --out-dir")
+    command.add_argument("--save", default="curve.png", metavar="PATH")
+    command.set_defaults(run=curve)
+    command = commands.add_parser("track", help="a table of runs: loss, gradient norm, distance at "
+                                  "10, 25, 50, 100%% of their steps, or the end of each round")
+    command.add_argument("dirs", nargs="+", metavar="DIR", help="their --out-dir")
+    command.set_defaults(run=track)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -616,6 +711,7 @@ def make_parser():
     command = commands.add_parser("tensorboard", help="a run's log and pictures for TensorBoard")
     command.add_argument("dir", help="the run's --out-dir")
     command.set_defaults(run=show_in_tensorboard)
+    add_runs(commands)
     command = commands.add_parser("speed", help="how fast the steps are, in all variants")
     command.add_argument("--step", nargs="+", choices=PASSES, default=list(PASSES))
     nets = ["glyphs", "cifar-small"] + ["imagenet64"] * torch.cuda.is_available()

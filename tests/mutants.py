@@ -132,6 +132,12 @@ MUTANTS = {
         ("1 / (k + 1).double()", "1 / (k + 2).double()", "solvers"),
         ("std = t_next * (1 - kept).sqrt()", "std = t * (1 - kept).sqrt()", "solvers"),
         ('if sampler in ("heun", "dpm2")', 'if sampler == "heun"', "solvers"),
+        ("self.reported = before, then + time.perf_counter() - start",
+         "self.reported = before, then", "live"),
+        ("places = np.arange(LIVE_SAMPLES) * len(labels) // LIVE_SAMPLES",
+         "places = np.arange(LIVE_SAMPLES) % len(labels)", "live"),
+        ("if log.sound and due(args.eval_every, step, last)",
+         "if log.sound and due(args.eval_every, step)", "live"),
     ],
     "cd.py": [
         ("min((step + 1) / args.warm_up, 1)", "min(step / args.warm_up, 1)", "cd_scripts"),
@@ -271,6 +277,10 @@ MUTANTS = {
          "precision, recall = evaluate.precision_recall(real, mine)", "judge"),
         ("distances < usual.quantile(0.01)", "distances < usual.quantile(0.5)", "judge"),
         ("np.arange(len(rows)) % 5 == 0", "np.arange(len(rows)) % 5 == 1", "judge"),
+        ("others, known = x[unseen], x[~unseen]", "known, others = x[unseen], x[~unseen]", "live"),
+        ("mu, sigma = features.mean(0), features.T.cov()",
+         "mu, sigma = features.mean(0), features.T.cov(correction=0)", "live"),
+        ('if state.get("about") == about', "if state", "live"),
     ],
     "tests/scoreboard.py": [
         ('str(Path(name).with_name("teacher"))', '"teacher"', "bench"),

@@ -24,7 +24,8 @@ STOP = types.SimpleNamespace(number=0)
 def settings(folder, **changes):
     return argparse.Namespace(**dict(
         out_dir=str(folder), overwrite=False, total_steps=20, batch_size=8,
-        micro_batch=4, log_every=1, lr=0.1, seed=3, p_t=[-1.1, 2.0], dist="l2") | changes)
+        micro_batch=4, log_every=1, eval_every=0, lr=0.1, seed=3, p_t=[-1.1, 2.0],
+        dist="l2") | changes)
 
 
 def rank(r, world):

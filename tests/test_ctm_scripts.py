@@ -762,7 +762,7 @@ def test_help(tmp_path):
         "teacher teacher-steps N max-steps matching solver dist mu s-init dsm-weight p-t disc "
         "disc-start disc-weight disc-lr dataset data-dir class-cond flip net dropout workers "
         "out-dir cache-dir overwrite total-steps batch-size micro-batch lr ema-decay seed "
-        "log-every sample-every save-every gradient-checkpointing ckpt sample eval inception "
-        "sigmas labels save device precision compile steps gamma heun edit image mask factor "
-        "noise-level noisy dropout-size".split())
+        "log-every sample-every eval-every save-every gradient-checkpointing ckpt sample eval "
+        "inception sigmas labels save device precision compile steps gamma heun edit "
+        "image mask factor noise-level noisy dropout-size".split())
     assert max(map(len, shown.splitlines())) <= 100

@@ -746,7 +746,7 @@ MISTAKES = [
     ("--w-min 3 --w-max 2", "--w-min 3.0 is above --w-max 2.0"),
     ("--w-max 0 --stage1-steps 5", "--stage1-steps does not apply without --w-max"),
     ("--sampler encoder --w-max 2", "--sampler encoder goes with --w-max 0"),
-    ("--sampler encoder --sample-every 5", "with --w-max 0 and --sample-every 0"),
+    ("--sampler encoder --sample-every 5", "with --w-max 0, --sample-every 0 and"),
     ("--stage teacher", "teachers of images are trained by python cd.py --stage teacher"),
     ("--stage teacher --teacher diffusers:pipe --w-max 2", "--w-max does not apply with --stage"),
     ("--stage teacher --teacher diffusers:pipe --start-N 4", "--start-N does not apply with --sta"),

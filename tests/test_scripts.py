@@ -583,9 +583,9 @@ def test_mistakes_of_all_ranks_are_said_once(tmp_path):
 def test_help(tmp_path):
     done = run_script("--help", cwd=tmp_path, code=0)
     flags = ("dataset data-dir out-dir overwrite total-steps batch-size micro-batch lr seed "
-             "log-every sample-every save-every ckpt sample eval inception sigmas labels save "
-             "recipe objective schedule s0 s1 mu0 teacher teacher-steps q stages mapping dist p-t "
-             "weighting parametrisation")
+             "log-every sample-every eval-every save-every ckpt sample eval inception sigmas "
+             "labels save recipe objective schedule s0 s1 mu0 teacher teacher-steps q stages "
+             "mapping dist p-t weighting parametrisation")
     for flag in flags.split():
         assert f"\n  --{flag}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120

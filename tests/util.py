@@ -148,7 +148,8 @@ def tf32():
 
 # ---- scripts, run as a user would
 
-MODULES = ("common", "cd", "ct", "ctm", "guided_distill", "evaluate", "bench", "scoreboard")
+MODULES = ("common", "cd", "ct", "ctm", "guided_distill", "evaluate", "judge", "bench",
+           "scoreboard")
 KEPT = tempfile.TemporaryDirectory()
 
 
