@@ -254,7 +254,7 @@ LSUN_TEACHER = dict(batch_size=2048, lr=1e-4, dropout=0.1, ema_decay=0.9999432)
 TEACHERS = {
     "glyphs": dict(batch_size=32, total_steps=2600, lr=2e-3, ema_decay=0.997,
                    p_t=[-0.6, 1.4]),
-    "mnist": dict(batch_size=16, total_steps=5000, lr=2e-3, ema_decay=0.998, p_t=[0.4, 1.2]),
+    "mnist": dict(batch_size=16, total_steps=5000, lr=2e-3, ema_decay=0.9985, p_t=[1.0, 1.2]),
     "path": dict(batch_size=128, total_steps=100_000, lr=4e-4, ema_decay=0.9995),
     "cifar10": dict(batch_size=512, total_steps=400_000, lr=1e-3, ema_decay=0.99929,
                     dropout=0.13, lr_ramp=10_000_000),
@@ -272,8 +272,8 @@ LSUN = dict(batch_size=2048, total_steps=600_000, lr=1e-5, ema_decay=0.999943,
 STUDENTS = {
     "glyphs": dict(batch_size=32, total_steps=3000, lr=1e-3, ema_decay=0.997,
                    sigmas=[80.0, 1.6], **OURS),
-    "mnist": dict(batch_size=16, total_steps=3000, lr=1e-3, ema_decay=0.998, solver="euler",
-                  sigmas=[80.0, 1.6], **OURS),
+    "mnist": dict(batch_size=16, total_steps=3000, lr=1e-3, ema_decay=0.998,
+                  solver="euler", N=9, sigmas=[80.0, 2.0], **OURS),
     "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, ema_decay=0.9995,
                  sigmas=[80.0, 0.585348], **OURS),
     "cifar10": dict(batch_size=512, total_steps=800_000, lr=4e-4, ema_decay=0.9999,
@@ -288,7 +288,7 @@ CONTINUOUS_LR = {True: 5e-6, False: 1e-3}  # by stop_gradient: openai's JAX code
 SCM_IMAGENET = dict(total_steps=400_000, p_t=[-1.0, 1.6], lr_decay=35_000, sigmas=[80.0, 0.98238])
 SCM_STUDENTS = {
     "glyphs": dict(total_steps=1500, p_t=[0.0, 1.6], r=0.2, warm_up=100),
-    "mnist": dict(total_steps=2000, p_t=[0.4, 1.4], r=0.2, warm_up=100),
+    "mnist": dict(total_steps=2000, p_t=[0.8, 1.4], r=0.2, warm_up=100),
     "path": {},
     "cifar10": dict(total_steps=400_000, ema_decay=0.99929, sigmas=[80.0, 0.821]),
 }

@@ -136,8 +136,8 @@ LSUN = dict(net=["lsun256"], flip=True, micro_batch=8, class_cond=False,
 DATASETS = {
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6],
                    batch_size=32, lr=1e-3, ema_decay=0.997, total_steps=3600),
-    "mnist": dict(net=["mnist"], flip=False, micro_batch=16, sigmas=[80.0, 1.6],
-                  batch_size=16, lr=1e-3, ema_decay=0.998, total_steps=8000),
+    "mnist": dict(net=["mnist"], flip=False, micro_batch=16, sigmas=[80.0, 2.0],
+                  batch_size=16, lr=1e-3, ema_decay=0.998, total_steps=7000),
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, sigmas=[80.0, 0.821],
                  batch_size=128, lr=4e-4, ema_decay=0.9995, total_steps=100_000),
     "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, sigmas=[80.0, 0.821],
@@ -165,8 +165,8 @@ RECIPES = {
     },
     "mnist": {
         "ct": dict(s1=20, mu0=0.9, dist="l2"),
-        "ict": dict(s1=40, p_t=[0.4, 1.4]),
-        "ect": dict(q=16.0, stages=1, total_steps=2000, p_t=[0.4, 1.4]),
+        "ict": dict(s1=40, p_t=[0.8, 1.4]),
+        "ect": dict(q=16.0, stages=1, total_steps=2000, p_t=[0.8, 1.4]),
     },
     "path": {
         "ct": dict(s1=150, mu0=0.9),
@@ -199,7 +199,7 @@ SCM_IMAGENET = dict(batch_size=2048, total_steps=400_000, ema_decay=0.999943, p_
                     dropout=0.45, dropout_size=16, lr_decay=35_000, sigmas=[80.0, 0.98238])
 SCM_DATASETS = {
     "glyphs": dict(total_steps=1500, p_t=[0.0, 1.6], r=0.2, warm_up=100),
-    "mnist": dict(total_steps=2000, p_t=[0.4, 1.4], r=0.2, warm_up=100),
+    "mnist": dict(total_steps=2000, p_t=[0.8, 1.4], r=0.2, warm_up=100),
     "path": {},
     "cifar10": dict(batch_size=512, total_steps=400_000, ema_decay=0.99929, dropout=0.2,
                     p_t=[-1.0, 1.8]),

@@ -374,7 +374,7 @@ STUDENTS = {
         max_steps=3, dist="huber", mu=0.99, p_t=[-0.6, 1.4]),
     "mnist": dict(
         batch_size=16, total_steps=1500, lr=1e-3, ema_decay=0.998, disc_start=800,
-        max_steps=3, dist="huber", mu=0.99, p_t=[0.4, 1.2]),
+        N=10, max_steps=2, dist="huber", mu=0.99, p_t=[1.0, 1.2]),
     "path": dict(
         batch_size=128, total_steps=100_000, lr=2e-4, disc_start=50_000,
         max_steps=8, dist="huber"),

@@ -523,7 +523,7 @@ STUDENTS = {
     "glyphs": dict(batch_size=32, lr=1e-3, ema_decay=0.98, start_N=64,
                    stage1_steps=1000, round_steps=300, last_steps=900),
     "mnist": dict(batch_size=16, lr=1e-3, ema_decay=0.98, start_N=16,
-                  stage1_steps=1500, round_steps=300, last_steps=900),
+                  stage1_steps=1200, round_steps=300, last_steps=700),
     "path": dict(batch_size=128, lr=2e-4, start_N=256,
                  stage1_steps=20_000, round_steps=5_000, last_steps=25_000),
     "cifar10": dict(batch_size=128, lr=5e-5, stage1_steps=100_000),
