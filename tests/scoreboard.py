@@ -268,7 +268,6 @@ def merged(module, flags):
     return {key: value for key, value in settings.items() if not parser.why_not(key, settings)}
 
 
-NAMED = "glyphs", "mnist"  # whose recipes are for two cores
 # What a path keeps of its own recipe, or this module decides.
 FREE = {"net", "flip", "out_dir", "dataset", "teacher_steps", "total_steps", "start_N",
         "stage1_steps", "round_steps", "last_steps"}
@@ -280,7 +279,7 @@ def command(method, args, teacher, folder, seed):
     numbers = budgets(args.total_steps, args.teacher_steps, args.ablation_steps)
     net = "--net " + " ".join(args.net) if args.net else ""
     words = method.flags.replace("NET", net).format(**numbers, teacher=teacher).split()
-    if args.dataset not in NAMED:
+    if args.dataset not in common.DIGITS:
         module = MODULES[method.script]
         flags = vars(module.make_parser().parse_args(words))
         theirs = merged(module, flags | dict(dataset=args.dataset))
@@ -878,7 +877,7 @@ def command_line(args):
     words = ["python tests/bench.py quality"]
     for key in keys:
         value = getattr(args, key)
-        if key in ("dataset", "data_dir") and value not in (None, *NAMED):
+        if key in ("dataset", "data_dir") and value not in (None, *common.DIGITS):
             below = Path(value).is_relative_to(Path.cwd())
             value = Path(value).relative_to(Path.cwd()) if below else Path(value).name
         if value is not None:
@@ -909,7 +908,7 @@ def origin(args, run, records):
 def report(args, run, told, lines_of_table, held_out, records, rows, curves, chosen):
     """The lines of quality_NAME.md."""
     gpu = run.device.type == "cuda"
-    recipe = args.dataset if args.dataset in NAMED else "glyphs"
+    recipe = args.dataset if args.dataset in common.DIGITS else "glyphs"
     batch = args.batch_size or cd.STUDENTS[recipe]["batch_size"]
     lines = [
         f"# Scoreboard: {Path(args.dataset).stem}", "", f"`{command_line(args)}`", "",
@@ -981,14 +980,14 @@ def steps_of(name, args):
 def open_data(args):
     """The data set, when all that is needed is seen to be there: now, not when every training has
     failed. Makes the paths in args absolute."""
-    if args.dataset not in NAMED and not Path(args.dataset).exists():
+    if args.dataset not in common.DIGITS and not Path(args.dataset).exists():
         raise common.UserError(f"--dataset {args.dataset} does not exist: name glyphs, mnist or "
                                "the path of images with labels")
     if args.data_dir:
         if args.dataset != "mnist":
             raise common.UserError("--data-dir goes with --dataset mnist: it says where it lies")
         args.data_dir = str(Path(args.data_dir).resolve())
-    if args.dataset not in NAMED:
+    if args.dataset not in common.DIGITS:
         args.dataset = str(Path(args.dataset).resolve())
     net = args.net or common.DATASETS[common.known_dataset(vars(args))]["net"]
     size = common.net_settings(net)["image_size"]
