@@ -181,12 +181,13 @@ def unpack_digits(wheel, folder):
 def held_out_digits(data_dir, size):
     """MNIST's test, or what lies as held_out.npz beside the data set that `data_dir` names."""
     path = Path(data_dir or "data")
-    if path.is_dir():
+    if common.is_fetched(data_dir):
         return common.load_mnist(path, size, test=True)
     beside = path.with_name(HELD_OUT)
-    if not beside.exists():
-        raise common.UserError(f"--data-dir {path}: digits that are held out are measured with, as "
-                               f"{beside}; python tests/bench.py digits makes both")
+    if path == beside or not beside.exists():
+        raise common.UserError(f"--data-dir {path}: name the digits to train on, with held-out "
+                               f"ones beside them as {beside}; python tests/bench.py digits makes "
+                               "both")
     return common.load_dataset(str(beside), None, size)
 
 # ---- measuring
