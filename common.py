@@ -1678,6 +1678,7 @@ def check_live(args, dataset):
     """Raises UserError if `--eval-every` cannot measure: without labels it takes Inception."""
     if not args.eval_every:
         return
+    import_beside("judge", "--eval-every measures with tests/judge.py")
     if len(dataset) < 12:
         raise UserError(f"--eval-every: {args.dataset} has {len(dataset)} images, too few to "
                         "measure a distance to")
@@ -1806,7 +1807,7 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
     if args.eval_every and step < args.total_steps:
         log.labels = dataset.labels
         if run.main:
-            judge = import_beside("judge", "--eval-every measures with tests/judge.py")
+            judge = import_beside("judge", "--eval-every")
             log.judge = judge.live_judge(args, run, dataset, log.say)
     if step < args.total_steps:
         # What the optimizers will hold from their first step on: two numbers a parameter.

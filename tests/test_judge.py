@@ -65,6 +65,13 @@ def test_each_image_is_moved_in_its_own_way():
 
 # ---- measures
 
+def test_large_images_are_read_a_few_at_once():
+    """Of 512 pixels four, of 28 a thousand; none is left out."""
+    for n, size, parts in ((9, 512, [4, 4, 1]), (1500, 28, [1000, 500]), (2, 2000, [1, 1])):
+        x = torch.zeros(1, 1, 1, 1).expand(n, 3, size, size)
+        assert [len(part) for part in judge.parts_of(x)] == parts
+
+
 def test_nearest_is_the_least_rms_difference():
     x, others = torch.randn(7, 3, 4, 4), torch.randn(9, 3, 4, 4)
     others[3] = x[2]
