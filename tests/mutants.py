@@ -288,7 +288,9 @@ MUTANTS = {
         ('return consistency(merged(module, flags)["sigmas"][:2])', "return CONSISTENCY", "bench"),
         ("str(seed),", "str(args.seed),", "bench"),
         ("sum(column) / len(rows) for column", "max(column) for column", "bench"),
-        ("{args.n} {args.data_dir} measures {judge.MEASURES}", "{args.n} {args.data_dir}", "bench"),
+        ("{args.n} {path} measures {judge.MEASURES}", "{args.n} {path}", "bench"),
+        ('HEUN_18 = "--teacher {teacher} --solver heun --N 18"', 'HEUN_18 = "--teacher {teacher}"',
+         "bench"),
     ],
 }
 
