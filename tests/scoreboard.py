@@ -511,7 +511,8 @@ def yardsticks(path, judged, args, stop):
 def mean_of(rows):
     """The means of rows that differ in their seed."""
     scores = [row[4:] for row in rows]
-    return Row(*rows[0][:4], *(sum(column) / len(rows) for column in zip(*scores)))
+    means = [sum(column) / len(rows) for column in zip(*scores)]
+    return Row(*rows[0][:4], *means)
 
 
 def machine():
@@ -543,11 +544,14 @@ def verdict_on(claim, pairs):
     return f"- {claim}: **{verdict}** ({'; '.join(shown)})."
 
 
+ALIKE = {5: (5,), 8: (8,), 10: (9, 10), 12: (11, 12)}  # network calls; 2 N - 1 is odd
+
+
 def beside_solvers(rows):
     """For `verdict_on`: the teacher's fast solvers beside DDIM, and in one and two calls the best
     student beside the best solver. rows: name -> its rows."""
     quick, students = [], []
-    for calls, alike in {5: (5,), 8: (8,), 10: (9, 10), 12: (11, 12)}.items():  # 2 N - 1 is odd
+    for calls, alike in ALIKE.items():
         teacher = [row for row in rows.get("teacher", ()) if row.w == 0]
         solved = {row.drawn: row.distance for row in teacher if row.calls in alike}
         ddim = solved.get(FAST["euler"])
@@ -762,7 +766,8 @@ def draw_lines(drawing, rows):
                 axis.plot(list(curve), values, linestyle=style, color=f"C{number % 10}",
                           marker=marker, label=label)
         axis.set(xscale="log", xlabel="network calls (NFE)")
-        axis.set_xticks([1, 2, 4, 8, 16, 35], ["1", "2", "4", "8", "16", "35"], minor=False)
+        ticks = 1, 2, 4, 8, 16, 35
+        axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
         axis.grid(alpha=0.3)
     left.set(title="read as the label asked for, %")
     right.set(title="Fréchet distance", yscale="log")
@@ -1051,12 +1056,14 @@ def main(args):
             return make()
 
     def measured_ways(training):
-        name, folder = Path(training).name, folders[training]
-        ways = ways_of(chosen[name], commands[training], training != name)
-        if name in ABLATIONS:
-            ways = [ways[0]._replace(file=path.name) for path in sorted(folder.glob("at*.pt"))]
+        name = Path(training).name
+        folder = folders[training]
         if not read_record(folder)["done"]:
             return []
+        ways = ways_of(chosen[name], commands[training], training != name)
+        if name in ABLATIONS:
+            snapshots = sorted(folder.glob("at*.pt"))
+            ways = [ways[0]._replace(file=path.name) for path in snapshots]
         return measure(training, ways, folder, run, judged, args, stop)
     told, yardstick = yardsticks(work / f"judge{size}.json", judged, args, stop)
     records = {name: [read_record(folders[training]) for training in same[name]] for name in same}
@@ -1079,8 +1086,8 @@ def main(args):
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     means = {name: [mean_of(way) for way in rows[name]] for name in rows}
-    lines = report(args, run, told, table(rows, yardstick, records), yardstick[1], records, means,
-                   curves, chosen)
+    lines_of_table = table(rows, yardstick, records)
+    lines = report(args, run, told, lines_of_table, yardstick[1], records, means, curves, chosen)
     for file, panels in (("figure3", PANELS), ("continuous", CONTINUOUS_TIME)):
         if curves.keys() & trainings_of(panels):
             picture(draw_panels, results / f"{file}_{stem}.png", panels, curves)
