@@ -1249,6 +1249,8 @@ FOREIGN = {  # files that are no images, by their names: what they are, and the 
     "data.mdb": "LSUN's lmdb: EDM's dataset_tool.py makes a zip of it",
     "data_batch_1 cifar-10-*.tar.gz": "CIFAR-10 as an archive or as pickles, which are never read: "
     "--dataset cifar10, without --data-dir, fetches it as plain bytes",
+    "*idx?-ubyte*": "MNIST's: --dataset mnist reads its four files *.gz in the folder that "
+    "--data-dir names, and fetches them into an empty one",
     "*.tar *.tar.gz *.tgz": "a tar: unpack it, that of a class into a folder of the class's name, "
     "and name the folder of those",
     "*.pkl *.pickle": "a pickle, which could run code and is never read. If it is EDM2's, and "
@@ -1560,6 +1562,16 @@ def fetch(name, folder):
             raise UserError(f"{path} is damaged (MD5): delete it, and it is fetched again")
     return contents
 
+def is_fetched(data_dir):
+    """Whether `fetch` is to look into `data_dir`: it is a folder of FETCHED's files, or empty."""
+    if data_dir is None:
+        return True
+    path = Path(data_dir)
+    if path.is_file() or path.suffix in (".npz", ".npy", ".zip"):  # perhaps not there
+        return False
+    theirs = [file for _, files in FETCHED.values() for file in files]
+    return not any(path.glob("*")) or any((path / file).exists() for file in theirs)
+
 def load_cifar10(folder, size):
     """CIFAR-10's 50,000 training images; their archive is fetched into `folder` if missing."""
     (archive, data), = fetch("cifar10", folder).items()
@@ -1631,12 +1643,8 @@ def load_dataset(name, data_dir, size, cache_dir=None):
         raise UserError(f"--dataset {name} needs --data-dir: a folder or zip of its images, or, of "
                         "imagenet64, the folder of the official train_data_batch_*.npz")
     path = Path(data_dir or "data") if known else Path(name)
-    if name in FETCHED:
-        _, files = FETCHED[name]
-        a_file = path.is_file() or path.suffix in (".npz", ".npy", ".zip")  # perhaps not there
-        empty = not a_file and not any(path.glob("*"))
-        if data_dir is None or empty or any((path / file).exists() for file in files):
-            return (load_mnist if name == "mnist" else load_cifar10)(path, size)
+    if name in FETCHED and is_fetched(data_dir):
+        return (load_mnist if name == "mnist" else load_cifar10)(path, size)
     flag = "--data-dir" if known else "--dataset"
     if not path.exists():
         raise UserError(f"{flag} {path} does not exist; the named data sets are glyphs, "
@@ -1670,6 +1678,7 @@ def check_live(args, dataset):
     """Raises UserError if `--eval-every` cannot measure: without labels it takes Inception."""
     if not args.eval_every:
         return
+    import_beside("judge", "--eval-every measures with tests/judge.py")
     if len(dataset) < 12:
         raise UserError(f"--eval-every: {args.dataset} has {len(dataset)} images, too few to "
                         "measure a distance to")
@@ -1798,7 +1807,7 @@ def steps(args, run, log, totals, dataset, step, kinds, optimizers):
     if args.eval_every and step < args.total_steps:
         log.labels = dataset.labels
         if run.main:
-            judge = import_beside("judge", "--eval-every measures with tests/judge.py")
+            judge = import_beside("judge", "--eval-every")
             log.judge = judge.live_judge(args, run, dataset, log.say)
     if step < args.total_steps:
         # What the optimizers will hold from their first step on: two numbers a parameter.

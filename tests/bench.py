@@ -307,7 +307,7 @@ def track(args):
         for name, start, step in points_of(settings):
             cells = [latest(records, key, start, step, lines) for key, lines in
                      (("loss", 5), ("grad_norm", 5), ("distance", 1), ("read", 1))]
-            if step <= max(line["step"] for line in records):
+            if step <= max((line["step"] for line in records), default=0):
                 print(f"| {folder} | {name} | {step} | " + " | ".join(cells) + " |")
     print("\nLoss, gradient norm: means of the last lines of the log up to then, at most five.")
 
@@ -599,7 +599,8 @@ def add_quality(commands):
          "with so many seeds, from --seed on; the table has mean and range")
     flag("--net", nargs="+", metavar="NAME KEY=VALUE", help="as of the scripts (default: the data "
          "set's)")
-    flag("--batch-size", type=common.positive, metavar="B", help="images a step (default 32)")
+    flag("--batch-size", type=common.positive, metavar="B", help="images a step (default: the "
+         "recipes')")
     flag("--total-steps", type=common.number(int, 10), default=1500, metavar="K",
          help="optimizer steps of every student")
     flag("--teacher-steps", type=common.positive, default=2600, metavar="K",

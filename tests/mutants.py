@@ -278,8 +278,9 @@ MUTANTS = {
         ("distances < usual.quantile(0.01)", "distances < usual.quantile(0.5)", "judge"),
         ("np.arange(len(rows)) % 5 == 0", "np.arange(len(rows)) % 5 == 1", "judge"),
         ("others, known = x[unseen], x[~unseen]", "known, others = x[unseen], x[~unseen]", "live"),
-        ("mu, sigma = features.mean(0), features.T.cov()",
-         "mu, sigma = features.mean(0), features.T.cov(correction=0)", "live"),
+        ("return features.mean(0), features.T.cov()",
+         "return features.mean(0), features.T.cov(correction=0)", "live"),
+        ('about["inception"] = net.sha', "pass", "live"),
         ('if state.get("about") == about', "if state", "live"),
     ],
     "tests/scoreboard.py": [
@@ -287,7 +288,9 @@ MUTANTS = {
         ('return consistency(merged(module, flags)["sigmas"][:2])', "return CONSISTENCY", "bench"),
         ("str(seed),", "str(args.seed),", "bench"),
         ("sum(column) / len(rows) for column", "max(column) for column", "bench"),
-        ("{args.n} {args.data_dir} measures {judge.MEASURES}", "{args.n} {args.data_dir}", "bench"),
+        ("{args.n} {path} measures {judge.MEASURES}", "{args.n} {path}", "bench"),
+        ('HEUN_18 = "--teacher {teacher} --solver heun --N 18"', 'HEUN_18 = "--teacher {teacher}"',
+         "bench"),
     ],
 }
 

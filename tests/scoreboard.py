@@ -195,7 +195,9 @@ def ablation(script, flags, cost):
 
 # With cd.py's and ct.py's recipes otherwise; of glyphs they say:
 ABLATED = "in CD Heun, N = 18, Huber, mu = 0; in CT N from 2 to 21, mu0 = 0.9, l2"
-ABLATIONS = {f"cd-{dist}": ablation(CD, f"--teacher {{teacher}} --dist {dist}", cost)
+# As "cd-heun-18", which these are compared with; a recipe may say otherwise.
+HEUN_18 = "--teacher {teacher} --solver heun --N 18"
+ABLATIONS = {f"cd-{dist}": ablation(CD, f"{HEUN_18} --dist {dist}", cost)
              for dist, cost in (("l1", 1.5), ("l2", 1.5), ("lpips", 100.0))}
 for solver, cost, Ns in (("heun", 1.5, (9, 18, 36, 72)), ("euler", 1.3, (9, 18, 72))):
     for N in Ns:
@@ -208,7 +210,7 @@ for N in (10, 40, 150):  # N levels always, and the mu of the adaptive run at N:
         f"--mu0 {0.9 ** (2 / (N - 1)):.6f}", 1.0)
 # CM Eq. 4; with Eq. 5 these are "cd-heun-18" and "ct-adaptive".
 EQ_4 = " --parametrisation free"
-ABLATIONS["cd-free"] = ablation(CD, "--teacher {teacher}" + EQ_4, 1.5)
+ABLATIONS["cd-free"] = ablation(CD, HEUN_18 + EQ_4, 1.5)
 ABLATIONS["ct-free"] = ablation(CT, "--recipe ct NET" + EQ_4, 1.0)
 # Continuous time, an ingredient more each.
 UNCUT, SCM = "--objective continuous --bandwidth inf", "--objective scm "
@@ -468,7 +470,8 @@ def keep_snapshot(folder, seen):
 
 def measures(args):
     """What two measurements have in common if they can be compared, as a text."""
-    return f"{args.n} {args.data_dir} measures {judge.MEASURES}"
+    path = args.data_dir if args.dataset in common.DIGITS else args.dataset
+    return f"{args.n} {path} measures {judge.MEASURES}"
 
 
 def measure(name, ways, folder, run, judged, args, stop):
@@ -508,7 +511,8 @@ def yardsticks(path, judged, args, stop):
 def mean_of(rows):
     """The means of rows that differ in their seed."""
     scores = [row[4:] for row in rows]
-    return Row(*rows[0][:4], *(sum(column) / len(rows) for column in zip(*scores)))
+    means = [sum(column) / len(rows) for column in zip(*scores)]
+    return Row(*rows[0][:4], *means)
 
 
 def machine():
@@ -540,11 +544,14 @@ def verdict_on(claim, pairs):
     return f"- {claim}: **{verdict}** ({'; '.join(shown)})."
 
 
+ALIKE = {5: (5,), 8: (8,), 10: (9, 10), 12: (11, 12)}  # network calls; 2 N - 1 is odd
+
+
 def beside_solvers(rows):
     """For `verdict_on`: the teacher's fast solvers beside DDIM, and in one and two calls the best
     student beside the best solver. rows: name -> its rows."""
     quick, students = [], []
-    for calls, alike in {5: (5,), 8: (8,), 10: (9, 10), 12: (11, 12)}.items():  # 2 N - 1 is odd
+    for calls, alike in ALIKE.items():
         teacher = [row for row in rows.get("teacher", ()) if row.w == 0]
         solved = {row.drawn: row.distance for row in teacher if row.calls in alike}
         ddim = solved.get(FAST["euler"])
@@ -759,7 +766,8 @@ def draw_lines(drawing, rows):
                 axis.plot(list(curve), values, linestyle=style, color=f"C{number % 10}",
                           marker=marker, label=label)
         axis.set(xscale="log", xlabel="network calls (NFE)")
-        axis.set_xticks([1, 2, 4, 8, 16, 35], ["1", "2", "4", "8", "16", "35"], minor=False)
+        ticks = 1, 2, 4, 8, 16, 35
+        axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
         axis.grid(alpha=0.3)
     left.set(title="read as the label asked for, %")
     right.set(title="Fréchet distance", yscale="log")
@@ -837,9 +845,10 @@ def samples_of(way, folder, run, seed, each=3):
     """The first of the samples that were measured, as `examples`."""
     net, draw = way.open(folder / way.file, run)
     places = torch.arange(each * net.classes)
+    y = (places % net.classes).to(run.device)
     shape = len(places), 3, net.image_size, net.image_size
     with torch.no_grad():
-        images = draw(places % net.classes, common.SeededNoise(places, seed), shape)
+        images = draw(y, common.SeededNoise(places, seed), shape)
     return common.to_uint8(images).cpu().numpy()
 
 
@@ -937,11 +946,13 @@ def report(args, run, told, lines_of_table, held_out, records, rows, curves, cho
               if name in ABLATIONS and not records[name][0]["done"]]
     if failed or curves.keys() & trainings_of(PANELS):
         download = "" if "cd-lpips" in chosen else " LPIPS takes a GPU and a download."
+        settings = f"those of the {recipe} recipes, in CD Heun, N = 18"
+        if recipe == "glyphs":
+            settings = ABLATED
         lines += [
             "## Consistency models, Figure 3, at this scale", "",
             f"One-step samples, Fréchet distance after {args.ablation_steps} steps. Settings "
-            f"otherwise: {ABLATED if recipe == 'glyphs' else f'of the {recipe} recipes'}."
-            + download, "", *conclusions(curves), "", *failed, ""]
+            f"otherwise: {settings}.{download}", "", *conclusions(curves), "", *failed, ""]
     ends = [f"- {label}: {curves[name][max(curves[name])]:.3f}"
             for label, (name, _) in INGREDIENTS.items() if name in curves]
     if ends:
@@ -1045,12 +1056,14 @@ def main(args):
             return make()
 
     def measured_ways(training):
-        name, folder = Path(training).name, folders[training]
-        ways = ways_of(chosen[name], commands[training], training != name)
-        if name in ABLATIONS:
-            ways = [ways[0]._replace(file=path.name) for path in sorted(folder.glob("at*.pt"))]
+        name = Path(training).name
+        folder = folders[training]
         if not read_record(folder)["done"]:
             return []
+        ways = ways_of(chosen[name], commands[training], training != name)
+        if name in ABLATIONS:
+            snapshots = sorted(folder.glob("at*.pt"))
+            ways = [ways[0]._replace(file=path.name) for path in snapshots]
         return measure(training, ways, folder, run, judged, args, stop)
     told, yardstick = yardsticks(work / f"judge{size}.json", judged, args, stop)
     records = {name: [read_record(folders[training]) for training in same[name]] for name in same}
@@ -1073,8 +1086,8 @@ def main(args):
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     means = {name: [mean_of(way) for way in rows[name]] for name in rows}
-    lines = report(args, run, told, table(rows, yardstick, records), yardstick[1], records, means,
-                   curves, chosen)
+    lines_of_table = table(rows, yardstick, records)
+    lines = report(args, run, told, lines_of_table, yardstick[1], records, means, curves, chosen)
     for file, panels in (("figure3", PANELS), ("continuous", CONTINUOUS_TIME)):
         if curves.keys() & trainings_of(panels):
             picture(draw_panels, results / f"{file}_{stem}.png", panels, curves)

@@ -225,6 +225,24 @@ def test_a_further_teacher_is_measured_in_a_few_ways():
     assert scoreboard.ways_of(teacher, []) is scoreboard.TEACHER
 
 
+@pytest.mark.parametrize("dataset", common.DIGITS)
+def test_what_is_compared_differs_in_one_setting(dataset):
+    args = arguments("--dataset", dataset, "--jobs", 1)
+    for name, other, wanted in (
+            ("cd-l1", "cd-heun-18", "dist"), ("cd-l2", "cd-heun-18", "dist"),
+            ("cd-free", "cd-heun-18", "parametrisation"), ("cd-heun-9", "cd-heun-18", "N"),
+            ("cd-heun-9", "cd-euler-9", "solver"), ("ct-free", "ct-adaptive", "parametrisation")):
+        (_, one), (_, two) = (settings_of(training, args) for training in (name, other))
+        assert [key for key in one | two if one.get(key) != two.get(key)] == [wanted]
+
+
+def test_measurements_of_other_images_are_others():
+    """Though the files have the same name."""
+    found = {scoreboard.measures(arguments("--dataset", path)) for path in ("a/x.npz", "b/x.npz")}
+    args = arguments("--dataset", "mnist", "--data-dir", "a/x.npz")
+    assert len(found) == 2 and scoreboard.measures(args) in found
+
+
 def test_fixed_N_and_mu():
     """N levels all along, and the mu that the adaptive schedule has where it has N levels:
     exp(2 ln 0.9 / N), within a part in 10,000."""

@@ -758,6 +758,16 @@ def test_cifar10_that_cannot_be_fetched(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.*"))
 
 
+def test_two_data_sets_are_fetched_into_one_folder(mnist, tmp_path, monkeypatch):
+    """Not into one of other files."""
+    mirror(monkeypatch, "mnist", *(mnist / name for name in common.FETCHED["mnist"][1]))
+    for name in ("cifar-10-binary.tar.gz", "other.txt"):
+        write(tmp_path / name.split(".")[0], {name: b"something"})
+    assert len(load(tmp_path / "cifar-10-binary", 28, "mnist")) == 7
+    with one_line_error(tmp_path / "other", "holds no images"):
+        load(tmp_path / "other", 28, "mnist")
+
+
 @pytest.mark.parametrize("name", common.NAMED)
 def test_a_named_data_set_from_other_images(tmp_path, name):
     x = pictures(2, 32, 32, 3)
@@ -845,6 +855,8 @@ def test_loose_files_beside_class_folders(tmp_path):
     (["n01440764.tar", "n01443537.tar"], "but a tar: unpack it"),
     (["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/batches.meta"], "--dataset cifar10"),
     (["cifar-10-python.tar.gz"], "--dataset cifar10"),
+    (["t10k-labels-idx1-ubyte", "train-images-idx3-ubyte"], "--dataset mnist"),
+    (["MNIST/raw/train-images-idx3-ubyte.gz"], "--dataset mnist"),
     (["train_data_batch_1.npz"], "--dataset imagenet64"), (["x.npz"], "name the file itself"),
     (["imagenet64.pkl"], "pickle.load"), (["a.heic", "b.heic"], "but 2 files (.heic)")])
 @PLACES

@@ -1,4 +1,5 @@
 """The judge of samples against hand-made images, distances and wheels."""
+import functools
 import gzip
 import math
 import zipfile
@@ -63,6 +64,13 @@ def test_each_image_is_moved_in_its_own_way():
 
 
 # ---- measures
+
+def test_large_images_are_read_a_few_at_once():
+    """Of 512 pixels four, of 28 a thousand; none is left out."""
+    for n, size, parts in ((9, 512, [4, 4, 1]), (1500, 28, [1000, 500]), (2, 2000, [1, 1])):
+        x = torch.zeros(1, 1, 1, 1).expand(n, 3, size, size)
+        assert [len(part) for part in judge.parts_of(x)] == parts
+
 
 def test_nearest_is_the_least_rms_difference():
     x, others = torch.randn(7, 3, 4, 4), torch.randn(9, 3, 4, 4)
@@ -155,11 +163,17 @@ def test_held_out_digits(tmp_path, monkeypatch):
     found = judge.held_out_digits(str(tmp_path / judge.TRAIN), 28)
     images, labels = found.__getitems__(np.arange(4))
     assert images[:, 0, 0, 0].tolist() == [0, 5, 10, 15] and labels.tolist() == [0, 2, 5, 7]
-    (tmp_path / judge.HELD_OUT).unlink()
-    with pytest.raises(common.UserError, match="held_out.npz; python tests/bench.py digits makes"):
-        judge.held_out_digits(str(tmp_path / judge.TRAIN), 28)
     monkeypatch.setattr(common, "load_mnist", lambda *words, **more: (words, more))
-    assert judge.held_out_digits(str(tmp_path), 28) == ((tmp_path, 28), dict(test=True))
+    empty = tmp_path / "empty"
+    assert judge.held_out_digits(str(empty), 28) == ((empty, 28), dict(test=True))
+    refused = functools.partial(pytest.raises, common.UserError, match="name the digits to train")
+    with refused():  # they would be compared with themselves
+        judge.held_out_digits(str(tmp_path / judge.HELD_OUT), 28)
+    with refused():  # nothing is fetched into a folder of other files
+        judge.held_out_digits(str(tmp_path), 28)
+    (tmp_path / judge.HELD_OUT).unlink()
+    with refused():
+        judge.held_out_digits(str(tmp_path / judge.TRAIN), 28)
 
 
 def test_judge_of_a_checkpoint_of_mnist(tmp_path, monkeypatch):

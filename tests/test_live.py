@@ -287,7 +287,7 @@ def test_inception_measures_what_has_no_labels(folder):
     fake = """
 evaluate = common.import_beside("evaluate", "")
 class Channels:
-    widths = 3, 2
+    widths, sha = (3, 2), "abc"
     def __init__(self, path, device):
         assert (path, str(device)) == ("weights.pth", "cpu")
     def __call__(self, images):
@@ -306,6 +306,24 @@ monkeypatch.setattr(evaluate, "Inception", Channels)
     images = draw(last(folder / "run"), None)
     wanted = frechet(channels(images), channels(x[np.arange(152) % 6 != 5]))
     assert measured(folder / "run")[6] == dict(distance=pytest.approx(wanted, rel=1e-4))
+
+
+def test_a_judge_of_other_weights_is_not_used(tmp_path, monkeypatch):
+    class Channels:
+        widths = 3, 0
+
+        def __init__(self, path, device):
+            self.sha = path
+
+        def __call__(self, images):
+            return images.float().mean((2, 3))
+    monkeypatch.setattr(judge.evaluate, "Inception", Channels)
+    data, said = common.ArrayImages([pixels(60)[0]], None, 8, "images"), []
+    run = types.SimpleNamespace(device=torch.device("cpu"), data=data.summary())
+    for path in ("a", "b", "b"):
+        args = argparse.Namespace(dataset="images", out_dir=str(tmp_path), inception=path)
+        judge.live_judge(args, run, data, said.append)
+    assert ["measures with Inception" in line for line in said] == [True, True, False]
 
 
 # ---- refused
