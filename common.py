@@ -2415,8 +2415,12 @@ def settings_of_weights(path, state, scripts):
         wanted = shapes_of(net.state_dict())
         differ[name] = [f"{key} {show_shape(shapes.get(key))}, not {show_shape(wanted.get(key))}"
                         for key in wanted | shapes if wanted.get(key) != shapes.get(key)]
-        if not differ[name]:
-            return name, settings | changes
+    fitting = [name for name in NETS if not differ[name]]
+    if len(fitting) > 1:  # of as many weights, but other pixels
+        raise UserError(f"{path}: these weights fit {' and '.join(fitting)} alike: name last.pt, "
+                        "which says what it is")
+    if fitting:
+        return fitting[0], NETS[fitting[0]] | changes
     near = min(NETS, key=lambda name: len(differ[name]))
     raise UserError(f"{path}: these weights fit none of the networks {', '.join(NETS)}; nearest is "
                     f"{near}, where {len(differ[near])} tensors differ: "

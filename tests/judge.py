@@ -262,8 +262,8 @@ def feature_distance(dataset, device, most=30000):
 
 def nearest(x, others):
     """Of images x (n,C,H,W) in [-1, 1] each one's least rms difference from `others` (m,C,H,W)."""
-    others = others.flatten(1).double()
-    least = [evaluate.squared_distances(part.flatten(1).double(), others).min(1)[0]
+    others = others.flatten(1)  # in float32, 60,000 digits take half a gigabyte: right to 1e-3
+    least = [evaluate.squared_distances(part.flatten(1), others).min(1)[0].clamp(min=0)
              for part in x.split(500)]
     return (torch.cat(least) / others.shape[1]).sqrt()
 
@@ -308,8 +308,24 @@ def data_to_judge_with(name, size, data_dir):
     return known, real, learned
 
 
-def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
-    """The Judge of a data set. training: of `train_classifier`, other than its defaults.
+def kept_classifier(path, about, device, make, **training):
+    """The classifier in the file `path`, or a new one: make(**training). about: a text that says
+    when they are the same; another machine's would read otherwise. path: or None."""
+    state = common.load_checkpoint(path) if path and path.exists() else {}
+    if state.get("about") != about:
+        net = make(**training)
+        if path:
+            common.save_checkpoint(path, dict(about=about, classifier=net.state_dict()))
+        return net
+    weights = state["classifier"]
+    net = training.get("kind", Classifier)(len(weights["head.bias"])).to(device).eval()
+    net.load_state_dict(weights)
+    return net
+
+
+def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, kept=(None, ""), **training):
+    """The Judge of a data set. training: of `train_classifier`, other than its defaults. kept: the
+    first two arguments of `kept_classifier`.
 
     Of glyphs it shares no image with the generators' training set; of mnist it is trained on that,
     its digits turned and shifted; of a path on five sixths of at most 60,000 images.
@@ -319,12 +335,14 @@ def make_judge(name="glyphs", size=16, device="cpu", data_dir=None, **training):
     x, y = (part.to(device) for part in known)
     real, real_y = (part.to(device) for part in held_out)
     learned, learned_y = (part.to(device) for part in of_generators)
-    classifier = train_classifier(x, y, **how_to_train(name) | training)
+    make = functools.partial(train_classifier, x, y)
+    classifier = kept_classifier(*kept, device, make, **how_to_train(name) | training)
     what = dict(glyphs="glyphs", mnist="digits").get(name, "images")
     halves = real[::2], real[1::2]  # they may be sorted by class
     words = (f"classifier: {read(classifier, real, real_y):.2%} of {len(real):,} held-out {what}; "
              f"Frechet distance between two halves of them {frechet(classifier, *halves):.3f}, of "
-             f"the generators' to them {frechet(classifier, learned, real):.3f}")
+             f"the generators' to them {frechet(classifier, learned, real):.3f}"
+             + ", which it was trained on" * (name == "mnist"))
     return Judge(classifier, real, learned, words, real_y, learned_y)
 
 
@@ -408,14 +426,15 @@ def in_words(judge, score):
 
 
 def judge_of(path, trained, data_dir):
-    """The Judge of what a checkpoint was trained on, as `common.load_checkpoint` gives it; glyphs
-    where it does not say. data_dir: where a named data set lies now, or None."""
+    """The Judge of what a checkpoint was trained on, as `common.load_checkpoint` gives it.
+    data_dir: where a named data set lies now, or None."""
     size = trained["model_args"]["image_size"]
     if not trained["model_args"]["classes"]:
         raise common.UserError(f"{path} draws no classes, which is what is measured here")
+    if "dataset" not in trained["args"]:
+        raise common.UserError(f"{path} does not say what it was trained on: name last.pt")
     asked = argparse.Namespace(ckpt=path, dataset=None, data_dir=data_dir)
-    known = dict(args=dict(dataset="glyphs") | trained["args"])
-    return cached_judge(*evaluate.dataset_of(asked, known), size)
+    return cached_judge(*evaluate.dataset_of(asked, trained), size)
 
 
 @functools.lru_cache(1)

@@ -318,6 +318,12 @@ def name_with(seed, name, args):
     return name if seed == args.seed else f"seed{seed}/{name}"
 
 
+def same_training(before, now):
+    """Whether two commands train alike: the --workers of this module change nothing."""
+    before, now = (" ".join(words).replace(" --workers 0", "") for words in (before, now))
+    return before == now
+
+
 def read_record(folder):
     """What is known of a training: its command, seconds, error, whether it is done, its rows."""
     try:
@@ -471,6 +477,8 @@ def keep_snapshot(folder, seen):
 def measures(args):
     """What two measurements have in common if they can be compared, as a text."""
     path = args.data_dir if args.dataset in common.DIGITS else args.dataset
+    if path and Path(path).is_file():
+        path = f"{path} {common.file_sha(path)}"
     return f"{args.n} {path} measures {judge.MEASURES}"
 
 
@@ -940,7 +948,8 @@ def report(args, run, told, lines_of_table, held_out, records, rows, curves, cho
         "- Consistency models draw from the noise levels named, in four steps from those of the "
         "Karras grid of N = 5 but its end, on which CTM jumps too. Steps are the critic's own "
         "turns too.", "",
-        "## What was expected", "", "Smaller Fréchet distance is better.", "", *expectations(rows),
+        "## What was expected", "",
+        "Smaller Fréchet distance is better. Of several seeds the mean.", "", *expectations(rows),
         ""]
     failed = [f"- {name} failed: {records[name][0].get('error')}" for name in chosen
               if name in ABLATIONS and not records[name][0]["done"]]
@@ -1042,14 +1051,17 @@ def main(args):
     for name, trainings in same.items():
         for training in trainings:
             record = read_record(folders[training])
-            if not record["done"] or record["command"] != commands[training][1:]:
+            again = same_training(record.get("command", []), commands[training][1:])
+            if not record["done"] or not again:
                 todo[training] = chosen[name].cost * steps_of(name, args)
     train(todo, commands, folders, args.jobs, stop)
 
     # ---- measuring, each training in one thread
     torch.set_num_threads(1)
     making = threading.Lock()
-    make = functools.cache(lambda: judge.make_judge(args.dataset, size, run.device, args.data_dir))
+    kept = work / f"judge{size}.pt", measures(args)
+    make = functools.cache(functools.partial(judge.make_judge, args.dataset, size, run.device,
+                                             args.data_dir, kept))
 
     def judged():
         with making:  # or two threads would make one each

@@ -258,6 +258,13 @@ def test_the_nearest_network_is_named(tmp_path, monkeypatch, change, message):
     assert message in text, text
 
 
+def test_weights_that_fit_two_networks_are_refused(tmp_path):
+    """As many channels, other pixels: which, only last.pt says."""
+    torch.save(common.UNet(**common.NETS["mnist"], classes=10).state_dict(), tmp_path / "x.pt")
+    with pytest.raises(common.UserError, match="x.pt: these weights fit glyphs and mnist alike"):
+        common.load_network(tmp_path / "x.pt", ("cd",))
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(common.NETS, "imagenet64", TINY)
     for bad in (math.nan, math.inf):

@@ -502,7 +502,7 @@ def drawn(tmp_path_factory):
     """All that is sampled."""
     folder = tmp_path_factory.mktemp("drawn")
     save_net(folder / "ctm.pt", net=SMALL[1:5])
-    save_net(folder / "glyphs.pt", net=["glyphs"], plain=True)
+    save_net(folder / "small.pt", net=["cifar-small"], plain=True)
     grey = common.glyphs(2, 0)[0] // 2 + 64  # far from black and white, where bytes are cut off
     for name, image in zip("ab", grey):
         Image.fromarray(image.astype(np.uint8)).save(folder / f"{name}.png")
@@ -512,7 +512,7 @@ def drawn(tmp_path_factory):
         commands[flags] = DRAW + flags
     for name, flags in PICTURES.items():
         commands[name] = "--ckpt ctm.pt " + flags
-    for name in ("glyphs", "released"):
+    for name in ("small", "released"):
         commands[name] = f"--ckpt {name}.pt --sample 1"
     commands = {name: MACHINE + f"{flags} --save {file_of(name)}"
                 for name, flags in commands.items()}
@@ -651,10 +651,10 @@ def test_the_released_model_loads_and_samples(drawn):
 
 
 def test_plain_weights_of_a_known_network_draw_as_they_should(drawn):
-    net = common.UNet(**common.NETS["glyphs"], classes=10, cond=True)
-    net.load_state_dict(torch.load(drawn[0] / "glyphs.pt"))
+    net = common.UNet(**common.NETS["cifar-small"], classes=10, cond=True)
+    net.load_state_dict(torch.load(drawn[0] / "small.pt"))
     wanted = sample_by_hand(net.eval(), [80], 0, torch.tensor([0]), seed=0)
-    assert np.abs(images(drawn, "glyphs") - wanted).max() <= 1 and wanted.std() > 20
+    assert np.abs(images(drawn, "small") - wanted).max() <= 1 and wanted.std() > 20
 
 
 # ---- mistakes
@@ -728,7 +728,7 @@ def mistaken(trained, tmp_path_factory):
                                 ("ctm", "ctm", None)):
         save_net(folder / f"{name}.pt", script, stage)
     for name, script in (("consistency", "cd"), ("trajectory", "ctm")):
-        save_net(folder / f"{name}.pt", script, net=["glyphs"], plain=True)
+        save_net(folder / f"{name}.pt", script, net=["cifar-small"], plain=True)
     for path in (trained[0] / "game" / "last.pt", folder / "student.pt"):
         run = folder / ("run" if path.stem == "last" else "student")
         run.mkdir()

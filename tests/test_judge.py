@@ -206,6 +206,25 @@ def test_judge_of_a_checkpoint_of_mnist(tmp_path, monkeypatch):
 def test_judge_of_a_checkpoint_that_does_not_say(monkeypatch):
     seen = []
     monkeypatch.setattr(judge, "cached_judge", lambda *words: seen.append(words))
-    for args in ({}, dict(dataset="images.zip", data_dir=None)):
-        judge.judge_of("a.pt", dict(args=args, model_args=dict(image_size=16, classes=3)), None)
-    assert seen == [("glyphs", None, 16), ("images.zip", None, 16)]
+    trained = dict(model_args=dict(image_size=16, classes=3))
+    judge.judge_of("a.pt", trained | dict(args=dict(dataset="images.zip", data_dir=None)), None)
+    assert seen == [("images.zip", None, 16)]
+    with pytest.raises(common.UserError, match="a.pt does not say what it was trained on"):
+        judge.judge_of("a.pt", trained | dict(args={}), None)
+
+
+def test_a_kept_classifier(tmp_path):
+    """Is the same again, and made anew for what differs."""
+    made = []
+
+    def make(kind):
+        made.append(kind)
+        torch.manual_seed(len(made))
+        return kind(3).eval()
+    path, x = tmp_path / "judge.pt", torch.rand(2, 3, 8, 8)
+    outputs = [judge.kept_classifier(path, about, "cpu", make, kind=judge.DigitClassifier)(x)
+               for about in ("one", "one", "other", "other")]
+    assert len(made) == 2 and not torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[2], outputs[3])
+    judge.kept_classifier(None, "one", "cpu", make, kind=judge.Classifier)
+    assert len(made) == 3
