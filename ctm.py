@@ -360,7 +360,7 @@ def renew_norms(critic):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: the paper's, or where it says nothing those of the authors' commands. glyphs and "path",
+# Recipes: the paper's, or where it says nothing those of the authors' commands. Digits and "path",
 # your own images, are ours. Nothing was published for LSUN: ImageNet's settings stand in.
 # --------------------------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ STUDENTS = {
         batch_size=32, total_steps=1300, lr=1e-3, ema_decay=0.997, disc_start=800,
         max_steps=3, dist="huber", mu=0.99, p_t=[-0.6, 1.4]),
     "mnist": dict(
-        batch_size=16, total_steps=1500, lr=1e-3, ema_decay=0.998, disc_start=800,
+        batch_size=16, total_steps=1300, lr=1e-3, ema_decay=0.998, disc_start=800,
         N=10, max_steps=2, dist="huber", mu=0.99, p_t=[1.0, 1.2]),
     "path": dict(
         batch_size=128, total_steps=100_000, lr=2e-4, disc_start=50_000,

@@ -512,7 +512,7 @@ def w_features(w, dim):
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: GD's and PD's distillation, whose numbers GD's pixel models are taken to share. start_N:
-# DDIM steps of the first teacher. glyphs and "path", your own images, are ours.
+# DDIM steps of the first teacher. Digits and "path", your own images, are ours.
 # --------------------------------------------------------------------------------------------------
 
 GD = dict(
