@@ -119,7 +119,7 @@ def sample(net, sigmas, y, noise, shape):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: CM Table 3, iCT's published settings and ECT's; glyphs, mnist and "path", your own images, are
+# Recipes: CM Table 3, iCT's published settings and ECT's; digits and "path", your own images, are
 # ours. `sigmas`: levels of the two-step samples, CM's time points, iCT's 0.821 and 1.526, or ours.
 # --------------------------------------------------------------------------------------------------
 
