@@ -262,10 +262,11 @@ def feature_distance(dataset, device, most=30000):
 
 def nearest(x, others):
     """Of images x (n,C,H,W) in [-1, 1] each one's least rms difference from `others` (m,C,H,W)."""
-    others = others.flatten(1)  # in float32, 60,000 digits take half a gigabyte: right to 1e-3
-    least = [evaluate.squared_distances(part.flatten(1), others).min(1)[0].clamp(min=0)
-             for part in x.split(500)]
-    return (torch.cat(least) / others.shape[1]).sqrt()
+    x, others = x.flatten(1), others.flatten(1)  # float32: 60,000 digits take half a gigabyte
+    squares = [evaluate.squared_distances(part, others).min(1)[0] for part in x.split(500)]
+    least = torch.cat(squares)
+    least = least.where(least > 1e-5 * x.square().sum(1), 0)  # copies, to float32's rounding
+    return (least / others.shape[1]).sqrt()
 
 
 MEASURES = 2  # counted up when the same images get other numbers

@@ -1060,8 +1060,8 @@ def main(args):
     torch.set_num_threads(1)
     making = threading.Lock()
     kept = work / f"judge{size}.pt", measures(args)
-    make = functools.cache(functools.partial(judge.make_judge, args.dataset, size, run.device,
-                                             args.data_dir, kept))
+    make = functools.cache(
+        lambda: judge.make_judge(args.dataset, size, run.device, args.data_dir, kept))
 
     def judged():
         with making:  # or two threads would make one each

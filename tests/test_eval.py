@@ -192,7 +192,7 @@ def workplace(tmp_path_factory):
             args["w_max"] = 4.0
         common.save_checkpoint(folder / f"{script}.pt", dict(
             script=script, step=7, N=2, args=args, model_args=model_args, ema=net.state_dict()))
-    plain = common.UNet(**common.NETS["glyphs"], classes=10)
+    plain = common.UNet(**common.NETS["cifar-small"], classes=10)
     common.save_checkpoint(folder / "plain.pt", plain.state_dict())
     return folder
 

@@ -463,7 +463,7 @@ def test_samples_use_the_ema(draw, trained, tmp_path):
 
 
 def test_plain_weights_of_a_known_network(tmp_path):
-    net = common.UNet(**common.NETS["glyphs"], classes=10)
+    net = common.UNet(**common.NETS["cifar-small"], classes=10)
     torch.save(net.state_dict(), tmp_path / "weights.pt")
     run_script("--ckpt", "weights.pt", "--sample", 1, "--save", "x.png", cwd=tmp_path, code=0)
     torch.save({"a": torch.zeros(3)}, tmp_path / "weights.pt")
