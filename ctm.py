@@ -385,6 +385,10 @@ STUDENTS = {
         batch_size=2048, total_steps=30_000, lr=8e-6, disc_start=10_000, disc="projected",
         max_steps=20),
 }
+SCRATCH = {  # --teacher none: ours
+    "glyphs": dict(total_steps=2400, lr=2e-3, mu=0.9),
+    "mnist": dict(total_steps=4000, lr=1e-3, mu=0.9),
+}
 
 
 def recipe(flags):
@@ -394,8 +398,7 @@ def recipe(flags):
     settings = common.DATASETS[name] | CTM | student
     if flags.get("teacher") == "none":
         settings["solver"] = "jump"  # the code's; the paper takes Heun steps of g
-        if name in common.DIGITS:
-            settings |= dict(total_steps=2400, lr=2e-3, mu=0.9)
+        settings |= SCRATCH.get(name, {})
     if flags.get("matching") == "local":
         settings["max_steps"] = 1
     if flags.get("matching") == "global":  # the solver alone has to get from t to s
