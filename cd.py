@@ -246,9 +246,8 @@ def edit_images(args, run, net, f):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: the teachers' are EDM's, for LSUN CM's; the students' CM Table 3. glyphs and
-# mnist, tuned on 2 cores, and "path", your own images, are ours. `sigmas` are CM's two time points,
-# or ours.
+# Recipes: the teachers' are EDM's, for LSUN CM's; the students' CM Table 3. Digits,
+# tuned on 2 cores, and "path", your own images, are ours. `sigmas`: CM's two time points, or ours.
 # --------------------------------------------------------------------------------------------------
 
 LSUN_TEACHER = dict(batch_size=2048, lr=1e-4, dropout=0.1, ema_decay=0.9999432)
@@ -275,7 +274,7 @@ STUDENTS = {
     "glyphs": dict(batch_size=32, total_steps=3000, lr=1e-3, ema_decay=0.997,
                    sigmas=[80.0, 1.6], **OURS),
     "mnist": dict(batch_size=16, total_steps=3000, lr=1e-3, ema_decay=0.998,
-                  solver="euler", N=9,  # their errors add up less than those of small steps
+                  solver="euler", N=9,  # the errors of many small steps add up to more
                   sigmas=[80.0, 2.0], **OURS),
     "path": dict(batch_size=128, total_steps=100_000, lr=2e-4, ema_decay=0.9995,
                  sigmas=[80.0, 0.585348], **OURS),

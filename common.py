@@ -1644,7 +1644,8 @@ def load_dataset(name, data_dir, size, cache_dir=None):
                         "imagenet64, the folder of the official train_data_batch_*.npz")
     path = Path(data_dir or "data") if known else Path(name)
     if name in FETCHED and is_fetched(data_dir):
-        return (load_mnist if name == "mnist" else load_cifar10)(path, size)
+        load = load_mnist if name == "mnist" else load_cifar10
+        return load(path, size)
     flag = "--data-dir" if known else "--dataset"
     if not path.exists():
         raise UserError(f"{flag} {path} does not exist; the named data sets are glyphs, "
@@ -3180,8 +3181,8 @@ def dropout_settings(args):
 BIG = dict(flip=True, N=40)
 DATASETS = {  # what a teacher and the students distilled from it have in common
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, N=18),
-    "path": dict(net=["cifar-small"], flip=True, micro_batch=32, N=18),  # your own images
     "mnist": dict(net=["mnist"], flip=False, micro_batch=16, N=18),
+    "path": dict(net=["cifar-small"], flip=True, micro_batch=32, N=18),  # your own images
     "cifar10": dict(net=["cifar10"], flip=True, micro_batch=128, N=18, class_cond=False),
     "imagenet64": dict(net=["imagenet64"], micro_batch=64, class_cond=True) | BIG,
     "bedroom256": dict(net=["lsun256"], micro_batch=8, class_cond=False) | BIG,

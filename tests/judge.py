@@ -57,7 +57,7 @@ class Residual(nn.Module):
 
 
 class DigitClassifier(Classifier):
-    """For the 28 pixels of MNIST: a third of the work, most of it on the shrunken maps."""
+    """For the 28 pixels of MNIST: most of its layers are on the shrunken maps."""
     def __init__(self, classes=10):
         super().__init__(classes)
         self.features = nn.Sequential(
