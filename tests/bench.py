@@ -126,7 +126,7 @@ def search(args):
     name, data_dir = evaluate.dataset_of(args, trained)
     with common.main_process_first(run):
         dataset = common.load_dataset(name, data_dir, net.image_size)
-        distance = judge.feature_distance(dataset, run.device)
+        distance = judge.feature_distance(dataset, name, run.device)
     y = common.labels_to_draw(args, net, args.sample, run.device)
     shape = 3, net.image_size, net.image_size
 

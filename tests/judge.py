@@ -249,11 +249,11 @@ def frechet(classifier, a, b):
     return feature_frechet(features_of(classifier, a), features_of(classifier, b))
 
 
-def feature_distance(dataset, device, most=30000):
-    """images (n,H,W,C) uint8 array -> their Frechet distance to `dataset`, in the features of a
-    classifier trained on it. Raises UserError if it has no labels to train one with."""
+def feature_distance(dataset, name, device, most=30000):
+    """images (n,H,W,C) uint8 array -> their Frechet distance to `dataset`, called `name`, in the
+    features of a classifier trained on it. Raises UserError if it has no labels to train with."""
     x, y = some_images(dataset, device, most)
-    classifier = train_classifier(x, y)
+    classifier = train_classifier(x, y, **how_to_train(name))
 
     def distance(images):
         return frechet(classifier, as_floats(planes(images).to(device)), x)

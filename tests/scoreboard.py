@@ -1034,19 +1034,8 @@ def plan(args, chosen, work):
     return commands, same
 
 
-def main(args):
-    stop, chosen = common.StopSignal(), choose(args)
-    run = common.setup(argparse.Namespace(device="auto", precision="auto", compile=False))
-    run.main = False  # nobody is to be told what a checkpoint is taken for
-    args.jobs = args.jobs or (1 if run.device.type == "cuda" else cores())
-    dataset = open_data(args)
-    size = dataset.size
-    stem = Path(args.dataset).stem
-    work = (Path(args.work) / stem).resolve()
-    commands, same = plan(args, chosen, work)
-    folders = {training: work / training for training in commands}
-
-    # ---- training
+def unfinished(args, chosen, commands, same, folders):
+    """The trainings that are not done, or were of another command: name -> cost."""
     todo = {}
     for name, trainings in same.items():
         for training in trainings:
@@ -1054,9 +1043,12 @@ def main(args):
             again = same_training(record.get("command", []), commands[training][1:])
             if not record["done"] or not again:
                 todo[training] = chosen[name].cost * steps_of(name, args)
-    train(todo, commands, folders, args.jobs, stop)
+    return todo
 
-    # ---- measuring, each training in one thread
+
+def measure_all(args, run, size, work, chosen, commands, folders, stop):
+    """The judge's words; the yardsticks' Rows; and of each training its Rows. Each is measured in
+    one thread, --jobs at once."""
     torch.set_num_threads(1)
     making = threading.Lock()
     kept = work / f"judge{size}.pt", measures(args)
@@ -1067,9 +1059,8 @@ def main(args):
         with making:  # or two threads would make one each
             return make()
 
-    def measured_ways(training):
-        name = Path(training).name
-        folder = folders[training]
+    def of_training(training):
+        name, folder = Path(training).name, folders[training]
         if not read_record(folder)["done"]:
             return []
         ways = ways_of(chosen[name], commands[training], training != name)
@@ -1078,9 +1069,12 @@ def main(args):
             ways = [ways[0]._replace(file=path.name) for path in snapshots]
         return measure(training, ways, folder, run, judged, args, stop)
     told, yardstick = yardsticks(work / f"judge{size}.json", judged, args, stop)
-    records = {name: [read_record(folders[training]) for training in same[name]] for name in same}
     with ThreadPoolExecutor(args.jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        measured = dict(zip(commands, pool.map(measured_ways, commands)))
+        return told, yardstick, dict(zip(commands, pool.map(of_training, commands)))
+
+
+def rows_and_curves(chosen, same, measured):
+    """Method -> for each way its Rows, one a seed; and ablation -> {step: distance}."""
     rows, curves = {}, {}
     for name in chosen:
         by_way = {}
@@ -1090,14 +1084,32 @@ def main(args):
             rows[name] = list(by_way.values())
         elif by_way:
             curves[name] = {row.steps: row.distance for row in measured[name]}
+    return rows, curves
+
+
+def main(args):
+    stop, chosen = common.StopSignal(), choose(args)
+    run = common.setup(argparse.Namespace(device="auto", precision="auto", compile=False))
+    run.main = False  # nobody is to be told what a checkpoint is taken for
+    args.jobs = args.jobs or (1 if run.device.type == "cuda" else cores())
+    dataset = open_data(args)
+    stem = Path(args.dataset).stem
+    work = (Path(args.work) / stem).resolve()
+    commands, same = plan(args, chosen, work)
+    folders = {training: work / training for training in commands}
+
+    train(unfinished(args, chosen, commands, same, folders), commands, folders, args.jobs, stop)
+    told, yardstick, measured = measure_all(
+        args, run, dataset.size, work, chosen, commands, folders, stop)
     if stop.number:
         print("stopped: the same command goes on from here")
         raise SystemExit(128 + stop.number)
 
-    # ---- the report
+    records = {name: [read_record(folders[training]) for training in same[name]] for name in same}
+    rows, curves = rows_and_curves(chosen, same, measured)
+    means = {name: [mean_of(way) for way in rows[name]] for name in rows}
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
-    means = {name: [mean_of(way) for way in rows[name]] for name in rows}
     lines_of_table = table(rows, yardstick, records)
     lines = report(args, run, told, lines_of_table, yardstick[1], records, means, curves, chosen)
     for file, panels in (("figure3", PANELS), ("continuous", CONTINUOUS_TIME)):
