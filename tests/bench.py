@@ -341,8 +341,8 @@ def show_in_tensorboard(args):
 def guided(args):
     """A table of a run of guided_distill.py: a row for its teacher in many steps, for stage 1, and
     for each round; a column a weight."""
-    run = types.SimpleNamespace(device=torch.device("cpu"), main=False, checkpointing=False)
-    run.dtype = torch.float32 if args.fp32 else torch.bfloat16
+    run = common.setup(argparse.Namespace(device="cpu", precision="auto", compile=False))
+    run.main = False  # nobody is to be told what a checkpoint is taken for
     folder = Path(args.dir)
     students = sorted(folder.glob("N????.pt"))
     if not students:
@@ -650,7 +650,6 @@ def add_guided(commands):
     flag("--stage1-N", type=int, nargs="*", default=[64], help="steps of the student of stage 1")
     flag("--w", type=float, nargs="+", default=[0.0, 1.0, 4.0], help="guidance weights")
     flag("--sampler", choices=("D", "S"), default="D", help="of teacher and stage 1")
-    flag("--fp32", action="store_true", help="instead of bf16")
     flag("--seed", type=int, default=1, help="of the samples")
     command.set_defaults(run=guided)
 
