@@ -2857,6 +2857,20 @@ def sampling_net(args, run, scripts):
     net.data = trained.get("data")
     return place(net, run), trained
 
+def note_levels(trained, sigmas, run):
+    """Say which of `sigmas` a consistency model from scratch has not seen: it learned the levels of
+    its last grid, and may draw noise at others."""
+    settings = trained["args"]
+    if settings.get("teacher") != "none" or not settings.get("s1"):
+        return
+    N = settings["s1"] + 1
+    grid = karras_times(N).tolist()
+    for sigma in sigmas:
+        nearest = min(grid, key=lambda level: abs(math.log(level / sigma)))
+        if run.main and abs(math.log(nearest / sigma)) > 0.02:
+            print(f"note: noise level {sigma:g} is none of the {N} that this network learned, so "
+                  f"it may draw badly; the nearest is {nearest:.4g}")
+
 def sample_checkpoint(args, run, net, draw, calls, trained):
     """`--ckpt`: draw images and save them, or with `--eval n` measure them.
 

@@ -136,7 +136,7 @@ LSUN = dict(net=["lsun256"], flip=True, micro_batch=8, class_cond=False,
 DATASETS = {
     "glyphs": dict(net=["glyphs"], flip=False, micro_batch=32, sigmas=[80.0, 1.6],
                    batch_size=32, lr=1e-3, ema_decay=0.997, total_steps=3600),
-    "mnist": dict(net=["mnist"], flip=False, micro_batch=16, sigmas=[80.0, 2.0],
+    "mnist": dict(net=["mnist"], flip=False, micro_batch=16, sigmas=[80.0, 2.515],
                   batch_size=16, ema_decay=0.998, total_steps=6500,
                   lr=5e-4),  # at 1e-3 iCT forgets its digits
     "path": dict(net=["cifar-small"], flip=True, micro_batch=32, sigmas=[80.0, 0.821],
@@ -170,13 +170,13 @@ RECIPES = {
         "ect": dict(q=16.0, stages=1, total_steps=2000, p_t=[0.8, 1.4]),
     },
     "path": {
-        "ct": dict(s1=150, mu0=0.9),
+        "ct": dict(s1=150, mu0=0.9, sigmas=[80.0, 0.8408]),  # a level of its grid
         "ict": {},
         "ect": dict(lr=1e-4),
     },
     "cifar10": {
         "ct": dict(batch_size=512, lr=4e-4, ema_decay=0.9999, total_steps=800_000,
-                   s1=150, mu0=0.9),
+                   s1=150, mu0=0.9, sigmas=[80.0, 0.8408]),
         "ict": dict(batch_size=1024, lr=1e-4, ema_decay=0.99993, total_steps=400_000,
                     dropout=0.3),
         "ect": dict(batch_size=128, lr=1e-4, ema_decay=0.9999, total_steps=200_000,
@@ -428,6 +428,7 @@ def use_checkpoint(args, run):
     """`--ckpt`: sample or measure; cd.py edits with it."""
     net, trained = common.sampling_net(args, run, ("ct",))
     sigmas = args.sigmas = args.sigmas or [common.T_MAX]
+    common.note_levels(trained, sigmas, run)
     draw = partial(sample, net, sigmas)
     common.sample_checkpoint(args, run, net, draw, len(sigmas), trained)
 

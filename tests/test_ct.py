@@ -1,6 +1,7 @@
 """Consistency training against the paper: schedules, loss, stop-gradients, dropout, theory."""
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -332,7 +333,32 @@ def test_two_step_levels_are_the_papers_time_points():
         close(sigmas, [80.0, common.karras_times(N)[index].item()])
 
 
+@pytest.mark.parametrize("dataset", common.DATASETS)
+@pytest.mark.parametrize("recipe", ["ct", "ict"])
+def test_levels_of_two_steps_are_on_the_grid(dataset, recipe):
+    """A network from scratch has learned no others: a small one then drew noise, 22% of it read
+    where from the nearest level it was 96%."""
+    settings = ct.recipe(dict(recipe=recipe, dataset=dataset))
+    offset = (common.karras_times(settings["s1"] + 1) / settings["sigmas"][1]).log().abs().min()
+    assert offset < 0.02
+
+
 # ---- sampling
+
+@pytest.mark.parametrize("schedule", ["sqrt", "double"])
+def test_levels_that_were_not_learned_are_named(capsys, schedule):
+    """Those off the grid that training ended with; from scratch alone."""
+    run, N = types.SimpleNamespace(main=True), ct.num_points(999, 1000, 5, 20, schedule)
+    learned = common.karras_times(N)[9].item()
+    settings = dict(teacher="none", s1=20)
+    common.note_levels(dict(args=settings), [80.0, 1.01 * learned, 1.2 * learned], run)
+    line, = capsys.readouterr().out.splitlines()
+    assert f" {1.2 * learned:g} " in line and line.endswith(f" {learned:.4g}")
+    for other in (settings | dict(teacher="t.pt"), dict(teacher="none"), {}):
+        common.note_levels(dict(args=other), [1.2 * learned], run)
+    common.note_levels(dict(args=settings), [1.2 * learned], types.SimpleNamespace(main=False))
+    assert not capsys.readouterr().out
+
 
 def test_sampler_clips_every_output_and_starts_at_the_first_level():
     class Wild(torch.nn.Module):
