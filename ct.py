@@ -166,7 +166,7 @@ RECIPES = {
     },
     "mnist": {
         "ct": dict(s1=20, mu0=0.9, dist="l2"),
-        "ict": dict(s1=20, p_t=[0.8, 1.4]),
+        "ict": dict(s1=10, p_t=[0.8, 1.4]),  # N does not double: after that, 13% are read
         "ect": dict(q=16.0, stages=1, total_steps=2000, p_t=[0.8, 1.4]),
     },
     "path": {

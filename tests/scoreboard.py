@@ -127,12 +127,12 @@ def rounds(weights, sampler="D"):
     return [ddim(N, w, f"N{N:04d}.pt", sampler=sampler) for w in weights for N in (4, 2, 1)]
 
 
-def consistency(sigmas):
-    """A consistency model's ways, in two steps from the noise levels `sigmas`."""
-    return [multistep(80.0), multistep(*sigmas), multistep(*FOUR)]
+def consistency(two, four):
+    """A consistency model's ways, in two and in four steps from these noise levels."""
+    return [multistep(80.0), multistep(*two), multistep(*four)]
 
 
-CONSISTENCY = consistency([80.0, 1.6])  # its recipe's in their place, see `ways_of`
+CONSISTENCY = consistency([80.0, 1.6], FOUR)  # its recipe's in their place, see `ways_of`
 JUMPS = [jumps(1, 0.0), *(jumps(n, gamma) for gamma in (0.0, 0.3, 1.0) for n in (2, 4))]
 ON_G = way(35, "18 Heun steps on g", 0.0, ctm.sample_heun, 18)
 WEIGHTS = 0.0, 1.0
@@ -310,7 +310,11 @@ def ways_of(method, words, again=False):
         return method.ways
     module = MODULES[method.script]
     flags = vars(module.make_parser().parse_args(words[2:]))
-    return consistency(merged(module, flags)["sigmas"][:2])
+    settings, four = merged(module, flags), FOUR
+    if settings.get("teacher") == "none" and "s1" in settings:  # it has learned no other levels
+        grid = common.karras_times(settings["s1"] + 1).tolist()
+        four = [min(grid, key=lambda level: abs(math.log(level / sigma))) for sigma in FOUR]
+    return consistency(settings["sigmas"][:2], four)
 
 
 def name_with(seed, name, args):
@@ -946,8 +950,8 @@ def report(args, run, told, lines_of_table, held_out, records, rows, curves, cho
         f"which *steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} "
         f"of guided distillation D's {args.total_steps} steps.",
         "- Consistency models draw from the noise levels named, in four steps from those of the "
-        "Karras grid of N = 5 but its end, on which CTM jumps too. Steps are the critic's own "
-        "turns too.", "",
+        "Karras grid of N = 5 but its end, on which CTM jumps too, or from scratch the nearest of "
+        "their own. Steps are the critic's own turns too.", "",
         "## What was expected", "",
         "Smaller Fréchet distance is better. Of several seeds the mean.", "", *expectations(rows),
         ""]

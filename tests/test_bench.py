@@ -218,6 +218,16 @@ def test_two_steps_are_from_the_noise_levels_of_the_recipe(recipes):
     assert scoreboard.ways_of(TRAININGS["cd"], words)[1].drawn == "from 80, 1.6"
 
 
+@pytest.mark.parametrize("name", ["ct", "ict", "sct-scratch", "ect"])
+def test_four_steps_from_scratch_are_from_levels_that_were_learned(name):
+    args = arguments("--dataset", "mnist", "--jobs", 1)
+    words = scoreboard.command(TRAININGS[name], args, "t.pt", "folder", 1)
+    _, _, four = scoreboard.ways_of(TRAININGS[name], words)
+    # of 11 levels in its recipe; of 21 in CT's, which hold the five; the others know all
+    further = "24.4, 2.52, 0.318" if name == "ict" else "17.5, 2.52, 0.17"
+    assert four.drawn == f"from 80, {further}"
+
+
 def test_a_further_teacher_is_measured_in_a_few_ways():
     teacher = scoreboard.METHODS["teacher"]
     again = scoreboard.ways_of(teacher, [], again=True)
