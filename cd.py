@@ -187,11 +187,6 @@ def check_edit(args, net, factor):
         raise UserError("--noise-level and --sigmas both say how noisy the images are: name one")
 
 
-def edit_levels(args):
-    """The noise levels of `--edit`, a network call each."""
-    return [args.noise_level] if args.noise_level else args.sigmas or TASKS[args.edit]
-
-
 def known_part(task, hole, factor):
     """x -> the part of x that the image of the task tells, a projection; None if it tells none."""
     parts = dict(
@@ -207,7 +202,9 @@ def edit_images(args, run, net, f):
     task, size = args.edit, net.image_size
     factor = args.factor or max(2, size // 32)
     check_edit(args, net, factor)
-    sigmas = edit_levels(args)
+    sigmas = [args.noise_level] if args.noise_level else args.sigmas or TASKS[task]
+    if run.main:
+        common.note_levels(net, sigmas)
     each = dict(interpolate=10, denoise=1).get(task, 4)  # results of a row
     each = args.sample or each
     labels = args.labels or range(min(net.classes, 8) or 4)
@@ -589,7 +586,6 @@ def use_checkpoint(args, run):
         raise UserError(f"--w {args.w:g}: {args.ckpt} was trained for {able}")
 
     if args.edit:
-        common.note_levels(trained, edit_levels(args), run)
         f = partial(consistency_function, net, w=args.w)
         return edit_images(args, run, net, f)
     if teacher:
@@ -601,7 +597,8 @@ def use_checkpoint(args, run):
             calls *= 2
     else:
         sigmas = args.sigmas or [T_MAX]
-        common.note_levels(trained, sigmas, run)
+        if run.main:
+            common.note_levels(net, sigmas)
         draw = partial(sample, net, sigmas, w=args.w)
         calls = len(sigmas)
     common.sample_checkpoint(args, run, net, draw, calls, trained)

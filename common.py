@@ -2434,7 +2434,8 @@ def load_network(path, scripts):
     """The network to sample with: `ema` of a checkpoint of one of the `scripts`, or plain weights,
     of which rank 0 says what they are taken for.
 
-    Returns the net in eval mode on the CPU, without gradients; and the checkpoint, of which
+    Returns the net in eval mode on the CPU, without gradients, its `levels` those of the grid that
+    it learned from scratch or None; and the checkpoint, of which
     `script`, `args` (None and {} for plain weights) and `model_args` say what it is.
     """
     state = load_checkpoint(path)
@@ -2459,6 +2460,7 @@ def load_network(path, scripts):
     wrong = not_finite(net.state_dict())
     if wrong:
         raise UserError(f"{path}: its weights are not finite ({wrong}): name one from before")
+    net.levels = state.get("levels")
     return net.requires_grad_(False).eval(), state
 
 # --------------------------------------------------------------------------------------------------
@@ -2857,19 +2859,21 @@ def sampling_net(args, run, scripts):
     net.data = trained.get("data")
     return place(net, run), trained
 
-def note_levels(trained, sigmas, run):
-    """Say which of `sigmas` a consistency model from scratch has not seen: it learned the levels of
-    its last grid, and may draw noise at others."""
-    settings = trained["args"]
-    if settings.get("teacher") != "none" or not settings.get("s1"):
+def nearest_level(N, sigma):
+    """Of N noise levels but t_min, where a consistency function is the identity."""
+    return min(karras_times(N)[1:].tolist(), key=lambda level: abs(math.log(level / sigma)))
+
+def note_levels(net, sigmas):
+    """Say whether a consistency model from scratch has not seen some of `sigmas`: it learned the
+    levels of its last grid alone, and may draw noise at others. A student was taught those, too."""
+    if not net.levels:
         return
-    N = settings["s1"] + 1
-    grid = karras_times(N).tolist()
-    for sigma in sigmas:
-        nearest = min(grid, key=lambda level: abs(math.log(level / sigma)))
-        if run.main and abs(math.log(nearest / sigma)) > 0.02:
-            print(f"note: noise level {sigma:g} is none of the {N} that this network learned, so "
-                  f"it may draw badly; the nearest is {nearest:.4g}")
+    nearest = [nearest_level(net.levels, sigma) for sigma in sigmas]
+    # up to 5% beside a level did no harm on MNIST
+    if any(abs(math.log(level / sigma)) > 0.05 for level, sigma in zip(nearest, sigmas)):
+        words = " ".join(f"{level:.4g}" for level in dict.fromkeys(nearest))
+        print(f"note: this network learned {net.levels} noise levels, and may draw badly at "
+              f"others; the nearest are --sigmas {words}")
 
 def sample_checkpoint(args, run, net, draw, calls, trained):
     """`--ckpt`: draw images and save them, or with `--eval n` measure them.

@@ -68,6 +68,7 @@ def quality(args):
             draws[f"{heun} on g"] = functools.partial(ctm.sample_heun, net, args.N)
         else:
             two = [80.0, args.mid] if args.mid else trained["args"].get("sigmas") or [80.0, 1.6]
+            common.note_levels(net, two[:2])
             draws = {f"{len(sigmas)} call(s), {sigmas}": functools.partial(
                 cd.sample, net, sigmas, w=args.w) for sigmas in ([80.0], two[:2])}
         for name, draw in draws.items():
@@ -129,6 +130,8 @@ def search(args):
         distance = judge.feature_distance(dataset, name, run.device)
     y = common.labels_to_draw(args, net, args.sample, run.device)
     shape = 3, net.image_size, net.image_size
+    if run.main:
+        common.note_levels(net, common.karras_times(args.N)[1:].tolist())
 
     def score(sigmas):
         draw = functools.partial(cd.sample, net, sigmas, w=args.w)
@@ -354,7 +357,7 @@ def guided(args):
     rows += [("stage 1", folder / "stage1.pt", n) for n in args.stage1_N]
     rows += [("student", path, None) for path in reversed(students)]
     print("share read as asked, Frechet distance, precision, recall and median distance to the "
-          f"nearest training image of {args.n} samples, seed {args.seed}")
+          f"nearest training image of {args.n} samples, seed {args.seed}, drawn in {run.dtype}")
     print("| | N | " + " | ".join(f"w = {w:g}" for w in args.w) + " |")
     print("|---|---|" + "---|" * len(args.w))
     for name, path, N in rows:

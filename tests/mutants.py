@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # file: (text found exactly once, what takes its place, tests that should notice)
 MUTANTS = {
     "common.py": [
-        ('N = settings["s1"] + 1', 'N = settings["s1"]', "ct"),
+        ("karras_times(N)[1:].tolist(), key=lambda level: abs(math.log(level / sigma))",
+         "karras_times(N)[1:].tolist(), key=lambda level: abs(level - sigma)", "ct"),
         ("low + i / (N - 1) * (high - low)", "low + i / N * (high - low)", "math"),
         ("(standard / math.sqrt(2)).erf().diff()", "standard.erf().diff()", "ct"),
         ("return (P / P.sum()).float()", "return P.float()", "ct"),

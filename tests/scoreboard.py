@@ -311,9 +311,8 @@ def ways_of(method, words, again=False):
     module = MODULES[method.script]
     flags = vars(module.make_parser().parse_args(words[2:]))
     settings, four = merged(module, flags), FOUR
-    if settings.get("teacher") == "none" and "s1" in settings:  # it has learned no other levels
-        grid = common.karras_times(settings["s1"] + 1).tolist()
-        four = [min(grid, key=lambda level: abs(math.log(level / sigma))) for sigma in FOUR]
+    if "s1" in settings:  # from scratch: it has learned no other levels
+        four = [common.nearest_level(settings["s1"] + 1, sigma) for sigma in FOUR]
     return consistency(settings["sigmas"][:2], four)
 
 
@@ -950,8 +949,8 @@ def report(args, run, told, lines_of_table, held_out, records, rows, curves, cho
         f"which *steps* counts those up to that student. Stage 1 has {3 * args.total_steps // 10} "
         f"of guided distillation D's {args.total_steps} steps.",
         "- Consistency models draw from the noise levels named, in four steps from those of the "
-        "Karras grid of N = 5 but its end, on which CTM jumps too, or from scratch the nearest of "
-        "their own. Steps are the critic's own turns too.", "",
+        "Karras grid of N = 5 but its end, on which CTM jumps too, CT and iCT from the nearest "
+        "of their own. Steps are the critic's own turns too.", "",
         "## What was expected", "",
         "Smaller Fréchet distance is better. Of several seeds the mean.", "", *expectations(rows),
         ""]

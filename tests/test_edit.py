@@ -160,7 +160,7 @@ def test_levels_are_the_papers():
 class Exact(torch.nn.Module):
     """A network whose consistency function is exact for a few images: it solves the ODE of their
     ideal denoiser. Notes its (x, t)."""
-    classes, cond = 0, False
+    classes, cond, levels = 0, False, None
 
     def __init__(self, images):
         super().__init__()

@@ -449,6 +449,14 @@ common.draw_part = draw_part
     assert np.abs(saved(tmp_path / "few.npz") - one_step).max() <= 1
 
 
+def test_levels_beside_the_last_grid_are_noted(draw, trained):
+    N = records(trained)[-1]["N"]
+    below, top = common.karras_times(N)[-2:].tolist()
+    assert "note: " not in draw("--sample", 1, "--sigmas", 80, below)
+    between = (below * top) ** 0.5
+    assert f"learned {N} noise levels" in draw("--sample", 1, "--sigmas", 80, between)
+
+
 def test_samples_use_the_ema(draw, trained, tmp_path):
     state = last(trained)
     net = common.UNet(**state["model_args"])
