@@ -2434,9 +2434,9 @@ def load_network(path, scripts):
     """The network to sample with: `ema` of a checkpoint of one of the `scripts`, or plain weights,
     of which rank 0 says what they are taken for.
 
-    Returns the net in eval mode on the CPU, without gradients, its `levels` those of the grid that
-    it learned from scratch or None; and the checkpoint, of which
-    `script`, `args` (None and {} for plain weights) and `model_args` say what it is.
+    Returns the net in eval mode on the CPU, without gradients; and the checkpoint, of which
+    `script`, `args` (None and {} for plain weights) and `model_args` say what it is. net.levels: N
+    of the grid that a network of ct.py was last trained on, None for others.
     """
     state = load_checkpoint(path)
     if "model_args" not in state:
@@ -2860,12 +2860,14 @@ def sampling_net(args, run, scripts):
     return place(net, run), trained
 
 def nearest_level(N, sigma):
-    """Of N noise levels but t_min, where a consistency function is the identity."""
+    """Of the N levels of the Karras grid the one nearest to `sigma` in ln t, as a network sees t;
+    but not t_min, where a consistency function is the identity."""
     return min(karras_times(N)[1:].tolist(), key=lambda level: abs(math.log(level / sigma)))
 
 def note_levels(net, sigmas):
     """Say whether a consistency model from scratch has not seen some of `sigmas`: it learned the
-    levels of its last grid alone, and may draw noise at others. A student was taught those, too."""
+    levels of its last grid alone, and may draw noise at others. A student begins as its teacher,
+    which knows them all."""
     if not net.levels:
         return
     nearest = [nearest_level(net.levels, sigma) for sigma in sigmas]
