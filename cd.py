@@ -248,8 +248,8 @@ def edit_images(args, run, net, f):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: the teachers' are EDM's, for LSUN CM's; the students' CM Table 3. Digits, tuned on 2 cores,
-# and "path", your own images, are ours. `sigmas`: CM's two time points, or ours.
+# Recipes: the teachers' are EDM's, for LSUN CM's; the students' CM Table 3. Digits, tuned on 2
+# cores, and "path", your own images, are ours. `sigmas`: CM's two time points, or ours.
 # --------------------------------------------------------------------------------------------------
 
 LSUN_TEACHER = dict(batch_size=2048, lr=1e-4, dropout=0.1, ema_decay=0.9999432)
