@@ -43,7 +43,7 @@ GPU = torch.cuda.is_available()
 FULL = dict(
     steps=60, log_every=10, small="", compiled=("ct", "cd", "ctm", "guided_distill"), jobs=5,
     nets={"imagenet64": 64, "cifar10": 128}, timed=("ct", "cd", "ctm", "teacher"), repeat=10,
-    modes=("eager", "compiled"), layout="channels_last", doublings=4,
+    modes=("eager", "compiled"), dtype="bf16", layout="channels_last", doublings=4,
     # part 3: 30.6 million parameters, for CIFAR-10; `micro` images a pass
     size=32, net="--net cifar10 base=128 mult=1,2,2 blocks=2 attention=16", batch=512, micro=256,
     compile="--compile", trial=40, samples=5000,
@@ -55,7 +55,7 @@ QUICK = FULL | dict(
 TINY = dict(  # without a GPU
     steps=6, log_every=1, small="--batch-size 8 --sample-every 0", compiled=("ct",), jobs=1,
     nets={"glyphs": 4}, timed=("ct", "cd", "ctm", "teacher"), repeat=2,
-    modes=("eager",), layout="contiguous", doublings=1,
+    modes=("eager",), dtype="fp32", layout="contiguous", doublings=1,  # bf16: minutes on AVX2
     size=16, net="--net glyphs base=32 mult=1,1 blocks=1", batch=16, micro=16,
     compile="--no-compile", trial=4, samples=20, least=0.0, judge=dict(steps=20, batch=32, width=8))
 TINY_QUICK = TINY | dict(compiled=(), timed=("ct", "ctm"))
@@ -294,8 +294,8 @@ def fast(session):
 
     def measure(commands, step, net, batch, mode, more=""):
         """The rows of `bench.py measure`, and those of its profile."""
-        said = commands.run(f"tests/bench.py measure {step} {net} {batch} {mode} bf16",
-                            f"{sizes.layout} --repeat {sizes.repeat} {more}".strip())
+        said = commands.run(f"tests/bench.py measure {step} {net} {batch} {mode}",
+                            f"{sizes.dtype} {sizes.layout} --repeat {sizes.repeat} {more}".strip())
         return dict(rows=re.findall(r"^(\| .*)", said, re.M),
                     profile=re.findall(r"^profile (\| .*)", said, re.M))
 

@@ -287,7 +287,9 @@ MUTANTS = {
     ],
     "tests/scoreboard.py": [
         ('str(Path(name).with_name("teacher"))', '"teacher"', "bench"),
-        ('return consistency(merged(module, flags)["sigmas"][:2])', "return CONSISTENCY", "bench"),
+        ('return consistency(settings["sigmas"][:2], four)',
+         "return consistency([80.0, 1.6], four)", "bench"),
+        ("four = [common.nearest_level(settings", "_ = [common.nearest_level(settings", "bench"),
         ("str(seed),", "str(args.seed),", "bench"),
         ("sum(column) / len(rows) for column", "max(column) for column", "bench"),
         ("{args.n} {path} measures {judge.MEASURES}", "{args.n} {path}", "bench"),
